@@ -1,0 +1,68 @@
+// Loads and stores that convert between storage types and the type of the arithmetic. Plain
+// integer and float operations, so that compilers vectorise them for every instruction set.
+#pragma once
+
+#include "../magnitude.h"
+#include "parallel.h"
+
+namespace pdp::cpu {
+
+PDP_INLINE float widen(BFloat16 value) {
+  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+
+PDP_INLINE float widen(Half value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7FFF) << 13;
+  // Moved up to float's exponent the magnitude is 2^112 times too small, denormals included.
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  return bit_cast<float>(sign | (magnitude >= (0x7C00u << 13) ? magnitude | 0x7F800000 : finite));
+}
+
+PDP_INLINE float widen(float value) { return value; }
+PDP_INLINE double widen(double value) { return value; }
+
+// Round to nearest, ties to even.
+PDP_INLINE void narrow(float value, BFloat16& result) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const bool is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+  result.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded);
+}
+
+PDP_INLINE void narrow(float value, Half& result) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7FFFFFFF;
+  // Rebias the exponent by -112 and round at bit 13; a carry runs into the exponent, up to inf.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 leaves the denormal's bits, rounded by the addition, at the foot of the sum.
+  const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000;
+  const uint32_t special = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+  const uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
+  const uint32_t result_magnitude = magnitude >= (143u << 23) ? special : finite;
+  result.bits = static_cast<uint16_t>(((bits >> 16) & 0x8000) | result_magnitude);
+}
+
+PDP_INLINE void narrow(float value, float& result) { result = value; }
+PDP_INLINE void narrow(float value, double& result) { result = value; }
+PDP_INLINE void narrow(double value, double& result) { result = value; }
+PDP_INLINE void narrow(double value, float& result) { result = static_cast<float>(value); }
+PDP_INLINE void narrow(double value, BFloat16& result) { narrow(static_cast<float>(value), result); }
+PDP_INLINE void narrow(double value, Half& result) { narrow(static_cast<float>(value), result); }
+
+// Calls body(pointer of the array's own type).
+template <typename Body>
+PDP_INLINE void visit(const void* data, WeightType type, const Body& body) {
+  switch (type) {
+    case WeightType::kFloat64:
+      return body(static_cast<const double*>(data));
+    case WeightType::kFloat32:
+      return body(static_cast<const float*>(data));
+    case WeightType::kBFloat16:
+      return body(static_cast<const BFloat16*>(data));
+    case WeightType::kFloat16:
+      return body(static_cast<const Half*>(data));
+  }
+}
+
+}  // namespace pdp::cpu

@@ -1,0 +1,26 @@
+// How the CPU kernels meet the machine: threads given by the caller, instruction sets by the loader.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace pdp::cpu {
+
+// parallel_for(count, grain, body) calls body(begin, end) on disjoint ranges that cover
+// [0, count), at least `grain` long but for the last. The binding passes PyTorch's.
+using RangeBody = std::function<void(int64_t begin, int64_t end)>;
+using ParallelFor = void (*)(int64_t count, int64_t grain, const RangeBody& body);
+
+}  // namespace pdp::cpu
+
+// Compiled once per x86-64 level (AVX-512, AVX2, SSE2); the dynamic loader picks one at load time.
+// What such a function calls must be inlined into it to be compiled for that level too.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define PDP_MULTIVERSION \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PDP_MULTIVERSION
+#endif
+// A lambda is inlined by an attribute behind its parameters.
+#define PDP_LAMBDA __attribute__((always_inline))
+#define PDP_INLINE inline __attribute__((always_inline))

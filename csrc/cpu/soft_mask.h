@@ -1,0 +1,25 @@
+// Fused soft mask for CPU: mask, masked weight and the analytic backward in one pass each.
+#pragma once
+
+#include "../magnitude.h"
+#include "parallel.h"
+
+namespace pdp::cpu {
+
+// A typed array of weights, gradients or results; data may be null where a result is not wanted.
+struct Array {
+  void* data;
+  WeightType type;
+};
+
+// w_hat = m w and, unless mask.data is null, m. `threshold` and `tau` point to one double for
+// float64 weights, to one float otherwise.
+void soft_mask(Array weight, const void* threshold, const void* tau, bool relative, Array w_hat,
+               Array mask, int64_t numel, ParallelFor parallel_for);
+
+// dw of Eq. 2; grad_w_hat.data or grad_mask.data may be null (no gradient), grad has weight's type.
+void soft_mask_backward(Array grad_w_hat, Array grad_mask, Array weight, const void* threshold,
+                        const void* tau, bool relative, Array grad, int64_t numel,
+                        ParallelFor parallel_for);
+
+}  // namespace pdp::cpu

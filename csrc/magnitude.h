@@ -1,0 +1,115 @@
+// Magnitudes as integers: dropping the sign bit of an IEEE float leaves an unsigned integer that
+// orders exactly as |w| does, so a k-th magnitude can be found by counting digits, with no
+// arithmetic on the values and no rounding. Shared by the CPU and the CUDA selection.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define PDP_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PDP_HOST_DEVICE inline
+#endif
+
+namespace pdp {
+
+enum class WeightType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+// 16-bit weights are carried as their bits; the type says how to read them.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+PDP_HOST_DEVICE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// For each weight type: its bits, the number of bits of a magnitude, the key of infinity, and the
+// type a threshold has.
+template <typename Weight>
+struct Magnitude;
+
+template <>
+struct Magnitude<double> {
+  using Key = uint64_t;
+  using Threshold = double;
+  static constexpr int kBits = 63;
+  static constexpr Key kInfinity = 0x7FF0000000000000;
+  static PDP_HOST_DEVICE double value(Key key) { return bit_cast<double>(key); }
+};
+
+template <>
+struct Magnitude<float> {
+  using Key = uint32_t;
+  using Threshold = float;
+  static constexpr int kBits = 31;
+  static constexpr Key kInfinity = 0x7F800000;
+  static PDP_HOST_DEVICE double value(Key key) { return bit_cast<float>(key); }
+};
+
+template <>
+struct Magnitude<BFloat16> {
+  using Key = uint16_t;
+  using Threshold = float;
+  static constexpr int kBits = 15;
+  static constexpr Key kInfinity = 0x7F80;
+  static PDP_HOST_DEVICE double value(Key key) {
+    return bit_cast<float>(static_cast<uint32_t>(key) << 16);
+  }
+};
+
+template <>
+struct Magnitude<Half> {
+  using Key = uint16_t;
+  using Threshold = float;
+  static constexpr int kBits = 15;
+  static constexpr Key kInfinity = 0x7C00;
+  // Moving the 15 bits up to float's exponent leaves a float 2^112 times too small, denormals
+  // included; infinity and NaN have to be named.
+  static PDP_HOST_DEVICE double value(Key key) {
+    if (key >= kInfinity) return Magnitude<float>::value(key > kInfinity ? 0x7FC00000 : 0x7F800000);
+    return bit_cast<float>(static_cast<uint32_t>(key) << 13) * 0x1p112;
+  }
+};
+
+// The key of a weight: its magnitude's bits. Every NaN gets the one key above infinity's, so that
+// NaNs are equal to each other and above everything, as in torch.sort.
+template <typename Weight>
+PDP_HOST_DEVICE typename Magnitude<Weight>::Key magnitude_key(Weight weight) {
+  using Key = typename Magnitude<Weight>::Key;
+  constexpr Key kSignless = static_cast<Key>((Key{1} << Magnitude<Weight>::kBits) - 1);
+  constexpr Key kNaN = Magnitude<Weight>::kInfinity + 1;
+  const Key key = bit_cast<Key>(weight) & kSignless;
+  return key < kNaN ? key : kNaN;
+}
+
+// (a + b) / 2 for 0 <= a <= b, rounded once: a sum above 1 is halved first so that it cannot
+// overflow, one below 1 is halved last so that no denormal is lost.
+PDP_HOST_DEVICE double midpoint(double a, double b) {
+  return b > 1 ? 0.5 * a + 0.5 * b : 0.5 * (a + b);
+}
+
+// The threshold between the k-th and the k+1-th of n magnitudes (-inf keeps all weights,
+// +inf prunes all). For weights narrower than double the midpoint is exact in double or innocuously
+// rounded twice (53 >= 2 * 24 + 2), so t is the midpoint correctly rounded to float.
+template <typename Weight>
+PDP_HOST_DEVICE typename Magnitude<Weight>::Threshold threshold_between(
+    typename Magnitude<Weight>::Key kth, typename Magnitude<Weight>::Key next, int64_t k,
+    int64_t n) {
+  using Threshold = typename Magnitude<Weight>::Threshold;
+  const double infinity = Magnitude<double>::value(Magnitude<double>::kInfinity);
+  if (k <= 0) return static_cast<Threshold>(-infinity);
+  if (k >= n) return static_cast<Threshold>(infinity);
+  return static_cast<Threshold>(
+      midpoint(Magnitude<Weight>::value(kth), Magnitude<Weight>::value(next)));
+}
+
+}  // namespace pdp

@@ -1,0 +1,184 @@
+// The CPU operators: the one file of the CPU module that talks to torch, through its stable ABI.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/version.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "cpu/hard_mask.h"
+#include "cpu/radix_select.h"
+#include "cpu/soft_mask.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace cpu = pdp::cpu;
+
+void parallel_for(int64_t count, int64_t grain, const cpu::RangeBody& body) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+pdp::WeightType weight_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return pdp::WeightType::kFloat64;
+    case ScalarType::Float:
+      return pdp::WeightType::kFloat32;
+    case ScalarType::BFloat16:
+      return pdp::WeightType::kBFloat16;
+    case ScalarType::Half:
+      return pdp::WeightType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected a float64, float32, bfloat16 or float16 tensor");
+  }
+}
+
+Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
+  const auto sizes = tensor.sizes();
+  const Tensor layout = torch::stable::empty_like(tensor);
+  if (dtype == tensor.scalar_type()) return layout;
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), layout.strides().data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto left = a.strides(), right = b.strides();
+  return std::equal(left.begin(), left.end(), right.begin(), right.end());
+}
+
+// The values in the memory order of `layout`, which empty_like() made: the tensor itself where it
+// lies so already (every dense layout does), else a copy.
+Tensor in_order_of(const Tensor& layout, const Tensor& values) {
+  if (same_strides(layout, values)) return values;
+  Tensor copy = empty_like(layout, values.scalar_type());
+  torch::stable::copy_(copy, values);
+  return copy;
+}
+
+cpu::Array array(const Tensor& tensor) {
+  return {tensor.data_ptr(), weight_type(tensor.scalar_type())};
+}
+
+constexpr cpu::Array kNoArray{nullptr, pdp::WeightType::kFloat32};
+
+Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities) {
+  const int64_t count = static_cast<int64_t>(weights.size());
+  Tensor counts = torch::stable::empty({count}, ScalarType::Long);
+  int64_t* k = counts.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    k[i] = static_cast<int64_t>(std::floor(sparsities[i] * weights[i].numel() + 0.5));
+  }
+  return counts;
+}
+
+// A selection needs no order of the elements, only all of them: every dense layout is read as it is.
+cpu::Weight selectable(const Tensor& weight) {
+  return {weight.data_ptr(), weight.numel(), weight_type(weight.scalar_type())};
+}
+
+template <typename Stored>
+double threshold(const cpu::OrderStatistics& found, int64_t k, int64_t numel) {
+  using Key = typename pdp::Magnitude<Stored>::Key;
+  return pdp::threshold_between<Stored>(static_cast<Key>(found.kth), static_cast<Key>(found.next),
+                                        k, numel);
+}
+
+double threshold(const cpu::Weight& weight, const cpu::OrderStatistics& found, int64_t k) {
+  switch (weight.type) {
+    case pdp::WeightType::kFloat64:
+      return threshold<double>(found, k, weight.numel);
+    case pdp::WeightType::kFloat32:
+      return threshold<float>(found, k, weight.numel);
+    case pdp::WeightType::kBFloat16:
+      return threshold<pdp::BFloat16>(found, k, weight.numel);
+    default:
+      return threshold<pdp::Half>(found, k, weight.numel);
+  }
+}
+
+Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
+  const size_t count = weights.size();
+  std::vector<cpu::Weight> selected(count);
+  ScalarType dtype = ScalarType::Float;
+  for (size_t i = 0; i < count; ++i) {
+    weights[i] = in_order_of(torch::stable::empty_like(weights[i]), weights[i]);
+    selected[i] = selectable(weights[i]);
+    if (weights[i].scalar_type() == ScalarType::Double) dtype = ScalarType::Double;
+  }
+  const Tensor counts = torch::stable::contiguous(prune_counts);
+  const int64_t* k = counts.const_data_ptr<int64_t>();
+  const auto found = cpu::radix_select(selected, k, parallel_for);
+
+  Tensor result = torch::stable::empty({static_cast<int64_t>(count)}, dtype);
+  for (size_t i = 0; i < count; ++i) {
+    const double t = threshold(selected[i], found[i], k[i]);
+    if (dtype == ScalarType::Double) {
+      result.mutable_data_ptr<double>()[i] = t;
+    } else {
+      result.mutable_data_ptr<float>()[i] = static_cast<float>(t);
+    }
+  }
+  return result;
+}
+
+Tensor hard_mask(Tensor weight, Tensor prune_count) {
+  weight = torch::stable::contiguous(weight);
+  Tensor kept = torch::stable::empty(weight.sizes(), ScalarType::Bool);
+  cpu::hard_mask(selectable(weight), *prune_count.const_data_ptr<int64_t>(),
+                 kept.mutable_data_ptr<bool>(), parallel_for);
+  return kept;
+}
+
+std::tuple<Tensor, Tensor> soft_mask(Tensor weight, Tensor threshold, Tensor tau, bool relative,
+                                     std::optional<ScalarType> out_dtype, bool return_mask) {
+  Tensor w_hat = empty_like(weight, out_dtype.value_or(weight.scalar_type()));
+  Tensor mask = return_mask ? torch::stable::empty_like(w_hat)
+                            : torch::stable::empty({0}, w_hat.scalar_type());
+  const Tensor ordered = in_order_of(w_hat, weight);
+  cpu::soft_mask(array(ordered), threshold.data_ptr(), tau.data_ptr(), relative, array(w_hat),
+                 return_mask ? array(mask) : kNoArray, weight.numel(), parallel_for);
+  return {w_hat, mask};
+}
+
+Tensor soft_mask_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor> grad_mask,
+                          Tensor weight, Tensor threshold, Tensor tau, bool relative) {
+  Tensor grad = torch::stable::empty_like(weight);
+  const Tensor ordered = in_order_of(grad, weight);
+  if (grad_w_hat) grad_w_hat = in_order_of(grad, *grad_w_hat);
+  if (grad_mask) grad_mask = in_order_of(grad, *grad_mask);
+  cpu::soft_mask_backward(grad_w_hat ? array(*grad_w_hat) : kNoArray,
+                          grad_mask ? array(*grad_mask) : kNoArray, array(ordered),
+                          threshold.data_ptr(), tau.data_ptr(), relative, array(grad),
+                          weight.numel(), parallel_for);
+  return grad;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
+  m.impl("prune_counts", TORCH_BOX(&prune_counts));
+  m.impl("thresholds", TORCH_BOX(&thresholds));
+  m.impl("hard_mask", TORCH_BOX(&hard_mask));
+  m.impl("soft_mask", TORCH_BOX(&soft_mask));
+  m.impl("soft_mask_backward", TORCH_BOX(&soft_mask_backward));
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["torch"] = TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    return info;
+  });
+}

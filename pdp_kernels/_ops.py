@@ -1,0 +1,151 @@
+"""The dispatcher operators of namespace ``pdp``: schemas, fakes, vmap rules and backends.
+
+The way of a call: public function -> autograd.Function -> operator -> backend. A backend is chosen
+by the dispatcher: native C++ for CPU tensors, CUDA C++ (selection) and Triton (masks) for CUDA
+tensors, and the reference for whatever has no kernel here.
+"""
+
+import importlib
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from pdp_kernels import reference
+
+_library = torch.library.Library("pdp", "DEF")
+
+_SCHEMAS = {
+    "prune_counts": "(Tensor[] weights, float[] sparsities) -> Tensor",
+    "thresholds": "(Tensor[] weights, Tensor prune_counts) -> Tensor",
+    "hard_mask": "(Tensor weight, Tensor prune_count) -> Tensor",
+    "soft_mask": (
+        "(Tensor weight, Tensor threshold, Tensor tau, bool relative, ScalarType? out_dtype, "
+        "bool return_mask) -> (Tensor, Tensor)"
+    ),
+    "soft_mask_backward": (
+        "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor threshold, Tensor tau, "
+        "bool relative) -> Tensor"
+    ),
+}
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+
+_library.impl("prune_counts", reference.prune_counts, "CompositeExplicitAutograd")
+_library.impl("thresholds", reference.thresholds, "CompositeExplicitAutograd")
+_library.impl(
+    "hard_mask",
+    lambda weight, prune_count: reference.hard_mask(weight, prune_count[0]),
+    "CompositeExplicitAutograd",
+)
+_library.impl("soft_mask", reference.soft_mask, "CompositeExplicitAutograd")
+_library.impl("soft_mask_backward", reference.soft_mask_backward, "CompositeExplicitAutograd")
+
+
+def _load(module: str) -> str | None:
+    """Import a module that registers kernels; its error's text if it cannot be loaded."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+# Why each extension module is not live; None where it is.
+load_errors = {name: _load(f"pdp_kernels.{name}") for name in ("_C", "_C_cuda")}
+
+has_triton = find_spec("triton") is not None
+
+if has_triton:
+
+    def _triton_soft_mask(*args):
+        from pdp_kernels.triton_kernels.soft_mask import soft_mask
+
+        return soft_mask(*args)
+
+    def _triton_soft_mask_backward(*args):
+        from pdp_kernels.triton_kernels.soft_mask import soft_mask_backward
+
+        return soft_mask_backward(*args)
+
+    _library.impl("soft_mask", _triton_soft_mask, "CUDA")
+    _library.impl("soft_mask_backward", _triton_soft_mask_backward, "CUDA")
+
+
+@torch.library.register_fake("pdp::prune_counts", lib=_library)
+def _(weights, sparsities):
+    return weights[0].new_empty(len(weights), dtype=torch.int64)
+
+
+@torch.library.register_fake("pdp::thresholds", lib=_library)
+def _(weights, prune_counts):
+    return weights[0].new_empty(len(weights), dtype=reference.threshold_dtype(weights))
+
+
+@torch.library.register_fake("pdp::hard_mask", lib=_library)
+def _(weight, prune_count):
+    return weight.new_empty(weight.shape, dtype=torch.bool)
+
+
+@torch.library.register_fake("pdp::soft_mask", lib=_library)
+def _(weight, threshold, tau, relative, out_dtype, return_mask):
+    w_hat = torch.empty_like(weight, dtype=out_dtype)
+    return w_hat, torch.empty_like(w_hat) if return_mask else w_hat.new_empty(0)
+
+
+@torch.library.register_fake("pdp::soft_mask_backward", lib=_library)
+def _(grad_w_hat, grad_mask, weight, threshold, tau, relative):
+    return torch.empty_like(weight)
+
+
+def map_over_batch(call, batch_size, in_dims, args):
+    """vmap of a call: each example is a layer of its own, so the call runs once for each.
+
+    Returns what the call returns, with tensors stacked along a new dimension 0.
+    """
+    results = [
+        call(*[_example(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)])
+        for index in range(batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _example(arg, dim, index):
+    return arg if dim is None else arg.select(dim, index)
+
+
+def _vmap_lists(call):
+    """The vmap rule of an operator whose first argument is a list of weights.
+
+    The examples of all weights form one longer list, so that the operator still runs once.
+    """
+
+    def rule(info, in_dims, weights, values):
+        weight_dims, value_dims = in_dims
+        examples = [
+            _example(weight, dim, index)
+            for index in range(info.batch_size)
+            for weight, dim in zip(weights, weight_dims, strict=True)
+        ]
+        if isinstance(values, Tensor):
+            values = torch.cat(
+                [_example(values, value_dims, index) for index in range(info.batch_size)]
+            )
+        else:
+            values = list(values) * info.batch_size
+        return call(examples, values).unflatten(0, (info.batch_size, len(weights))), 0
+
+    return rule
+
+
+def _vmap_hard_mask(info, in_dims, *args):
+    return map_over_batch(torch.ops.pdp.hard_mask, info.batch_size, in_dims, args)
+
+
+for _name in ("prune_counts", "thresholds"):
+    _call = getattr(torch.ops.pdp, _name)
+    torch.library.register_vmap(f"pdp::{_name}", _vmap_lists(_call), lib=_library)
+torch.library.register_vmap("pdp::hard_mask", _vmap_hard_mask, lib=_library)

@@ -1,0 +1,95 @@
+"""The checks at the public door: below it, arguments are trusted."""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {weight.layout}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {weight.dtype}")
+
+
+def check_weights(name: str, weights: Sequence[Tensor]) -> None:
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
+        raise TypeError(f"{name} must be a list or tuple of tensors, got {type(weights).__name__}")
+    if not weights:
+        raise ValueError(f"{name} must hold at least one tensor, got an empty list")
+    for index, weight in enumerate(weights):
+        check_weight(f"{name}[{index}]", weight)
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"{name} must be on one device, got {weights[0].device} for {name}[0] and "
+                f"{weight.device} for {name}[{index}]"
+            )
+
+
+def check_ratio(name: str, ratio: float) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(
+            f"{name} must be a number in [0, 1] or a tensor of them, got {type(ratio).__name__}"
+        )
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {ratio}")
+
+
+def check_ratio_tensor(
+    name: str, ratios: Tensor, shapes: tuple[tuple[int, ...], ...], device: torch.device
+) -> None:
+    check_constant(name, ratios, device)
+    if tuple(ratios.shape) not in shapes:
+        accepted = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} must have shape {accepted}, got {tuple(ratios.shape)}")
+
+
+def check_constant(name: str, value: Tensor, device: torch.device) -> None:
+    """A floating point tensor on the weights' device that takes no gradient."""
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating point dtype, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the weight's device {device}, got {value.device}")
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it is a constant; detach it")
+
+
+def check_threshold(threshold: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(threshold, Tensor):
+        raise TypeError(f"threshold must be a 0-d torch.Tensor, got {type(threshold).__name__}")
+    check_constant("threshold", threshold, device)
+    if threshold.dtype != dtype:
+        raise TypeError(
+            f"threshold must have dtype {dtype} (torch.float64 for float64 weights, else "
+            f"torch.float32), got {threshold.dtype}"
+        )
+    if threshold.dim() != 0:
+        raise ValueError(f"threshold must have shape (), got {tuple(threshold.shape)}")
+
+
+def check_temperature(
+    name: str, tau: float | Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
+    if isinstance(tau, Tensor):
+        check_constant(name, tau, device)
+        if tau.dim() != 0:
+            raise ValueError(f"{name} must be a number or have shape (), got {tuple(tau.shape)}")
+        return
+    if isinstance(tau, bool) or not isinstance(tau, Real):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(tau).__name__}")
+    tiny = torch.finfo(dtype).tiny
+    if not tiny <= tau < math.inf:
+        raise ValueError(f"{name} must be positive and finite (at least {tiny:.2g}), got {tau}")
+
+
+def check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype must be {_DTYPE_NAMES}, got {out_dtype}")

@@ -1,0 +1,135 @@
+"""The reference: every operator written in PyTorch ops, each function beside its equation.
+
+Runs on any device, never reads a value back to the host, and is the oracle of the tests: given
+float64 arguments it computes in float64. The paper is Cho, Adya, Naik, "PDP: Parameter-free
+Differentiable Pruning is All You Need", arXiv 2305.11203.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def threshold_dtype(weights: Sequence[Tensor]) -> torch.dtype:
+    """The dtype thresholds have, and masks are computed in: float64 for float64, else float32."""
+    if any(weight.dtype == torch.float64 for weight in weights):
+        return torch.float64
+    return torch.float32
+
+
+def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:
+    """k_i = floor(r_i n_i + 1/2), int64 (L,) on the weights' device.
+
+    Filled value by value: a copy from host memory would wait for the device and could not be
+    captured in a CUDA graph.
+    """
+    counts = [
+        math.floor(sparsity * weight.numel() + 0.5)
+        for weight, sparsity in zip(weights, sparsities, strict=True)
+    ]
+    device = weights[0].device
+    if device.type == "cpu":
+        return torch.tensor(counts, dtype=torch.int64)
+    return torch.stack(
+        [torch.full((), count, dtype=torch.int64, device=device) for count in counts]
+    )
+
+
+def midpoint(low: Tensor, high: Tensor) -> Tensor:
+    """(low + high) / 2 for 0 <= low <= high, rounded once: no overflow, no lost denormal."""
+    return torch.where(high > 1, 0.5 * low + 0.5 * high, 0.5 * (low + high))
+
+
+def threshold(weight: Tensor, prune_count: Tensor) -> Tensor:
+    """t = (v_k + v_{k+1}) / 2 of the sorted |w| (Algorithm 1, lines 14-16); -inf at 0, +inf at n."""
+    dtype = threshold_dtype([weight])
+    count = weight.numel()
+    if count == 0:
+        return torch.full((), -math.inf, dtype=dtype, device=weight.device)
+    magnitudes = weight.abs().flatten().sort().values
+    ranks = torch.stack([prune_count - 1, prune_count]).clamp(0, count - 1)
+    low, high = magnitudes.gather(0, ranks).to(dtype).unbind()
+    between = torch.where(prune_count >= count, math.inf, midpoint(low, high))
+    return torch.where(prune_count <= 0, -math.inf, between).to(dtype)
+
+
+def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
+    """The threshold of every weight of a list, (L,)."""
+    dtype = threshold_dtype(weights)
+    each = map(threshold, weights, prune_counts.unbind())
+    return torch.stack([t.to(dtype) for t in each])
+
+
+def hard_mask(weight: Tensor, prune_count: Tensor) -> Tensor:
+    """True for the n - k weights kept; of equal magnitudes the lowest flat index is pruned first."""
+    order = weight.abs().flatten().sort(stable=True).indices
+    kept = torch.arange(weight.numel(), device=weight.device) >= prune_count
+    return torch.empty_like(kept).scatter_(0, order, kept).view(weight.shape)
+
+
+def scale_and_temperature(threshold: Tensor, tau: Tensor, relative: bool) -> tuple[Tensor, Tensor]:
+    """(q, tau') such that z = ((|w| - t) / q) ((|w| + |t|) / q) / tau'.
+
+    Absolute: q = 1, tau' = tau. Relative (tau = c t^2): q = |t|, tau' = c, so that z depends on
+    w / t alone and t^2 is never formed. At t = +-inf any finite q keeps the limit. At t = 0 the
+    smallest normal number stands for both: z is 0 for w = 0 and saturates for every other w.
+    """
+    if not relative:
+        return torch.ones_like(threshold), tau
+    tiny = torch.finfo(threshold.dtype).tiny
+    scale = torch.where(threshold.isinf(), 1, threshold.abs())
+    return torch.where(threshold == 0, tiny, scale), torch.where(threshold == 0, tiny, tau)
+
+
+def mask_exponent(weight: Tensor, threshold: Tensor, tau: Tensor, relative: bool) -> Tensor:
+    """z = (|w| - t)(|w| + |t|) / tau: (w^2 - t^2) / tau for t >= 0 without the cancellation."""
+    scale, tau = scale_and_temperature(threshold, tau, relative)
+    magnitude = weight.to(threshold.dtype).abs()
+    return ((magnitude - threshold) / scale) * ((magnitude + threshold.abs()) / scale) / tau
+
+
+def soft_mask(
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+    return_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """m = sigmoid(z) and w_hat = m w (Eq. 1). Without return_mask the mask is an empty tensor."""
+    out_dtype = out_dtype or weight.dtype
+    mask = torch.sigmoid(mask_exponent(weight, threshold, tau, relative))
+    w_hat = _like(weight, mask * weight.to(threshold.dtype), out_dtype)
+    return w_hat, _like(weight, mask, out_dtype) if return_mask else w_hat.new_empty(0)
+
+
+def soft_mask_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+) -> Tensor:
+    """dw = g (m + 2 w^2/tau m(1-m)) + g_m 2 w/tau m(1-m) (Eq. 2, and through the mask itself)."""
+    z = mask_exponent(weight, threshold, tau, relative)
+    decay = torch.exp(-z.abs())
+    slope = decay / (1 + decay) ** 2  # m (1 - m), without the cancellation of m - m^2
+    scale, tau = scale_and_temperature(threshold, tau, relative)
+    scaled = weight.to(threshold.dtype) / scale
+    grad = torch.zeros_like(z)
+    # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
+    if grad_w_hat is not None:
+        boost = torch.where(slope == 0, 0, 2 * scaled * scaled / tau * slope)
+        grad = grad + grad_w_hat.to(z.dtype) * (torch.sigmoid(z) + boost)
+    if grad_mask is not None:
+        mask_slope = torch.where(slope == 0, 0, 2 * (scaled / scale) / tau * slope)
+        grad = grad + grad_mask.to(z.dtype) * mask_slope
+    return _like(weight, grad, weight.dtype)
+
+
+def _like(weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in the given dtype and in the memory layout every backend gives its results."""
+    return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(values)

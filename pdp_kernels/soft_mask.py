@@ -1,0 +1,163 @@
+"""The soft mask: masked weight and analytic gradient."""
+
+import torch
+from torch import Tensor
+
+from pdp_kernels import _ops
+from pdp_kernels._validation import (
+    check_out_dtype,
+    check_temperature,
+    check_threshold,
+    check_weight,
+)
+from pdp_kernels.reference import threshold_dtype
+from pdp_kernels.threshold import pdp_threshold
+
+PAPER_TAU = 1e-4  # section 4 of arXiv 2305.11203
+
+
+class _SoftMask(torch.autograd.Function):
+    """Saves the weight and two scalars; the mask is recomputed in the backward."""
+
+    @staticmethod
+    def forward(weight, threshold, tau, relative, out_dtype, return_mask):
+        return torch.ops.pdp.soft_mask(weight, threshold, tau, relative, out_dtype, return_mask)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, threshold, tau, ctx.relative, _, _ = inputs
+        ctx.save_for_backward(weight, threshold, tau)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_w_hat, grad_mask):
+        if grad_w_hat is None and grad_mask is None:
+            return (None,) * 6
+        grad = _SoftMaskBackward.apply(grad_w_hat, grad_mask, *ctx.saved_tensors, ctx.relative)
+        return grad, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _ops.map_over_batch(_SoftMask.apply, info.batch_size, in_dims, args)
+
+
+class _SoftMaskBackward(torch.autograd.Function):
+    """Eq. 2 as a function of its own, so that differentiating it again is an error, not a zero."""
+
+    @staticmethod
+    def forward(grad_w_hat, grad_mask, weight, threshold, tau, relative):
+        return torch.ops.pdp.soft_mask_backward(
+            grad_w_hat, grad_mask, weight, threshold, tau, relative
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "pdp_mask cannot be differentiated twice: its backward is the paper's Eq. 2, a given "
+            "estimate of the gradient"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _ops.map_over_batch(_SoftMaskBackward.apply, info.batch_size, in_dims, args)
+
+
+def pdp_mask(
+    weight: Tensor,
+    sparsity: float | Tensor | None = None,
+    *,
+    threshold: Tensor | None = None,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The masked weight w_hat = m(w) w, with the analytic gradient of the paper.
+
+    ::
+
+        m(w)  = sigmoid((w^2 - t^2) / tau)                 (Eq. 1 of arXiv 2305.11203)
+        dw    = g (m + 2 w^2 / tau  m (1 - m))             (Eq. 2; t is a constant)
+
+    Computed in float32 (float64 for float64 weights) whatever the storage dtype; forward and
+    backward are one pass over the weight each, and only the weight, t and tau are kept between.
+
+    Shapes and dtypes:
+        weight: any shape, 0-d and empty included; float64, float32, bfloat16 or float16. Dense
+            layouts (channels_last too) are processed in place, others copied once.
+        sparsity: the share to prune, a number in [0, 1] or a 0-d tensor; t is then found by
+            `pdp_threshold` on every call.
+        threshold: t, shape (), as `pdp_threshold` returns it (float64 for float64 weights, else
+            float32, on the weight's device). t = -inf keeps all weights, +inf prunes all.
+        tau: the temperature, in units of w^2: a positive number, or a 0-d floating point tensor
+            on the weight's device, which is read on the device alone (unchecked), so that a
+            schedule needs neither recompilation nor another graph capture. Default 1e-4, the
+            paper's.
+        relative_tau: c instead of tau: tau = c t^2, so that the mask depends on w / t alone and
+            not on the scale of the layer. At t = 0 every w != 0 is kept. A number or 0-d tensor.
+        out_dtype: the dtype of w_hat (and mask); the gradient comes back in the weight's dtype.
+            Default: the autocast dtype under autocast (float64 weights excepted), else the
+            weight's dtype.
+        return_mask: also return m.
+
+    Returns:
+        w_hat, of the weight's shape and (for dense layouts) strides; with return_mask
+        (w_hat, m), differentiable through both. It cannot be differentiated twice.
+
+    A NaN or inf weight gives NaN at most at its own place, unless so many are not finite that
+    the threshold itself is not: v_{k+1} = inf gives t = inf and v_{k+1} = NaN gives t = NaN.
+
+    Raises:
+        TypeError: a weight, threshold, ratio, temperature or out_dtype of the wrong type or dtype.
+        ValueError: both or neither of sparsity and threshold; both tau and relative_tau; sparsity
+            outside [0, 1] or NaN; a temperature not positive and finite; a threshold or a
+            temperature of the wrong shape, on another device, or that requires a gradient.
+
+    Example:
+        >>> weight = torch.tensor([0.1, -0.2, 0.3, -0.4], requires_grad=True)
+        >>> w_hat = pdp_mask(weight, 0.5)
+        >>> w_hat.round(decimals=3).tolist()
+        [0.0, -0.0, 0.3, -0.4]
+        >>> w_hat.sum().backward()
+    """
+    check_weight("weight", weight)
+    check_out_dtype(out_dtype)
+    if (sparsity is None) == (threshold is None):
+        given = "neither" if sparsity is None else "both"
+        raise ValueError(f"exactly one of sparsity and threshold must be given, got {given}")
+    if tau is not None and relative_tau is not None:
+        raise ValueError("at most one of tau and relative_tau must be given, got both")
+    dtype = threshold_dtype([weight])
+    relative = relative_tau is not None
+    if relative:
+        tau = _temperature("relative_tau", relative_tau, dtype, weight.device)
+    else:
+        tau = _temperature("tau", PAPER_TAU if tau is None else tau, dtype, weight.device)
+    if threshold is None:
+        threshold = pdp_threshold(weight, sparsity)
+    else:
+        check_threshold(threshold, dtype, weight.device)
+    if out_dtype is None:
+        out_dtype = _autocast_dtype(weight)
+    w_hat, mask = _SoftMask.apply(weight, threshold, tau, relative, out_dtype, return_mask)
+    return (w_hat, mask) if return_mask else w_hat
+
+
+def _temperature(
+    name: str, tau: float | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    check_temperature(name, tau, dtype, device)
+    if isinstance(tau, Tensor):
+        return tau.to(dtype)
+    return torch.full((), tau, dtype=dtype, device=device)
+
+
+def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    device_type = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None

@@ -1,0 +1,97 @@
+"""Builds the native modules: pdp_kernels._C (CPU) and pdp_kernels._C_cuda (with a CUDA toolkit).
+
+PDP_BUILD_CUDA=0 leaves the CUDA module out, =1 makes its absence an error. TORCH_CUDA_ARCH_LIST
+names the architectures to build for, CUDA_HOME the toolkit.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+
+def find_toolkit() -> Path | None:
+    """A folder that holds the CUDA headers; `which nvcc` may lead to a wrapper somewhere else."""
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    found = [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    usual = ["/usr/local/cuda", *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
+    for folder in filter(None, named + found + usual):
+        if Path(folder, "include", "cuda_runtime.h").exists():
+            return Path(folder)
+    return None
+
+
+TOOLKIT = find_toolkit()
+if TOOLKIT is not None:
+    os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch reads it when cpp_extension is imported
+
+import pybind11  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+# The oldest torch whose stable ABI is used: one build serves 2.11 and every later release.
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
+
+# Ampere, Hopper, Blackwell; what comes later compiles the PTX of the last.
+ARCHITECTURES = ("8.0", "9.0", "10.0")
+
+
+def default_architectures(nvcc: Path) -> str:
+    known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+    chosen = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
+    return ";".join(chosen) + "+PTX"
+
+
+def wants_cuda() -> bool:
+    request = os.environ.get("PDP_BUILD_CUDA", "")
+    if request not in ("", "0", "1"):
+        sys.exit(f"PDP_BUILD_CUDA must be 0 or 1, got {request!r}")
+    missing = "no CUDA toolkit was found (set CUDA_HOME)" if TOOLKIT is None else ""
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA"
+    if request == "1" and missing:
+        sys.exit(f"PDP_BUILD_CUDA=1, but {missing}")
+    if missing:
+        print(f"pdp_kernels: building without CUDA: {missing}")
+    return request != "0" and not missing
+
+
+def extensions() -> list:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        print(f"pdp_kernels: no C++ compiler ({compiler}): installing without native kernels")
+        return []
+    cpu = ["csrc/ops_cpu.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+    # Before torch's own copy of pybind11, which a stable ABI target may not include.
+    includes = [pybind11.get_include()]
+    modules = [
+        CppExtension(
+            "pdp_kernels._C",
+            cpu,
+            include_dirs=includes,
+            define_macros=MACROS,
+            extra_compile_args=FLAGS,
+        )
+    ]
+    if wants_cuda():
+        nvcc = TOOLKIT / "bin" / "nvcc"
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(nvcc))
+        macros = [("USE_CUDA", None), ("PDP_CUDA_ARCHITECTURES", f'"{architectures}"')]
+        modules.append(
+            CUDAExtension(
+                "pdp_kernels._C_cuda",
+                ["csrc/ops_cuda.cu", "csrc/module_cuda.cpp"],
+                include_dirs=includes,
+                define_macros=MACROS + macros,
+                extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++17"]},
+            )
+        )
+    return modules
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,93 @@
+"""The backends under test, and the state every test starts from."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+# Triton kernels run through the interpreter where there is no GPU; Triton reads this on import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    without_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(without_gpu)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is NaN (integers: the largest), in torch.empty of Python and C++ alike, so that
+    an element a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", GPU])
+def device(request):
+    return "cuda" if request.param == "gpu" else "cpu"
+
+
+@pytest.fixture(params=["native", GPU])
+def selection(request):
+    """thresholds, hard_mask and prune_counts of a backend, and the device it serves.
+
+    The host build of the CUDA kernels is tested in test_cuda_host_build.py.
+    """
+    return _dispatched(request.param)
+
+
+@pytest.fixture(params=["native", "triton-interpreter", GPU])
+def masking(request):
+    """soft_mask and soft_mask_backward of a backend, and the device it serves."""
+    if request.param != "triton-interpreter":
+        return _dispatched(request.param)
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton compiles")
+    from pdp_kernels.triton_kernels import soft_mask as module
+
+    request.getfixturevalue("rounding_interpreter")
+    return SimpleNamespace(
+        device="cpu", soft_mask=module.soft_mask, soft_mask_backward=module.soft_mask_backward
+    )
+
+
+@pytest.fixture
+def rounding_interpreter(monkeypatch):
+    """Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest even, and gets
+    denormals wrong both ways; these conversions are torch's."""
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_as_a_gpu_does(values, from_dtype, to_dtype, rounding_mode):
+        values = np.ascontiguousarray(values)
+        if (from_dtype.name, to_dtype.name) == ("fp32", "bf16"):
+            rounded = torch.from_numpy(values).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        if (from_dtype.name, to_dtype.name) == ("bf16", "fp32"):
+            return values.astype(np.uint32) << 16
+        return convert(values, from_dtype, to_dtype, rounding_mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_as_a_gpu_does)
+
+
+def _dispatched(name):
+    device = "cuda" if name == "gpu" else "cpu"
+    names = ("prune_counts", "thresholds", "hard_mask", "soft_mask", "soft_mask_backward")
+    return SimpleNamespace(device=device, **{name: getattr(torch.ops.pdp, name) for name in names})

@@ -1,0 +1,240 @@
+"""Masks, masked weights and gradients stay within the error budget of the float64 reference."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import DISTRIBUTIONS, DTYPES, assert_within_budget, denormals, weight_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdp_kernels import pdp_mask, pdp_threshold, reference
+
+SIZES = (0, 1, 31, 33, 4097, 9973)
+
+
+def scalars(weight, threshold, tau):
+    dtype = reference.threshold_dtype([weight])
+    return torch.tensor(threshold, dtype=dtype), torch.tensor(tau, dtype=dtype)
+
+
+def doubled(*arguments):
+    return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def on_device(backend, *arguments):
+    return [a.to(backend.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def check(masking, weight, threshold, tau, relative, out_dtype=None):
+    """Forward with mask and backward through both results, against the reference."""
+    t, tau = scalars(weight, threshold, tau)
+    given = (weight, t, tau, relative)
+    out_dtype = out_dtype or weight.dtype
+    actual = masking.soft_mask(*on_device(masking, *given), out_dtype, True)
+    exact = reference.soft_mask(*doubled(*given), None, True)
+    rounded = reference.soft_mask(*given, out_dtype, True)
+    for result in range(2):
+        assert_within_budget(actual[result], exact[result], rounded[result])
+
+    grads = [torch.randn(weight.shape).to(out_dtype) for _ in range(2)]
+    for chosen in ([grads[0], None], [None, grads[1]], grads):
+        given = (*chosen, weight, t, tau, relative)
+        assert_within_budget(
+            masking.soft_mask_backward(*on_device(masking, *given)),
+            reference.soft_mask_backward(*doubled(*given)),
+            reference.soft_mask_backward(*given),
+        )
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_within_budget(masking, distribution, dtype, relative):
+    for size in SIZES:
+        weight = weight_of(distribution, size, dtype)
+        threshold = pdp_threshold(weight, 0.7).item()
+        for tau in (1e-4, 0.3):
+            check(masking, weight, threshold, tau, relative)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_dtype(masking, dtype, out_dtype):
+    check(masking, torch.randn(1033).to(dtype), 0.7, 0.1, False, out_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_denormal_weights(masking, dtype):
+    """A relative temperature is exact on any scale: t^2 would underflow, and is never formed."""
+    weight = denormals(997, dtype)
+    threshold = pdp_threshold(weight, 0.5).item()
+    check(masking, weight, threshold, 0.3, True)
+    check(masking, weight, threshold, 0.3, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_large_weights_have_finite_gradients(masking, dtype):
+    """2 w^2 / tau overflows where the slope has underflowed: the gradient there is g."""
+    weight = torch.tensor([1e30, -1e25, 1e-3, -1e-9], dtype=dtype)
+    t, tau = scalars(weight, 1.0, 1e-4)
+    given = (torch.ones_like(weight), None, weight, t, tau, False)
+    grad = masking.soft_mask_backward(*on_device(masking, *given))
+    assert grad.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threshold, kept", [(-math.inf, 1.0), (math.inf, 0.0)])
+def test_infinite_thresholds_keep_and_prune_all(masking, threshold, kept, dtype, relative):
+    weight = torch.randn(100).to(dtype)
+    weight[:3] = 0
+    t, tau = scalars(weight, threshold, 0.1)
+    given = on_device(masking, weight, t, tau, relative)
+    w_hat, mask = masking.soft_mask(*given, None, True)
+    grad = masking.soft_mask_backward(*on_device(masking, torch.ones_like(weight), None), *given)
+    assert torch.equal(mask.cpu(), torch.full_like(weight, kept))
+    assert torch.equal(w_hat.cpu(), kept * weight)
+    assert torch.equal(grad.cpu(), torch.full_like(weight, kept))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relative_temperature_at_threshold_zero_keeps_all_but_zeros(masking, dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    weight = torch.tensor([0.0, -0.0, 1.0, -3.0, tiny], dtype=dtype)
+    t, c = scalars(weight, 0.0, 0.5)
+    given = on_device(masking, weight, t, c, True)
+    w_hat, mask = masking.soft_mask(*given, None, True)
+    ones = torch.ones_like(weight)
+    grad = masking.soft_mask_backward(*on_device(masking, ones, ones), *given)
+    assert mask.tolist() == [0.5, 0.5, 1, 1, 1]
+    assert torch.equal(w_hat.cpu(), weight)
+    assert grad.tolist() == [0.5, 0.5, 1, 1, 1]
+
+
+def test_relative_temperature_follows_the_scale_of_the_layer(masking):
+    """Scaled by a power of two, weight and threshold give the same mask, bit for bit."""
+    weight = torch.randn(1000)
+    masks = []
+    for scale in (1.0, 2.0**-40, 2.0**40):
+        t, c = scalars(weight, 0.8 * scale, 0.3)
+        given = on_device(masking, weight * scale, t, c, True)
+        masks.append(masking.soft_mask(*given, None, True)[1].cpu())
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
+def test_nan_and_inf_weights_stay_at_their_own_places(masking):
+    clean = torch.randn(1000)
+    dirty = clean.clone()
+    places = torch.tensor([0, 17, 500, 999])
+    dirty[places] = torch.tensor([math.nan, math.inf, -math.inf, math.nan])
+    others = torch.ones(1000, dtype=torch.bool).index_fill(0, places, False)
+    t, tau = scalars(clean, 0.7, 0.1)
+    grad = torch.randn(1000)
+    for weight in (clean, dirty):
+        given = on_device(masking, weight, t, tau, False)
+        results = [
+            *masking.soft_mask(*given, None, True),
+            masking.soft_mask_backward(*on_device(masking, grad, None), *given),
+        ]
+        if weight is clean:
+            expected = results
+    for result, reference_result in zip(results, expected, strict=True):
+        assert torch.equal(result.cpu()[others], reference_result.cpu()[others])
+        assert result.cpu()[[0, 999]].isnan().all()
+
+
+def test_equal_to_the_equations_written_by_hand():
+    """Eq. 1 and Eq. 2 as printed, on numbers where nothing is extreme."""
+    weight = torch.tensor([0.1, -0.5, 0.8, -1.5], dtype=torch.float64, requires_grad=True)
+    t, tau = 0.6, 0.2
+    w_hat, mask = pdp_mask(
+        weight, threshold=torch.tensor(t, dtype=torch.float64), tau=tau, return_mask=True
+    )
+    for w, m, result in zip(weight.tolist(), mask.tolist(), w_hat.tolist(), strict=True):
+        by_hand = 1 / (1 + math.exp(-(w * w - t * t) / tau))
+        assert m == pytest.approx(by_hand, rel=1e-14)
+        assert result == pytest.approx(by_hand * w, rel=1e-14)
+    (grad,) = torch.autograd.grad(w_hat.sum(), weight)
+    for w, m, result in zip(weight.tolist(), mask.tolist(), grad.tolist(), strict=True):
+        assert result == pytest.approx(m + 2 * w * w / tau * m * (1 - m), rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking, dtype):
+    base = torch.randn(4, 6, 5, 7).to(dtype)
+    t, tau = scalars(base, 0.7, 0.1)
+    dense = [base.to(memory_format=torch.channels_last), base.permute(2, 0, 3, 1), base.mT]
+    copied = [base[:, ::2], base[1:, 1:, 1:, 1:], base[:1].expand(4, -1, -1, -1)]
+    for weight in dense + copied:
+        grad = torch.randn_like(weight).contiguous()
+        rows = on_device(masking, weight.contiguous(), t, tau, True)
+        given = on_device(masking, weight, t, tau, True)
+        w_hat, mask = masking.soft_mask(*given, None, True)
+        assert torch.equal(w_hat, masking.soft_mask(*rows, None, False)[0])
+        assert torch.equal(mask, masking.soft_mask(*rows, None, True)[1])
+        back = masking.soft_mask_backward(*on_device(masking, grad, grad), *given)
+        assert torch.equal(back, masking.soft_mask_backward(*on_device(masking, grad, grad), *rows))
+        if any(weight is one for one in dense):
+            assert w_hat.stride() == mask.stride() == back.stride() == weight.stride()
+
+
+def test_misaligned_pointers(masking):
+    base = torch.randn(1001)
+    t, tau = scalars(base, 0.7, 0.1)
+    whole = masking.soft_mask(*on_device(masking, base, t, tau, False), None, False)[0]
+    for offset in (1, 2, 3):
+        given = on_device(masking, base, t, tau, False)
+        part = masking.soft_mask(given[0][offset:], *given[1:], None, False)[0]
+        assert torch.equal(part, whole[offset:])
+
+
+def test_bitwise_repeatable(masking):
+    weight, grad = torch.randn(2, 50_021)
+    given = on_device(masking, weight, *scalars(weight, 0.7, 1e-4), False)
+    grad = grad.to(masking.device)
+    first = masking.soft_mask(*given, None, False)[0]
+    first_back = masking.soft_mask_backward(grad, None, *given)
+    for _ in range(5):
+        assert torch.equal(masking.soft_mask(*given, None, False)[0], first)
+        assert torch.equal(masking.soft_mask_backward(grad, None, *given), first_back)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_strides_and_temperature(data):
+    shape = data.draw(st.lists(st.integers(0, 7), max_size=4))
+    weight = torch.randn(shape).permute(data.draw(st.permutations(range(len(shape)))))
+    for dim in range(weight.dim()):
+        step = data.draw(st.integers(1, 3))
+        weight = weight.movedim(dim, 0)[::step].movedim(0, dim)
+    tau = data.draw(st.floats(1e-6, 1e3))
+    threshold = data.draw(st.floats(0, 4, width=32))
+    native = SimpleNamespace(
+        device="cpu",
+        soft_mask=torch.ops.pdp.soft_mask,
+        soft_mask_backward=torch.ops.pdp.soft_mask_backward,
+    )
+    check(native, weight, threshold, tau, data.draw(st.booleans()))
+
+
+def test_forward_allocates_one_tensor():
+    """Its results are w_hat and, of fixed size, t and tau."""
+    weight = torch.randn(1 << 20)
+    threshold = pdp_threshold(weight, 0.9)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        pdp_mask(weight, threshold=threshold)
+    allocated = sum(
+        event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0
+    )
+    assert weight.nbytes <= allocated <= weight.nbytes + 4096
+
+
+def test_saves_only_the_weight_and_two_scalars_for_the_backward():
+    weight = torch.randn(1000, requires_grad=True)
+    w_hat = pdp_mask(weight, 0.9, out_dtype=torch.bfloat16)
+    saved = w_hat.grad_fn.saved_tensors
+    assert saved[0] is weight
+    assert [tuple(tensor.shape) for tensor in saved[1:]] == [(), ()]

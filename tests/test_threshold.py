@@ -1,0 +1,209 @@
+"""Thresholds equal the float64 reference exactly, whatever the weights."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from cases import (
+    DISTRIBUTIONS,
+    DTYPES,
+    SIZES,
+    counts_of,
+    denormals,
+    exact_threshold,
+    weight_of,
+    with_special_values,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdp_kernels import pdp_threshold, pdp_thresholds, reference
+
+
+def assert_exact(selection, weights, counts):
+    on_device = [weight.to(selection.device) for weight in weights]
+    found = selection.thresholds(on_device, torch.tensor(counts, device=selection.device)).cpu()
+    expected = torch.stack([exact_threshold(w, k) for w, k in zip(weights, counts, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_equals_reference(selection, distribution, dtype):
+    for size in SIZES:
+        weight = weight_of(distribution, size, dtype)
+        for count in counts_of(size):
+            assert_exact(selection, [weight], [count])
+
+
+@pytest.mark.parametrize("make", [denormals, with_special_values])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_reference_on_denormals_inf_and_nan(selection, make, dtype):
+    for size in SIZES:
+        weight = make(size, dtype)
+        for count in counts_of(size):
+            assert_exact(selection, [weight], [count])
+
+
+def test_hand_computed():
+    weight = torch.tensor([[3.0, -1.0], [-4.0, 2.0]])
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    found = [pdp_threshold(weight, share).item() for share in shares]
+    assert found == [-math.inf, 1.5, 2.5, 3.5, math.inf]
+
+
+@pytest.mark.parametrize("size", [101, 100_003])
+def test_is_the_median_at_one_half(size):
+    """An oracle of another kind: Python's own median."""
+    weight = torch.randn(size, dtype=torch.float64)
+    # k rounds an odd half up, as one more magnitude at the top would.
+    expected = statistics.median([*weight.abs().tolist(), math.inf])
+    assert pdp_threshold(weight, 0.5).item() == expected
+
+
+@pytest.mark.parametrize("size", [5, 7, 8])
+def test_count_is_rounded_half_up(size):
+    weight = torch.arange(1.0, size + 1)
+    for eighths in range(9):
+        pruned = math.floor(eighths / 8 * size + 0.5)
+        assert (weight < pdp_threshold(weight, eighths / 8)).sum() == pruned
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neighbours_of_the_largest_magnitudes_do_not_overflow(selection, dtype):
+    largest = torch.finfo(dtype).max
+    assert_exact(selection, [torch.tensor([largest, -largest, largest], dtype=dtype)], [2])
+
+
+def test_empty_weight_keeps_everything(selection):
+    assert_exact(selection, [torch.empty(0), torch.empty(3, 0)], [0, 0])
+
+
+def test_list_of_mixed_sizes_and_dtypes(selection):
+    sizes = [0, 1, 7, 64, 333, 5000, 70_001, 200_003] * 3
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    weights = [torch.randn(n).to(dtypes[i % 3]) for i, n in enumerate(sizes)]
+    assert_exact(selection, weights, [int(0.8 * n) for n in sizes])
+
+
+def test_list_with_float64_gives_each_layer_its_own_threshold(device):
+    weights = [torch.randn(1001, dtype=dtype, device=device) for dtype in DTYPES]
+    together = pdp_thresholds(weights, 0.7)
+    alone = [pdp_threshold(weight, 0.7).double() for weight in weights]
+    assert together.dtype == torch.float64
+    assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("length", [1, 2, 300])
+def test_list_of_any_length(selection, length):
+    assert_exact(
+        selection, [torch.randn(37) for _ in range(length)], [i % 38 for i in range(length)]
+    )
+
+
+def test_one_ratio_for_each(device):
+    weights = [torch.randn(100, device=device), torch.randn(50, device=device)]
+    found = pdp_thresholds(weights, [0.1, 0.9])
+    assert found.tolist() == [
+        pdp_threshold(w, r).item() for w, r in zip(weights, (0.1, 0.9), strict=True)
+    ]
+
+
+def test_ratios_in_a_tensor_give_the_same(device):
+    weights = [torch.randn(n, device=device) for n in (100, 77, 1)]
+    ratios = [0.3, 0.845, 1.0]
+    for shared in (ratios, 0.6):
+        as_tensor = torch.tensor(shared, device=device, dtype=torch.float64)
+        assert torch.equal(pdp_thresholds(weights, as_tensor), pdp_thresholds(weights, shared))
+
+
+def test_ratios_in_a_tensor_outside_of_range_act_as_the_nearer_end():
+    weight = torch.randn(10)
+    assert pdp_threshold(weight, torch.tensor(1.5)) == math.inf
+    assert pdp_threshold(weight, torch.tensor(-0.5)) == -math.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_and_strided_weights(selection, dtype):
+    base = torch.randn(5, 33, 7, 11).to(dtype)
+    views = [base.flatten()[3:], base.transpose(0, 3), base[:, ::2], base[1:, 1:, 1:, 1:], base.mT]
+    views.append(base.to(memory_format=torch.channels_last))
+    views.append(base[:1].expand(4, -1, -1, -1))
+    for view in views:
+        assert_exact(selection, [view], [int(0.9 * view.numel())])
+
+
+def test_bitwise_repeatable(selection):
+    weights = [torch.randn(100_003, device=selection.device) for _ in range(3)]
+    counts = torch.tensor([50_000, 90_000, 1], device=selection.device)
+    first = selection.thresholds(weights, counts)
+    for _ in range(20):
+        assert torch.equal(selection.thresholds(weights, counts), first)
+
+
+def test_independent_of_the_number_of_threads():
+    weights = [torch.randn(300_007), torch.randn(1000), torch.randn(200_003).bfloat16()]
+    threads = torch.get_num_threads()
+    together = pdp_thresholds(weights, 0.9)
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(pdp_thresholds(weights, 0.9), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_sample_that_misleads_changes_nothing(selection):
+    """Large weights exactly where an even sample would look, and nowhere else."""
+    size = 1 << 17
+    for period in (32, 64, 128):
+        weight = torch.rand(size)
+        weight[::period] += 100
+        for count in (size // 2, size - size // period, size - 10):
+            assert_exact(selection, [weight], [count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_adjacent_values_that_differ_in_every_digit(selection, dtype):
+    """1 and the number below it: the k-th magnitude is the last of its bin in each histogram."""
+    weight = torch.tensor([1 - torch.finfo(dtype).eps / 2, 1.0], dtype=dtype).repeat(40_000)
+    for count in (39_999, 40_000, 40_001):
+        assert_exact(selection, [weight], [count])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_weights_and_ratio(data):
+    floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
+    values = data.draw(st.lists(floats, min_size=1, max_size=80))
+    repeats = data.draw(st.sampled_from([1, 50, 400]))
+    weight = torch.tensor(values).repeat(repeats)
+    ratio = data.draw(st.floats(0, 1))
+    count = math.floor(ratio * weight.numel() + 0.5)
+    expected = exact_threshold(weight, count)
+    found = pdp_threshold(weight, ratio)
+    assert torch.equal(found, expected) or (found.isnan() and expected.isnan())
+
+
+def test_takes_no_gradient(device):
+    weight = torch.randn(10, device=device, requires_grad=True)
+    assert not pdp_threshold(weight, 0.5).requires_grad
+
+
+def test_reference_agrees_with_itself_in_float32():
+    """Computed in float32 the reference is the float64 one rounded once: no double rounding."""
+    weight = torch.cat([torch.randn(5000), denormals(99, torch.float32)])
+    for count in range(0, weight.numel(), 13):
+        own = reference.threshold(weight, torch.tensor(count))
+        assert torch.equal(own, exact_threshold(weight, count))
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_31_elements():
+    size = 2**31 + 11
+    weight = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    weight[-7:] = torch.arange(1.0, 8.0)
+    assert (
+        pdp_threshold(weight, torch.tensor((size - 4) / size, device="cuda", dtype=torch.float64))
+        == 3.5
+    )

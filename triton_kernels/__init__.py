@@ -1,0 +1,1 @@
+"""Triton kernels, one file per operator. Triton is imported by those files alone."""

@@ -1,0 +1,180 @@
+"""Soft mask on GPUs: w_hat = sigmoid(z) w and its backward, one pass over the weight each.
+
+Equations as in pdp_kernels/reference.py. Bytes moved per float32 weight: 8 forward, 12 backward.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements per program: 16 bytes a load for float32 and 4 loads a thread. Not yet measured on a GPU.
+BLOCK = 2048
+NUM_WARPS = 4
+
+
+@triton.jit
+def _scale_and_temperature(t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
+    """(q, tau') of reference.scale_and_temperature."""
+    scale = 1.0
+    if RELATIVE:
+        magnitude = tl.abs(t)
+        scale = tl.where(magnitude == float("inf"), 1.0, tl.where(t == 0, TINY, magnitude))
+        tau = tl.where(t == 0, TINY, tau)
+    return scale, tau
+
+
+@triton.jit
+def _exponent(w, t, scale, tau, RELATIVE: tl.constexpr):
+    """z = ((|w| - t) / q) ((|w| + |t|) / q) / tau'"""
+    magnitude = tl.abs(w)
+    difference = magnitude - t
+    total = magnitude + tl.abs(t)
+    if RELATIVE:
+        difference = difference / scale
+        total = total / scale
+    return difference * total / tau
+
+
+@triton.jit
+def _store(ptr, value, inside):
+    """Through float32 on the way from float64 to 16 bits, for which there is no instruction."""
+    dtype = ptr.dtype.element_ty
+    if dtype.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    tl.store(ptr, value.to(dtype), mask=inside)
+
+
+@triton.jit
+def _soft_mask_fwd_kernel(
+    weight_ptr,
+    threshold_ptr,
+    tau_ptr,
+    w_hat_ptr,
+    mask_ptr,
+    numel,
+    RELATIVE: tl.constexpr,
+    WITH_MASK: tl.constexpr,
+    TINY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < numel
+    t = tl.load(threshold_ptr)
+    scale, tau = _scale_and_temperature(t, tl.load(tau_ptr), RELATIVE, TINY)
+    w = tl.load(weight_ptr + offsets, mask=inside).to(t.dtype)
+
+    z = _exponent(w, t, scale, tau, RELATIVE)
+    decay = tl.exp(-tl.abs(z))
+    m = tl.where(z >= 0, 1.0, decay) / (1 + decay)
+
+    _store(w_hat_ptr + offsets, m * w, inside)
+    if WITH_MASK:
+        _store(mask_ptr + offsets, m, inside)
+
+
+@triton.jit
+def _soft_mask_bwd_kernel(
+    grad_w_hat_ptr,
+    grad_mask_ptr,
+    weight_ptr,
+    threshold_ptr,
+    tau_ptr,
+    grad_ptr,
+    numel,
+    RELATIVE: tl.constexpr,
+    FROM_W_HAT: tl.constexpr,
+    FROM_MASK: tl.constexpr,
+    TINY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < numel
+    t = tl.load(threshold_ptr)
+    scale, tau = _scale_and_temperature(t, tl.load(tau_ptr), RELATIVE, TINY)
+    w = tl.load(weight_ptr + offsets, mask=inside).to(t.dtype)
+
+    z = _exponent(w, t, scale, tau, RELATIVE)
+    decay = tl.exp(-tl.abs(z))
+    slope = decay / ((1 + decay) * (1 + decay))  # m (1 - m)
+    scaled = w / scale if RELATIVE else w
+    grad = tl.zeros_like(w)
+    # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
+    if FROM_W_HAT:
+        m = tl.where(z >= 0, 1.0, decay) / (1 + decay)
+        boost = tl.where(slope == 0, 0.0, 2 * scaled * scaled / tau * slope)
+        grad += tl.load(grad_w_hat_ptr + offsets, mask=inside).to(t.dtype) * (m + boost)
+    if FROM_MASK:
+        factor = scaled / scale if RELATIVE else w
+        mask_slope = tl.where(slope == 0, 0.0, 2 * factor / tau * slope)
+        grad += tl.load(grad_mask_ptr + offsets, mask=inside).to(t.dtype) * mask_slope
+    _store(grad_ptr + offsets, grad, inside)
+
+
+def soft_mask(
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+    return_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """Implements pdp::soft_mask; arguments as reference.soft_mask."""
+    w_hat = torch.empty_like(weight, dtype=out_dtype, requires_grad=False)
+    mask = torch.empty_like(w_hat) if return_mask else w_hat.new_empty(0)
+    numel = weight.numel()
+    if numel > 0:
+        with torch.cuda.device_of(weight):
+            _soft_mask_fwd_kernel[(triton.cdiv(numel, BLOCK),)](
+                _in_order_of(w_hat, weight),
+                threshold,
+                tau,
+                w_hat,
+                mask,
+                numel,
+                RELATIVE=relative,
+                WITH_MASK=return_mask,
+                TINY=torch.finfo(threshold.dtype).tiny,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
+    return w_hat, mask
+
+
+def soft_mask_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+) -> Tensor:
+    """Implements pdp::soft_mask_backward; arguments as reference.soft_mask_backward."""
+    grad = torch.empty_like(weight, requires_grad=False)
+    numel = weight.numel()
+    if numel > 0:
+        with torch.cuda.device_of(weight):
+            _soft_mask_bwd_kernel[(triton.cdiv(numel, BLOCK),)](
+                grad if grad_w_hat is None else _in_order_of(grad, grad_w_hat),
+                grad if grad_mask is None else _in_order_of(grad, grad_mask),
+                _in_order_of(grad, weight),
+                threshold,
+                tau,
+                grad,
+                numel,
+                RELATIVE=relative,
+                FROM_W_HAT=grad_w_hat is not None,
+                FROM_MASK=grad_mask is not None,
+                TINY=torch.finfo(threshold.dtype).tiny,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
+    return grad
+
+
+def _in_order_of(layout: Tensor, values: Tensor) -> Tensor:
+    """The values in the memory order of `layout`, which empty_like made: a copy only where they
+    lie otherwise (no dense layout does)."""
+    if values.stride() == layout.stride():
+        return values
+    return torch.empty_like(layout, dtype=values.dtype).copy_(values)
