@@ -82,7 +82,8 @@ Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities)
   return counts;
 }
 
-// A selection needs no order of the elements, only all of them: every dense layout is read as it is.
+// A selection needs no order of the elements, only all of them: every dense layout is read as it
+// is.
 cpu::Weight selectable(const Tensor& weight) {
   return {weight.data_ptr(), weight.numel(), weight_type(weight.scalar_type())};
 }

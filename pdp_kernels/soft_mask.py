@@ -25,12 +25,14 @@ class _SoftMask(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        weight, threshold, tau, ctx.relative, _, _ = inputs
+        weight, threshold, tau, ctx.relative, _, ctx.return_mask = inputs
         ctx.save_for_backward(weight, threshold, tau)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_w_hat, grad_mask):
+        if not ctx.return_mask:
+            grad_mask = None  # a compiled backward fills in zeros for the empty placeholder
         if grad_w_hat is None and grad_mask is None:
             return (None,) * 6
         grad = _SoftMaskBackward.apply(grad_w_hat, grad_mask, *ctx.saved_tensors, ctx.relative)

@@ -47,7 +47,9 @@ PDP_INLINE void narrow(float value, float& result) { result = value; }
 PDP_INLINE void narrow(float value, double& result) { result = value; }
 PDP_INLINE void narrow(double value, double& result) { result = value; }
 PDP_INLINE void narrow(double value, float& result) { result = static_cast<float>(value); }
-PDP_INLINE void narrow(double value, BFloat16& result) { narrow(static_cast<float>(value), result); }
+PDP_INLINE void narrow(double value, BFloat16& result) {
+  narrow(static_cast<float>(value), result);
+}
 PDP_INLINE void narrow(double value, Half& result) { narrow(static_cast<float>(value), result); }
 
 // Calls body(pointer of the array's own type).

@@ -1,4 +1,5 @@
-// How the CPU kernels meet the machine: threads given by the caller, instruction sets by the loader.
+// How the CPU kernels meet the machine: threads given by the caller, instruction sets by the
+// loader.
 #pragma once
 
 #include <cstdint>

@@ -20,7 +20,8 @@ constexpr int64_t kGrain = 16384;
 // that denormal results are reached.
 PDP_INLINE float exp_negative(float x) {
   constexpr float kLog2E = 1.44269504f;
-  constexpr float kLn2High = 0.693145752f;  // ln 2 with 9 zero bits at the end: n * kLn2High is exact
+  constexpr float kLn2High =
+      0.693145752f;  // ln 2 with 9 zero bits at the end: n * kLn2High is exact
   constexpr float kLn2Low = 1.42860677e-6f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer below
   constexpr float kUnderflow = 104.0f;   // e^-104 rounds to 0
@@ -68,8 +69,7 @@ struct Mask {
 
 template <typename Real, bool kRelative>
 PDP_INLINE void forward_block(Mask<Real, kRelative> at, const Real* __restrict weight,
-                              Real* __restrict w_hat, Real* __restrict mask,
-                              int count) {
+                              Real* __restrict w_hat, Real* __restrict mask, int count) {
   for (int i = 0; i < count; ++i) {
     const Real z = at.exponent(weight[i]);
     const Real decay = exp_negative(std::fabs(z));

@@ -1,0 +1,185 @@
+// Selection by one read: a bracket around the k-th magnitude, and the few keys inside it.
+//
+// A small sample brackets the k-th magnitude between two keys; one pass counts the keys below the
+// bracket and gathers those inside (a few percent), and a radix select of the gathered keys finds
+// v_k and v_{k+1}. A bracket that turns out to have missed, or to hold too much, is replaced by a
+// bin of a full histogram: whatever the sample, the answer is exact.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+#include "gather.h"
+#include "search.h"
+
+namespace pdp::cpu {
+
+// Weights up to this size are gathered whole: a sample would save nothing.
+constexpr int64_t kWholeGather = 1 << 13;
+
+constexpr int64_t kSampleSize = 2048;
+
+// Keys are gathered through a buffer of this many on the stack.
+constexpr int kGatherBlock = 4096;
+
+template <typename Stored>
+class BracketSearch final : public Search {
+ public:
+  BracketSearch(const Stored* data, int64_t numel, int64_t k)
+      : data_(data), numel_(numel), rank_(k - 1) {
+    if (numel <= kWholeGather) {
+      set_bracket(0, kNaN, numel);
+    } else {
+      bracket_from_sample();
+    }
+  }
+
+  int64_t tile() const override { return 1 << 16; }
+
+  void scan(int64_t begin, int64_t end) override {
+    switch (pass_) {
+      case Pass::kGather:
+        return gather_range(begin, end);
+      case Pass::kHistogram:
+        return histogram_range(begin, end);
+      case Pass::kNext:
+        return next_range(begin, end);
+    }
+  }
+
+  bool conclude() override {
+    switch (pass_) {
+      case Pass::kGather:
+        return conclude_gather();
+      case Pass::kHistogram:
+        return conclude_histogram();
+      case Pass::kNext:
+        found.next = next_.load();
+        return true;
+    }
+    return true;
+  }
+
+ private:
+  using Key = std::conditional_t<sizeof(Stored) == 8, uint64_t, uint32_t>;
+  enum class Pass { kGather, kHistogram, kNext };
+
+  static constexpr int kBits = Magnitude<Stored>::kBits;
+  static constexpr int kTopShift = kBits - kDigitBits;
+  static constexpr Key kNaN = Magnitude<Stored>::kInfinity + 1;
+
+  void set_bracket(Key low, Key high, int64_t capacity) {
+    pass_ = Pass::kGather;
+    low_ = low;
+    high_ = high;
+    capacity_ = capacity;
+    below_ = 0;
+    gathered_ = 0;
+    keys_.reset(new Key[capacity]);
+  }
+
+  // Of a sample of S the rank k / n S is off by about sqrt(S) / 2 at most (one standard deviation);
+  // five of them miss about once in a million.
+  void bracket_from_sample() {
+    std::array<Key, kSampleSize> sample;
+    const int64_t stride = numel_ / kSampleSize;
+    for (int64_t i = 0; i < kSampleSize; ++i) {
+      // A step that varies inside the stride, so that a periodic weight is sampled evenly.
+      sample[i] = magnitude_key(data_[i * stride + i * 0x9E3779B1 % stride]);
+    }
+    const double share = static_cast<double>(rank_) / numel_;
+    const double margin = 5 * std::sqrt(kSampleSize * share * (1 - share)) + 2;
+    const auto ordered = [&](double position) {
+      const auto at = sample.begin() + static_cast<int64_t>(position);
+      std::nth_element(sample.begin(), at, sample.end());
+      return *at;
+    };
+    const double centre = share * kSampleSize;
+    const Key low = centre - margin < 0 ? 0 : ordered(centre - margin);
+    const Key high = centre + margin >= kSampleSize ? kNaN : ordered(centre + margin);
+    set_bracket(low, high, numel_ / 8);
+  }
+
+  void gather_range(int64_t begin, int64_t end) {
+    Key keys[kGatherBlock];
+    int64_t below = 0;
+    for (int64_t offset = begin; offset < end; offset += kGatherBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kGatherBlock, end - offset));
+      const int gathered = gather(data_ + offset, count, low_, high_, keys, &below);
+      const int64_t position = gathered_.fetch_add(gathered);
+      // What does not fit is counted only: conclude() sees it.
+      if (position + gathered <= capacity_) std::copy_n(keys, gathered, &keys_[position]);
+    }
+    below_ += below;
+  }
+
+  bool conclude_gather() {
+    const int64_t rank = rank_ - below_;
+    const bool inside = rank >= 0 && rank < gathered_;
+    if (!inside || (gathered_ > capacity_ && low_ < high_)) {
+      pass_ = Pass::kHistogram;
+      histogram_.assign(1 << kDigitBits, 0);
+      return false;
+    }
+    if (low_ == high_) {
+      found.kth = found.next = low_;
+      found.equal = gathered_;
+    } else {
+      for (int64_t i = 0; i < gathered_; ++i) keys_[i] -= low_;
+      int bits = 0;
+      while ((high_ - low_) >> bits != 0) ++bits;
+      found = radix_select_keys(keys_.get(), gathered_, rank, bits);
+      found.kth += low_;
+      found.next += low_;
+    }
+    found.below += below_;
+    if (rank + 1 < gathered_) return true;
+    pass_ = Pass::kNext;
+    return false;
+  }
+
+  void histogram_range(int64_t begin, int64_t end) {
+    std::array<int64_t, 1 << kDigitBits> counts{};
+    for (int64_t i = begin; i < end; ++i) ++counts[magnitude_key(data_[i]) >> kTopShift];
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (size_t bin = 0; bin < counts.size(); ++bin) histogram_[bin] += counts[bin];
+  }
+
+  bool conclude_histogram() {
+    const int64_t bin = find_bin(histogram_, rank_).index;
+    const Key low = static_cast<Key>(bin) << kTopShift;
+    set_bracket(low, low + ((Key{1} << kTopShift) - 1), histogram_[bin]);
+    return false;
+  }
+
+  // The bracket ended with v_k: v_{k+1} is the least key above it.
+  void next_range(int64_t begin, int64_t end) {
+    Key next = ~Key{0};
+    for (int64_t i = begin; i < end; ++i) {
+      const Key key = magnitude_key(data_[i]);
+      if (key > high_) next = std::min(next, key);
+    }
+    Key known = next_.load();
+    while (next < known && !next_.compare_exchange_weak(known, next)) {
+    }
+  }
+
+  const Stored* data_;
+  const int64_t numel_;
+  const int64_t rank_;  // k - 1: ranks count from 0
+
+  Pass pass_;
+  Key low_, high_;  // both inside the bracket
+  int64_t capacity_;
+  std::atomic<int64_t> below_, gathered_;
+  std::unique_ptr<Key[]> keys_;
+  std::vector<int64_t> histogram_;
+  std::mutex mutex_;
+  std::atomic<Key> next_{~Key{0}};
+};
+
+}  // namespace pdp::cpu

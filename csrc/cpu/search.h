@@ -1,0 +1,78 @@
+// The search for one weight's order statistics, and how ranks and digits are counted.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "radix_select.h"
+
+namespace pdp::cpu {
+
+constexpr int kDigitBits = 11;
+
+// Passes over a weight until the search concludes.
+class Search {
+ public:
+  virtual ~Search() = default;
+
+  // Elements that one thread should handle at a time.
+  virtual int64_t tile() const = 0;
+
+  // Looks at the elements [begin, end); called from several threads at once.
+  virtual void scan(int64_t begin, int64_t end) = 0;
+
+  // Called when all elements were scanned: true when `found` is complete, else scan again.
+  virtual bool conclude() = 0;
+
+  OrderStatistics found;
+};
+
+// Where a rank (from 0) falls in a histogram: the bin, and how many are counted before it.
+struct Bin {
+  int64_t index;
+  int64_t before;
+};
+
+template <typename Counts>
+Bin find_bin(const Counts& counts, int64_t rank) {
+  Bin bin{0, 0};
+  while (bin.before + static_cast<int64_t>(counts[bin.index]) <= rank) {
+    bin.before += counts[bin.index++];
+  }
+  return bin;
+}
+
+// v_k, and the next key above it unless it is the largest, among keys that share all bits above the
+// lowest `bits`. Reorders the keys.
+template <typename Key>
+OrderStatistics radix_select_keys(Key* keys, int64_t count, int64_t rank, int bits) {
+  OrderStatistics found;
+  Key next = ~Key{0};
+  std::array<int64_t, 1 << kDigitBits> histogram;
+  while (bits > 0) {
+    const int width = std::min(bits, kDigitBits);
+    bits -= width;
+    const Key digits = (Key{1} << width) - 1;
+    std::fill_n(histogram.begin(), digits + 1, 0);
+    for (int64_t i = 0; i < count; ++i) ++histogram[(keys[i] >> bits) & digits];
+    const Bin bin = find_bin(histogram, rank);
+    int64_t matching = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Key key = keys[i];
+      const Key digit = (key >> bits) & digits;
+      keys[matching] = key;
+      matching += digit == static_cast<Key>(bin.index);
+      if (digit > static_cast<Key>(bin.index)) next = std::min(next, key);
+    }
+    found.below += bin.before;
+    rank -= bin.before;
+    count = matching;
+  }
+  found.kth = keys[0];
+  found.equal = count;
+  found.next = rank + 1 < count ? keys[0] : next;
+  return found;
+}
+
+}  // namespace pdp::cpu

@@ -1,0 +1,114 @@
+"""The operators hold to the dispatcher's contract, in eager mode and compiled."""
+
+import math
+
+import pytest
+import torch
+from cases import DTYPES
+
+from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, pdp_thresholds
+
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def sample_inputs(device):
+    """(operator, arguments) of every schema: dtypes, layouts, optional arguments."""
+    counts = torch.tensor([3, 0], device=device)
+    for dtype in DTYPES:
+        weight = torch.randn(4, 6, 2, 2, device=device).to(dtype)
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        t, tau = (torch.tensor(value, dtype=real, device=device) for value in (0.7, 0.1))
+        yield "prune_counts", ([weight, weight[0]], [0.3, 1.0])
+        yield "thresholds", ([weight, weight[:, ::2]], counts)
+        yield "hard_mask", (weight.to(memory_format=torch.channels_last), counts[:1])
+        for layout in (weight.to(memory_format=torch.channels_last), weight[:, ::2]):
+            grad = torch.randn_like(layout)
+            yield "soft_mask", (layout, t, tau, False, None, False)
+            yield "soft_mask", (layout, t, tau, True, torch.bfloat16, True)
+            yield "soft_mask_backward", (grad, None, layout, t, tau, True)
+            yield "soft_mask_backward", (grad.float(), grad, layout, t, tau, False)
+
+
+def test_opcheck(device):
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs, poison would differ
+    for name, arguments in sample_inputs(device):
+        operator = getattr(torch.ops.pdp, name).default
+        torch.library.opcheck(operator, arguments, test_utils=CHECKS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+CALLS = {
+    "threshold": lambda w: pdp_threshold(w, 0.6),
+    "thresholds": lambda w: pdp_thresholds([w, w[0]], [0.6, 0.1]),
+    "hard_mask": lambda w: hard_mask(w, 0.6),
+    "mask": lambda w: pdp_mask(w, 0.6, tau=0.1),
+    "mask, relative, with mask": lambda w: pdp_mask(w, 0.6, relative_tau=0.3, return_mask=True),
+    "mask, bfloat16": lambda w: pdp_mask(w, 0.6, out_dtype=torch.bfloat16).float(),
+}
+
+
+def loss(results):
+    results = results if isinstance(results, tuple) else (results,)
+    return sum(result.sin().sum() for result in results)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_a_graph_break(device, name):
+    weight = torch.randn(16, 9, device=device, requires_grad=True)
+    call = CALLS[name]
+    compiled = torch.compile(call, fullgraph=True)
+    expected, found = call(weight), compiled(weight)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    if name.startswith("mask"):
+        own, compiled_own = (torch.autograd.grad(loss(r), weight)[0] for r in (expected, found))
+        torch.testing.assert_close(compiled_own, own)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_once_for_all_shapes(device, name):
+    call = CALLS[name]
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size, stance in ((11, "default"), (16, "fail_on_recompile"), (130, "fail_on_recompile")):
+        weight = torch.randn(size, 7, device=device, requires_grad=True)
+        with torch.compiler.set_stance(stance):
+            found = compiled(weight)
+        torch.testing.assert_close(found, call(weight), rtol=0, atol=0)
+        if name.startswith("mask"):
+            torch.autograd.grad(loss(found), weight)
+
+
+def test_compiles_once_for_a_schedule_in_tensors(device):
+    masked = torch.compile(lambda w, ratio, tau: pdp_mask(w, ratio, tau=tau), fullgraph=True)
+    weight = torch.randn(64, device=device, requires_grad=True)
+    for epoch in range(1, 6):
+        ratio = torch.tensor(0.15 * epoch, device=device, dtype=torch.float64)
+        tau = torch.tensor(0.1 / epoch, device=device)
+        with torch.compiler.set_stance("default" if epoch == 1 else "fail_on_recompile"):
+            found = masked(weight, ratio, tau)
+        assert torch.equal(found, pdp_mask(weight, 0.15 * epoch, tau=0.1 / epoch))
+
+
+def test_compiled_training_step_equals_eager(device):
+    def step(weight, inputs):
+        out = inputs @ pdp_mask(weight, 0.75, relative_tau=0.2)
+        return out.relu().sum()
+
+    inputs = torch.randn(8, 16, device=device)
+    grads = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        weight = torch.linspace(-1, 1, 16 * 4, device=device).view(16, 4).requires_grad_()
+        function(weight, inputs).backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_constants_of_the_example_are_right():
+    """The numbers the docstrings show."""
+    assert pdp_threshold(torch.tensor([1.0, -2.0, 3.0, -4.0]), 0.5).item() == 2.5
+    layers = [torch.tensor([1.0, -2.0, 3.0, -4.0]), torch.tensor([5.0, 6.0])]
+    assert pdp_thresholds(layers, [0.25, 0.5]).tolist() == [1.5, 5.5]
+    assert pdp_thresholds(layers, [0, 1]).tolist() == [-math.inf, math.inf]
