@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from pdp_kernels._validation import check_weights
-from pdp_kernels.threshold import _prune_counts
+from pdp_kernels._validation import check_weight
+from pdp_kernels.threshold import prune_count
 
 
 def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
@@ -30,5 +30,5 @@ def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
         >>> hard_mask(torch.tensor([2.0, -1.0, 1.0, -3.0]), 0.5)
         tensor([ True, False, False,  True])
     """
-    check_weights("weight", [weight])
-    return torch.ops.pdp.hard_mask(weight.detach(), _prune_counts([weight], "sparsity", sparsity))
+    check_weight("weight", weight)
+    return torch.ops.pdp.hard_mask(weight.detach(), prune_count(weight, sparsity))

@@ -43,7 +43,10 @@ def midpoint(low: Tensor, high: Tensor) -> Tensor:
 
 
 def threshold(weight: Tensor, prune_count: Tensor) -> Tensor:
-    """t = (v_k + v_{k+1}) / 2 of the sorted |w| (Algorithm 1, lines 14-16); -inf at 0, +inf at n."""
+    """t = (v_k + v_{k+1}) / 2 of the sorted |w| (Algorithm 1, lines 14-16).
+
+    k = 0 gives -inf, k = n gives +inf.
+    """
     dtype = threshold_dtype([weight])
     count = weight.numel()
     if count == 0:
@@ -63,7 +66,7 @@ def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
 
 
 def hard_mask(weight: Tensor, prune_count: Tensor) -> Tensor:
-    """True for the n - k weights kept; of equal magnitudes the lowest flat index is pruned first."""
+    """True for the n - k weights kept; of equal ones the lowest flat index is pruned first."""
     order = weight.abs().flatten().sort(stable=True).indices
     kept = torch.arange(weight.numel(), device=weight.device) >= prune_count
     return torch.empty_like(kept).scatter_(0, order, kept).view(weight.shape)

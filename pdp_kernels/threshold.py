@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pdp_kernels import _ops  # noqa: F401
-from pdp_kernels._validation import check_ratio, check_ratio_tensor, check_weights
+from pdp_kernels._validation import check_ratio, check_ratio_tensor, check_weight, check_weights
 
 
 def pdp_threshold(weight: Tensor, sparsity: float | Tensor) -> Tensor:
@@ -27,8 +27,9 @@ def pdp_threshold(weight: Tensor, sparsity: float | Tensor) -> Tensor:
         >>> t.item()
         2.5
     """
-    check_weights("weight", [weight])
-    return _thresholds([weight], _prune_counts([weight], "sparsity", sparsity)).squeeze(0)
+    check_weight("weight", weight)
+    counts = prune_count(weight, sparsity)
+    return torch.ops.pdp.thresholds([weight.detach()], counts).squeeze(0)
 
 
 def pdp_thresholds(
@@ -67,31 +68,35 @@ def pdp_thresholds(
         [1.5, 5.5]
     """
     check_weights("weights", weights)
-    return _thresholds(weights, _prune_counts(weights, "sparsities", sparsities))
-
-
-def _thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
-    return torch.ops.pdp.thresholds([weight.detach() for weight in weights], prune_counts)
-
-
-def _prune_counts(
-    weights: Sequence[Tensor], name: str, sparsities: float | Sequence[float] | Tensor
-) -> Tensor:
-    """k = floor(r n + 1/2) for each weight, int64 (L,) on the weights' device."""
     weights = [weight.detach() for weight in weights]
     if isinstance(sparsities, Tensor):
-        shapes = ((), (len(weights),))
-        check_ratio_tensor(name, sparsities, shapes, weights[0].device)
-        sizes = torch.ops.pdp.prune_counts(weights, [1.0] * len(weights))
-        return torch.floor(sparsities.to(torch.float64) * sizes + 0.5).to(torch.int64)
-    if not isinstance(sparsities, Sequence):
-        check_ratio(name, sparsities)
+        check_ratio_tensor("sparsities", sparsities, ((), (len(weights),)), weights[0].device)
+        return torch.ops.pdp.thresholds(weights, _counts_of_tensor(weights, sparsities))
+    if not isinstance(sparsities, (list, tuple)):
+        check_ratio("sparsities", sparsities)
         sparsities = [sparsities] * len(weights)
     if len(sparsities) != len(weights):
         raise ValueError(
-            f"{name} must hold one ratio for each of the {len(weights)} weights, "
+            f"sparsities must hold one ratio for each of the {len(weights)} weights, "
             f"got {len(sparsities)}"
         )
     for index, sparsity in enumerate(sparsities):
-        check_ratio(f"{name}[{index}]", sparsity)
-    return torch.ops.pdp.prune_counts(weights, [float(sparsity) for sparsity in sparsities])
+        check_ratio(f"sparsities[{index}]", sparsity)
+    counts = torch.ops.pdp.prune_counts(weights, [float(sparsity) for sparsity in sparsities])
+    return torch.ops.pdp.thresholds(weights, counts)
+
+
+def prune_count(weight: Tensor, sparsity: float | Tensor) -> Tensor:
+    """k = floor(r n + 1/2) of one weight, int64 (1,) on its device; checks the sparsity."""
+    weights = [weight.detach()]
+    if isinstance(sparsity, Tensor):
+        check_ratio_tensor("sparsity", sparsity, ((),), weight.device)
+        return _counts_of_tensor(weights, sparsity)
+    check_ratio("sparsity", sparsity)
+    return torch.ops.pdp.prune_counts(weights, [float(sparsity)])
+
+
+def _counts_of_tensor(weights: Sequence[Tensor], sparsities: Tensor) -> Tensor:
+    """k = floor(r n + 1/2) where the ratios are known to the device alone."""
+    sizes = torch.ops.pdp.prune_counts(weights, [1.0] * len(weights))
+    return torch.floor(sparsities.to(torch.float64) * sizes + 0.5).to(torch.int64)

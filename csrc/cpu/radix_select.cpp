@@ -10,6 +10,9 @@
 namespace pdp::cpu {
 namespace {
 
+// Lists of fewer elements than this are not worth waking a second thread for.
+constexpr int64_t kSerial = 1 << 15;
+
 std::unique_ptr<Search> make_search(const Weight& weight, int64_t k) {
   std::unique_ptr<Search> search;
   if (k <= 0 || k >= weight.numel) return search;
@@ -36,8 +39,12 @@ std::vector<OrderStatistics> radix_select(const std::vector<Weight>& weights, co
     int64_t end;
   };
   const int64_t count = static_cast<int64_t>(weights.size());
+  int64_t numel = 0;
+  for (const Weight& weight : weights) numel += weight.numel;
+  const auto grain = [&](int64_t items) { return numel < kSerial ? items : 1; };
+
   std::vector<std::unique_ptr<Search>> searches(count);
-  parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(count, grain(count), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) searches[i] = make_search(weights[i], k[i]);
   });
 
@@ -54,14 +61,14 @@ std::vector<OrderStatistics> radix_select(const std::vector<Weight>& weights, co
         tiles.push_back({i, begin, std::min(weights[i].numel, begin + step)});
       }
     }
-    parallel_for(tiles.size(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(tiles.size(), grain(tiles.size()), [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const Tile& tile = tiles[at];
         searches[tile.weight]->scan(tile.begin, tile.end);
       }
     });
     std::vector<char> concluded(pending.size());
-    parallel_for(pending.size(), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(pending.size(), grain(pending.size()), [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) concluded[at] = searches[pending[at]]->conclude();
     });
     std::vector<size_t> unfinished;

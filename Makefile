@@ -1,0 +1,60 @@
+# make bench   the microbenchmark against eager PyTorch, on the GPU if there is one
+# make test    the tests, and the extension against a CPU-only torch
+# make lint    ruff and clang-format; make format mends
+# make gpu     on a GPU machine: everything that needs one, with PYTHON's own packages
+#
+# Each makes .venv first. Versions of the tools stand in pyproject.toml, those of torch here.
+
+PYTHON ?= python3
+TORCH ?= torch==2.11.0
+TORCH_CPU ?= torch==2.13.0
+BENCH ?=
+GPU_OUT ?= benchmarks/results/gpu
+
+VENV := .venv
+CPU_VENV := .venv-cpu
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(VENV)/built
+	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+# The CPU-only torch loads the modules that were built against the other one.
+test: $(VENV)/built $(CPU_VENV)/tools
+	PYTHONPATH=. $(CPU_VENV)/bin/python -m pytest -q tests/test_installation.py \
+		tests/test_threshold.py tests/test_autograd.py -m "not gpu and not installed"
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/tools
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+gpu:
+	PYTHON="$(PYTHON)" OUT="$(GPU_OUT)" benchmarks/gpu.sh
+
+$(VENV)/tools: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(VENV)/bin/pip install --quiet "$(TORCH)" --group build --group test --group bench --group lint
+	touch $@
+
+$(VENV)/built: $(VENV)/tools $(SOURCES)
+	$(VENV)/bin/pip install --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(CPU_VENV)/tools: pyproject.toml Makefile
+	$(PYTHON) -m venv $(CPU_VENV)
+	$(CPU_VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
+	$(CPU_VENV)/bin/pip install --quiet "$(TORCH_CPU)" --group test
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(CPU_VENV) build dist *.egg-info pdp_kernels/*.so
+
+.PHONY: bench test lint format gpu clean

@@ -1,0 +1,17 @@
+"""Microbenchmarks: pdp_kernels against eager PyTorch and torch.compile. `python -m benchmarks`.
+
+Steps: `threshold` (selection over one weight or a network's list), `forward`, `backward` and `mask`
+(both) at a given threshold, `step` (threshold + mask: what pruning adds to a training step), and
+`copy`, the roof.
+
+Providers: `eager-kthvalue` (two torch.kthvalue calls, then Eq. 1 with autograd's own backward: the
+base of the ratios), `eager-topk` (Algorithm 1 as printed, with two torch.topk calls), `one-topk`
+and `sort` (other ways to select, by default on a GPU only), `compiled` (kthvalue, then Eq. 1
+through torch.compile), and `ours`. `eager` is the mask that the eager providers share.
+
+Columns: `vs eager` is the median of the base over the median of the row; `IQR` the distance of the
+quartiles over the median; `B/weight` the fewest bytes the step can move (threshold 1 element per
+weight, forward 2, backward 3); `GB/s` those bytes over the median, so that a provider that moves
+more shows a lower figure; `of copy` that figure over the copy's. Providers take turns, over batches
+that together exceed the last cache. On a GPU times are between CUDA events around one call.
+"""

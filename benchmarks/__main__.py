@@ -1,0 +1,150 @@
+"""Command line of the benchmark."""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.batches import make_batches
+from benchmarks.environment import describe_environment
+from benchmarks.measure import Bench, Row
+from benchmarks.networks import NETWORKS
+from benchmarks.report import (
+    format_environment,
+    format_headlines,
+    format_table,
+    write_results,
+)
+from benchmarks.steps import STEPS
+
+PROVIDERS = list(dict.fromkeys(name for step in STEPS.values() for name in step.providers))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+STEPS_BY_DEFAULT = ["copy", "threshold", "mask", "step"]
+INPUTS_QUICK = ["65536", "2359296", "resnet50"]
+INPUTS_ON_CPU = ["4096", "65536", "2359296", "digits", "resnet50", "gpt2"]
+INPUTS_ON_GPU = [
+    *("4096", "65536", "1048576", "2359296", "16777216", "100000000"),
+    *("digits", *NETWORKS),
+]
+# On a CPU these are no better than the eager providers, and cost most of the time of a run.
+PROVIDERS_ON_GPU_ONLY = {"one-topk", "sort"}
+
+
+def parse_input(text: str) -> str:
+    """A network, "digits", or a number of weights such as 65536 or 4e6."""
+    if text in NETWORKS or text == "digits":
+        return text
+    try:
+        return str(int(float(text)))
+    except ValueError:
+        choices = ", ".join([*NETWORKS, "digits"])
+        raise argparse.ArgumentTypeError(f"{text!r} is no number and none of {choices}") from None
+
+
+def parse_sparsity(text: str) -> float:
+    sparsity = float(text)
+    if not 0 < sparsity < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return sparsity
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time PDP's steps against eager PyTorch and torch.compile. Every answer is "
+        "checked in float64 before it is timed; a wrong one makes the exit status 1.",
+    )
+    parser.add_argument(
+        "--inputs", nargs="+", type=parse_input, metavar="INPUT",
+        help=f"numbers of weights (65536, 4e6) or any of: {', '.join(NETWORKS)}, digits",
+    )  # fmt: skip
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS_BY_DEFAULT)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--sparsity", type=parse_sparsity, default=0.9, metavar="R")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--quick", action="store_true", help="fewer inputs: about a minute")
+    parser.add_argument(
+        "--budget", type=float, default=2.0, metavar="SECONDS",
+        help="timing per step and input; each provider runs at least three times (default: 2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=float, default=3.0, metavar="SECONDS",
+        help="skip a provider whose single run takes longer, unless it is the base (default: 3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="FILE.csv, FILE.json, or a folder for both"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="speedup over eager by n")
+    arguments = parser.parse_args()
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = arguments.device == "cuda"
+    has_digits = find_spec("sklearn") is not None
+    if arguments.inputs is None:
+        defaults = INPUTS_ON_GPU if on_gpu else INPUTS_ON_CPU
+        defaults = INPUTS_QUICK if arguments.quick else defaults
+        arguments.inputs = [name for name in defaults if name != "digits" or has_digits]
+    elif "digits" in arguments.inputs and not has_digits:
+        parser.error("the input digits needs scikit-learn: pip install scikit-learn")
+    if arguments.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if arguments.providers is None:
+        skipped = set() if on_gpu else PROVIDERS_ON_GPU_ONLY
+        arguments.providers = [name for name in PROVIDERS if name not in skipped]
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Every row that the arguments ask for, with a progress bar on stderr."""
+    bench = Bench(
+        device=torch.device(arguments.device),
+        providers=set(arguments.providers),
+        budget=arguments.budget,
+        limit=arguments.limit,
+    )
+    rows = []
+    total = len(arguments.dtypes) * len(arguments.inputs) * len(arguments.steps)
+    with tqdm(total=total, file=sys.stderr, unit="row") as progress:
+        for dtype in arguments.dtypes:
+            for name in arguments.inputs:
+                progress.set_description(f"{name}, {dtype}: making weights")
+                batches = make_batches(name, DTYPES[dtype], bench.device, arguments.sparsity)
+                for step in arguments.steps:
+                    progress.set_description(f"{name}, {dtype}: {step}")
+                    rows += bench.measure(name, step, batches)
+                    progress.update()
+    return rows
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    environment = describe_environment(torch.device(arguments.device))
+    rows = run(arguments)
+    print(format_environment(environment))
+    print(f"sparsity: {arguments.sparsity}\n")
+    print(format_table(rows))
+    if arguments.device == "cpu":
+        print("\nRead the ratios: on a shared CPU the times themselves vary from run to run.")
+    print(f"\n{format_headlines(rows)}")
+    if arguments.out:
+        for path in write_results(arguments.out, rows, environment, vars(arguments)):
+            print(f"wrote {path}")
+    if arguments.plot:
+        from benchmarks.plot import plot_speedups
+
+        title = f"{environment['device']}, {environment['cpu']}, torch {environment['torch']}"
+        plot_speedups(arguments.plot, rows, title)
+        print(f"wrote {arguments.plot}")
+    errors = [row for row in rows if row.is_error]
+    for row in errors:
+        print(f"{row.input} {row.dtype} {row.step} {row.provider}: {row.note}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""A batch: the weights of one input, with their exact thresholds and random gradients."""
+
+import math
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from benchmarks.networks import make_weights
+
+# Runs of the smallest inputs rotate over this many batches: past L2, and quick to build.
+MAX_BATCHES = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One list of weights, with all that a step needs to run on it."""
+
+    weights: list[Tensor]
+    thresholds: list[Tensor]
+    """The exact threshold of each weight, 0-d, as the package returns it."""
+    grads: list[Tensor]
+    """A random gradient with respect to each masked weight."""
+    sparsity: float
+
+    @property
+    def numel(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+
+def make_batches(
+    name: str, dtype: torch.dtype, device: torch.device, sparsity: float, seed: int = 0
+) -> list[Batch]:
+    """Enough batches of one input that a rotation over their weights does not fit in the cache."""
+    generator = torch.Generator(device).manual_seed(seed)
+    first = _make_batch(name, dtype, sparsity, generator)
+    count = math.ceil(2 * cache_bytes(device) / (first.numel * dtype.itemsize))
+    others = range(1, min(count, MAX_BATCHES))
+    return [first, *(_make_batch(name, dtype, sparsity, generator) for _ in others)]
+
+
+def _make_batch(
+    name: str, dtype: torch.dtype, sparsity: float, generator: torch.Generator
+) -> Batch:
+    weights = [weight.to(dtype, copy=True) for weight in make_weights(name, generator)]
+    return Batch(
+        weights=[weight.requires_grad_() for weight in weights],
+        thresholds=[exact_threshold(weight, sparsity) for weight in weights],
+        grads=[
+            torch.empty_like(weight, requires_grad=False).normal_(generator=generator)
+            for weight in weights
+        ],
+        sparsity=sparsity,
+    )
+
+
+def prune_count(n: int, sparsity: float) -> int:
+    """How many of n weights are pruned: floor(r * n + 1/2)."""
+    return math.floor(sparsity * n + 0.5)
+
+
+def exact_threshold(weight: Tensor, sparsity: float) -> Tensor:
+    """Midpoint of the k-th and k+1-th smallest magnitude, by NumPy's partial sort."""
+    n, k = weight.numel(), prune_count(weight.numel(), sparsity)
+    if not 0 < k < n:
+        raise ValueError(f"sparsity {sparsity} prunes {k} of {n} weights: nothing to select")
+    magnitudes = weight.detach().flatten().float().abs().cpu().numpy()
+    low, high = numpy.partition(magnitudes, (k - 1, k))[k - 1 : k + 1].astype(numpy.float64)
+    return torch.tensor((low + high) / 2, dtype=torch.float32, device=weight.device)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache before memory: L2 of a GPU, L3 of a CPU (64 MiB where it is not known)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
+            return int(file.read().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 64 * 2**20

@@ -1,0 +1,83 @@
+"""Each provider's answer held against float64 formulas that share no code with the package."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.batches import Batch
+
+TAU = 1e-4
+
+# Error allowed in the mask, and in dw/g relative to 1 + dw/g. float32: z = (w^2 - t^2) / tau is
+# rounded by about 2^-23 w^2 / tau, up to 1e-3 for weights near 1. bfloat16: half a unit in the
+# last place of the result, 2^-9, and as much again.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2**-8}
+
+# Elements compared at a time: float64 temporaries that stay in a CPU's cache and that PyTorch does
+# not hand to other threads, or that fill a GPU.
+CHUNK = {"cpu": 2**15, "cuda": 2**24}
+
+# (w, t, g) in float64 -> (right answer, the size that the tolerance is relative to)
+Formula = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def check_thresholds(batch: Batch, thresholds: Sequence[Tensor]) -> str | None:
+    """What is wrong with the thresholds, or None: they must be exact."""
+    for index, (got, want) in enumerate(zip(thresholds, batch.thresholds, strict=True)):
+        if got.item() != want.item():
+            return f"threshold of tensor {index} is {got.item()!r}, not {want.item()!r}"
+    return None
+
+
+def check_forward(batch: Batch, masked: Sequence[Tensor]) -> str | None:
+    """What is wrong with the masked weights, or None."""
+    return _compare("w_hat", batch, masked, _masked_weight)
+
+
+def check_backward(batch: Batch, gradients: Sequence[Tensor]) -> str | None:
+    """What is wrong with the gradients with respect to the weights, or None."""
+    return _compare("gradient", batch, gradients, _gradient)
+
+
+def check_forward_backward(
+    batch: Batch, outputs: tuple[Sequence[Tensor], Sequence[Tensor]]
+) -> str | None:
+    """What is wrong with the pair (masked weights, gradients), or None."""
+    masked, gradients = outputs
+    return check_forward(batch, masked) or check_backward(batch, gradients)
+
+
+def check_copy(batch: Batch, copies: Sequence[Tensor]) -> str | None:
+    """Whether the copies are copies."""
+    same = all(map(torch.equal, batch.weights, copies))
+    return None if same else "the copy differs from its source"
+
+
+def _masked_weight(w: Tensor, t: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.sigmoid((w * w - t * t) / TAU) * w, w.abs()
+
+
+def _gradient(w: Tensor, t: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    m = torch.sigmoid((w * w - t * t) / TAU)
+    factor = m + 2 * w * w / TAU * m * (1 - m)
+    return g * factor, g.abs() * (1 + factor)
+
+
+def _compare(name: str, batch: Batch, outputs: Sequence[Tensor], formula: Formula) -> str | None:
+    tensors = zip(batch.weights, batch.thresholds, batch.grads, outputs, strict=True)
+    for index, (weight, threshold, grad, output) in enumerate(tensors):
+        if output.shape != weight.shape or output.dtype != weight.dtype:
+            return f"{name} of tensor {index} is {tuple(output.shape)} in {output.dtype}"
+        chunk = CHUNK[weight.device.type]
+        flat = (tensor.detach().flatten().split(chunk) for tensor in (weight, grad, output))
+        for w, g, got in zip(*flat, strict=True):
+            want, size = formula(w.double(), threshold.double(), g.double())
+            right = (got.double() - want).abs() <= TOLERANCE[weight.dtype] * size
+            if not right.all():
+                at = int(right.logical_not().int().argmax())
+                return (
+                    f"{name} of tensor {index} is {got[at].item():.6g}, not {want[at].item():.6g}, "
+                    f"for w = {w[at].item():.6g}, t = {threshold.item():.6g}"
+                )
+    return None

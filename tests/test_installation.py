@@ -1,0 +1,144 @@
+"""The package works, and says so, with and without its native modules and Triton."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.metadata import version
+
+import pytest
+import torch
+
+import pdp_kernels
+
+
+def run(program, **environment):
+    """A fresh interpreter, with nothing of this one imported."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+WITHOUT = """
+    import sys
+    for missing in {missing}:
+        sys.modules[missing] = None
+    import torch
+    import pdp_kernels
+    info = pdp_kernels.build_info()
+"""
+
+
+def test_build_info_says_what_is_live():
+    info = pdp_kernels.build_info()
+    assert info["version"] == pdp_kernels.__version__
+    assert info["torch"]["running"] == torch.__version__
+    assert set(info["backends"]) == {"cpu", "cuda_selection", "cuda_mask"}
+    assert info["backends"]["cpu"] == "native C++"
+    assert info["torch"]["built_against"]
+    if info["cuda"] is not None:
+        assert info["cuda"]["architectures"]
+
+
+@pytest.mark.installed
+def test_metadata_states_the_same_version():
+    assert version("pdp_kernels") == pdp_kernels.__version__
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_cuda_build_keeps_its_native_kernels_on_a_cpu_only_torch():
+    info = pdp_kernels.build_info()
+    assert info["backends"]["cpu"] == "native C++"
+    assert info["backends"]["cuda_selection"] == "reference"
+    assert info["reasons"]["_C_cuda"]
+
+
+def test_native_kernels_are_registered():
+    """`make test` builds the extension: tests of it must not pass on the reference."""
+    for name in ("prune_counts", "thresholds", "hard_mask", "soft_mask", "soft_mask_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pdp::{name}", "CPU")
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+def test_cuda_kernels_are_linked_and_registered():
+    """With a CUDA build of torch the module loads, GPU or not, unless the build left it out."""
+    info = pdp_kernels.build_info()
+    if "No module named" in info["reasons"].get("_C_cuda", ""):
+        pytest.skip("built without CUDA")
+    assert info["backends"]["cuda_selection"] == "CUDA C++", info["reasons"]
+    for name in ("prune_counts", "thresholds", "hard_mask"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pdp::{name}", "CUDA")
+
+
+def test_works_without_the_extension():
+    missing = ["pdp_kernels._C", "pdp_kernels._C_cuda"]
+    result = run(
+        WITHOUT.format(missing=missing)
+        + """
+    assert info["backends"]["cpu"] == "reference", info
+    assert info["cuda"] is None and info["torch"]["built_against"] is None
+    assert set(info["reasons"]) >= {"_C", "_C_cuda"}
+    weight = torch.tensor([3.0, -1.0, -4.0, 2.0], requires_grad=True)
+    assert pdp_kernels.pdp_threshold(weight, 0.5).item() == 2.5
+    assert pdp_kernels.pdp_thresholds([weight], torch.tensor([0.25])).tolist() == [1.5]
+    assert pdp_kernels.hard_mask(weight, 0.5).tolist() == [True, False, True, False]
+    w_hat = pdp_kernels.pdp_mask(weight, 0.5)
+    w_hat.sum().backward()
+    assert w_hat.tolist() == [3, 0, -4, 0] and weight.grad.tolist() == [1, 0, 1, 0]
+    """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_imports_without_triton():
+    result = run(
+        """
+    import importlib.util, sys
+    find_spec = importlib.util.find_spec
+    def without_triton(name, *rest):
+        return None if name == "triton" else find_spec(name, *rest)
+    importlib.util.find_spec = without_triton
+    sys.modules["triton"] = None
+    import torch, pdp_kernels
+    info = pdp_kernels.build_info()
+    assert info["backends"]["cuda_mask"] == "reference"
+    assert info["reasons"]["triton"] == "No module named 'triton'"
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("pdp::soft_mask", "CUDA")
+    pdp_kernels.pdp_mask(torch.randn(10), 0.5)
+    """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_does_not_import_triton_kernels():
+    result = run(
+        """
+    import sys, torch, pdp_kernels
+    pdp_kernels.pdp_mask(torch.randn(10), 0.5)
+    assert "pdp_kernels.triton_kernels.soft_mask" not in sys.modules
+    """
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names():
+    for name in pdp_kernels.__all__:
+        assert getattr(pdp_kernels, name) is not None
+    public = {name for name in pdp_kernels.__all__ if not name.startswith("_")}
+    assert public == {"build_info", "hard_mask", "pdp_mask", "pdp_threshold", "pdp_thresholds"}
+
+
+@pytest.mark.parametrize("name", ["pdp_mask", "pdp_threshold", "pdp_thresholds", "hard_mask"])
+def test_docstrings_have_a_runnable_example(name):
+    import doctest
+
+    function = getattr(pdp_kernels, name)
+    tests = doctest.DocTestFinder(recurse=False).find(
+        function, name, globs={"torch": torch, **vars(pdp_kernels)}
+    )
+    results = [doctest.DocTestRunner().run(test) for test in tests]
+    assert sum(result.attempted for result in results) > 0
+    assert sum(result.failed for result in results) == 0

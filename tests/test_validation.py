@@ -1,0 +1,160 @@
+"""Bad input raises TypeError or ValueError that names the argument, and changes nothing."""
+
+import math
+
+import pytest
+import torch
+
+from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, pdp_thresholds
+
+WEIGHT = torch.linspace(-1, 1, 12)
+META = torch.empty(3, device="meta")
+ANYWHERE = torch.tensor(0.5)
+
+BAD_WEIGHTS = {
+    "no tensor": ([1.0, 2.0], "torch.Tensor, got list"),
+    "integer": (torch.arange(3), "got torch.int64"),
+    "boolean": (torch.ones(3, dtype=torch.bool), "got torch.bool"),
+    "complex": (torch.ones(3, dtype=torch.complex64), "got torch.complex64"),
+    "float8": (torch.ones(3).to(torch.float8_e4m3fn), "got torch.float8_e4m3fn"),
+    "sparse": (torch.eye(3).to_sparse(), "got layout torch.sparse_coo"),
+    "sparse csr": (torch.eye(3).to_sparse_csr(), "got layout torch.sparse_csr"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+@pytest.mark.parametrize("call", [pdp_mask, pdp_threshold, hard_mask])
+def test_weight(call, case):
+    weight, message = BAD_WEIGHTS[case]
+    with pytest.raises(TypeError, match="weight.*" + message):
+        call(weight, 0.5)
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weight_in_a_list(case):
+    weight, message = BAD_WEIGHTS[case]
+    with pytest.raises(TypeError, match=r"weights\[1\].*" + message):
+        pdp_thresholds([WEIGHT, weight], 0.5)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0001, math.nan, math.inf, 2])
+@pytest.mark.parametrize("call", [pdp_mask, pdp_threshold, hard_mask])
+def test_sparsity_outside_of_range(call, ratio):
+    with pytest.raises(ValueError, match=rf"sparsity.*\[0, 1\], got {ratio}"):
+        call(WEIGHT, ratio)
+
+
+@pytest.mark.parametrize("ratio", ["0.5", None, True, 0.5j, [0.5]])
+def test_sparsity_of_another_type(ratio):
+    for call in (pdp_threshold, hard_mask):
+        with pytest.raises(TypeError, match=r"sparsity.*number in"):
+            call(WEIGHT, ratio)
+
+
+@pytest.mark.parametrize(
+    "ratio, error, message",
+    [
+        (torch.tensor(1), TypeError, "floating point dtype, got torch.int64"),
+        (torch.tensor([0.1, 0.2]), ValueError, r"shape \(\).*got \(2,\)"),
+        (META[0], ValueError, "device cpu, got meta"),
+        (torch.tensor(0.5, requires_grad=True), ValueError, "must not require a gradient"),
+    ],
+)
+def test_sparsity_tensor(ratio, error, message):
+    for call in (pdp_mask, pdp_threshold, hard_mask):
+        with pytest.raises(error, match="sparsity.*" + message):
+            call(WEIGHT, ratio)
+
+
+@pytest.mark.parametrize(
+    "weights, sparsities, error, message",
+    [
+        ([], 0.5, ValueError, "weights.*at least one tensor"),
+        (WEIGHT, 0.5, TypeError, "weights must be a list or tuple"),
+        (iter([WEIGHT]), 0.5, TypeError, "weights must be a list or tuple"),
+        ([WEIGHT, META], 0.5, ValueError, r"one device, got cpu for weights\[0\] and meta"),
+        ([WEIGHT], [0.5, 0.5], ValueError, "each of the 1 weights, got 2"),
+        ([WEIGHT, WEIGHT], [0.5], ValueError, "each of the 2 weights, got 1"),
+        ([WEIGHT, WEIGHT], [0.5, 1.5], ValueError, r"sparsities\[1\].*got 1.5"),
+        ([WEIGHT, WEIGHT], [0.5, None], TypeError, r"sparsities\[1\].*NoneType"),
+        ([WEIGHT], torch.tensor([0.5, 0.5]), ValueError, r"sparsities.*shape.*got \(2,\)"),
+    ],
+)
+def test_lists(weights, sparsities, error, message):
+    with pytest.raises(error, match=message):
+        pdp_thresholds(weights, sparsities)
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [({}, "neither"), ({"sparsity": 0.5, "threshold": ANYWHERE}, "both")]
+)
+def test_exactly_one_of_sparsity_and_threshold(arguments, message):
+    with pytest.raises(ValueError, match=f"exactly one of sparsity and threshold.*{message}"):
+        pdp_mask(WEIGHT, **arguments)
+
+
+@pytest.mark.parametrize(
+    "threshold, error, message",
+    [
+        (0.5, TypeError, "0-d torch.Tensor, got float"),
+        (torch.tensor([0.5]), ValueError, r"shape \(\), got \(1,\)"),
+        (torch.tensor(0.5, dtype=torch.float64), TypeError, "torch.float32.*got torch.float64"),
+        (torch.tensor(0.5, dtype=torch.bfloat16), TypeError, "got torch.bfloat16"),
+        (torch.tensor(1), TypeError, "got torch.int64"),
+        (META[0], ValueError, "device cpu, got meta"),
+        (torch.tensor(0.5, requires_grad=True), ValueError, "must not require a gradient"),
+    ],
+)
+def test_threshold(threshold, error, message):
+    with pytest.raises(error, match="threshold.*" + message):
+        pdp_mask(WEIGHT, threshold=threshold)
+
+
+def test_threshold_of_a_float64_weight_is_float64():
+    with pytest.raises(TypeError, match=r"threshold must have dtype torch.float64"):
+        pdp_mask(WEIGHT.double(), threshold=ANYWHERE)
+
+
+@pytest.mark.parametrize("name", ["tau", "relative_tau"])
+@pytest.mark.parametrize(
+    "value, error, message",
+    [
+        (0, ValueError, "positive and finite.*got 0"),
+        (-1e-4, ValueError, "positive and finite.*got -0.0001"),
+        (math.nan, ValueError, "positive and finite.*got nan"),
+        (math.inf, ValueError, "positive and finite.*got inf"),
+        (1e-60, ValueError, "at least 1.2e-38.*got 1e-60"),
+        ("1e-4", TypeError, "number or a 0-d tensor, got str"),
+        (True, TypeError, "number or a 0-d tensor, got bool"),
+        (torch.tensor([0.1]), ValueError, r"shape \(\), got \(1,\)"),
+        (torch.tensor(1), TypeError, "floating point dtype, got torch.int64"),
+        (META[0], ValueError, "device cpu, got meta"),
+        (torch.tensor(0.1, requires_grad=True), ValueError, "not require a gradient"),
+    ],
+)
+def test_temperature(name, value, error, message):
+    with pytest.raises(error, match=f"{name} must.*{message}"):
+        pdp_mask(WEIGHT, 0.5, **{name: value})
+
+
+def test_both_temperatures():
+    with pytest.raises(ValueError, match="at most one of tau and relative_tau"):
+        pdp_mask(WEIGHT, 0.5, tau=0.1, relative_tau=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e5m2, "float32"])
+def test_out_dtype(dtype):
+    with pytest.raises(TypeError, match="out_dtype must be"):
+        pdp_mask(WEIGHT, 0.5, out_dtype=dtype)
+
+
+def test_nothing_of_the_callers_changes():
+    weight = torch.randn(100).requires_grad_()
+    before, version = weight.detach().clone(), weight._version
+    w_hat = pdp_mask(weight, 0.5)
+    w_hat.sum().backward()
+    hard_mask(weight, 0.5)
+    with pytest.raises(ValueError):
+        pdp_mask(weight, 1.5)
+    assert torch.equal(weight.detach(), before)
+    assert weight._version == version
