@@ -13,6 +13,7 @@ import pdp_kernels
 
 def describe_environment(device: torch.device) -> dict[str, object]:
     """Device, versions and commit, to be printed with every result."""
+    backends = pdp_kernels.build_info()["backends"]
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -24,7 +25,7 @@ def describe_environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "commit": _commit(),
         "pdp_kernels": pdp_kernels.__version__,
-        "backends": pdp_kernels.build_info()["backends"],
+        "backends": ", ".join(name for name, live in backends.items() if live),
     }
 
 

@@ -7,13 +7,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <tuple>
 #include <vector>
 
 #include "cpu/hard_mask.h"
 #include "cpu/radix_select.h"
 #include "cpu/soft_mask.h"
+#include "tensors.h"
 
 namespace {
 
@@ -23,21 +23,6 @@ namespace cpu = pdp::cpu;
 
 void parallel_for(int64_t count, int64_t grain, const cpu::RangeBody& body) {
   torch::stable::parallel_for(0, count, grain, body);
-}
-
-pdp::WeightType weight_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return pdp::WeightType::kFloat64;
-    case ScalarType::Float:
-      return pdp::WeightType::kFloat32;
-    case ScalarType::BFloat16:
-      return pdp::WeightType::kBFloat16;
-    case ScalarType::Half:
-      return pdp::WeightType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "expected a float64, float32, bfloat16 or float16 tensor");
-  }
 }
 
 Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
@@ -66,9 +51,7 @@ Tensor in_order_of(const Tensor& layout, const Tensor& values) {
   return copy;
 }
 
-cpu::Array array(const Tensor& tensor) {
-  return {tensor.data_ptr(), weight_type(tensor.scalar_type())};
-}
+cpu::Array array(const Tensor& tensor) { return {tensor.data_ptr(), pdp::weight_type(tensor)}; }
 
 constexpr cpu::Array kNoArray{nullptr, pdp::WeightType::kFloat32};
 
@@ -82,10 +65,8 @@ Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities)
   return counts;
 }
 
-// A selection needs no order of the elements, only all of them: every dense layout is read as it
-// is.
 cpu::Weight selectable(const Tensor& weight) {
-  return {weight.data_ptr(), weight.numel(), weight_type(weight.scalar_type())};
+  return {weight.data_ptr(), weight.numel(), pdp::weight_type(weight)};
 }
 
 template <typename Stored>
@@ -113,7 +94,8 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
   std::vector<cpu::Weight> selected(count);
   ScalarType dtype = ScalarType::Float;
   for (size_t i = 0; i < count; ++i) {
-    weights[i] = in_order_of(torch::stable::empty_like(weights[i]), weights[i]);
+    // A selection needs no order of the elements, so every dense layout is read as it is.
+    if (!pdp::is_dense(weights[i])) weights[i] = torch::stable::contiguous(weights[i]);
     selected[i] = selectable(weights[i]);
     if (weights[i].scalar_type() == ScalarType::Double) dtype = ScalarType::Double;
   }

@@ -15,42 +15,38 @@ def build_info() -> dict:
         A dict of plain data::
 
             version    the package's version
-            torch      {"running": version, "built_against": version or None}
-            cuda       {"built_against": version, "architectures": list} or None
-            backends   {"cpu": ..., "cuda_selection": ..., "cuda_mask": ...}: each the name of the
-                       backend that serves those calls, "native C++", "CUDA C++", "Triton" or
-                       "reference"
+            torch      the torch that runs
+            native     {"torch", "compiler"}: what the CPU module was built with, or None
+            cuda       {"torch", "cuda", "architectures", "compiler"}: the same of the CUDA module
+            backends   {"reference", "native", "cuda", "triton"}: whether calls can reach each.
+                       CPU tensors are served by native, else by reference; CUDA tensors by cuda
+                       (selection) and triton (masks), else by reference
             reasons    for each backend that is not live, why
 
     Example:
-        >>> build_info()["version"]
-        '0.1.0'
+        >>> build_info()["backends"]["reference"]
+        True
     """
-    native = _module("_C")
-    cuda = _module("_C_cuda")
-    reasons = {name: error for name, error in _ops.load_errors.items() if error is not None}
-    if not _ops.has_triton:
-        reasons["triton"] = "No module named 'triton'"
-    elif not torch.cuda.is_available():
-        reasons["triton"] = "no CUDA device is available"
+    reasons = {
+        "native": _ops.load_errors["_C"],
+        "cuda": _ops.load_errors["_C_cuda"] or _no_device(),
+        "triton": (None if _ops.has_triton else "No module named 'triton'") or _no_device(),
+    }
     return {
         "version": __version__,
-        "torch": {
-            "running": torch.__version__,
-            "built_against": native["torch"] if native else None,
-        },
-        "compiler": native["compiler"] if native else None,
-        "cuda": cuda,
-        "backends": {
-            "cpu": "native C++" if native else "reference",
-            "cuda_selection": "CUDA C++" if cuda else "reference",
-            "cuda_mask": "Triton" if _ops.has_triton else "reference",
-        },
-        "reasons": reasons,
+        "torch": torch.__version__,
+        "native": _built_with("_C"),
+        "cuda": _built_with("_C_cuda"),
+        "backends": {"reference": True} | {name: why is None for name, why in reasons.items()},
+        "reasons": {name: why for name, why in reasons.items() if why is not None},
     }
 
 
-def _module(name: str) -> dict | None:
-    if _ops.load_errors[name] is not None:
+def _no_device() -> str | None:
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _built_with(module: str) -> dict | None:
+    if _ops.load_errors[module] is not None:
         return None
-    return importlib.import_module(f"pdp_kernels.{name}").build_info()
+    return importlib.import_module(f"pdp_kernels.{module}").build_info()

@@ -1,5 +1,7 @@
 """The soft mask: masked weight and analytic gradient."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,10 @@ class _SoftMaskBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return _ops.map_over_batch(_SoftMaskBackward.apply, info.batch_size, in_dims, args)
+
+
+# Function.apply asks inspect.signature on every call; to have it at hand saves 13 of 38 us.
+_SoftMask.forward.__signature__ = inspect.signature(_SoftMask.forward)
 
 
 def pdp_mask(

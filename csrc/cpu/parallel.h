@@ -16,11 +16,13 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, const RangeBody& body
 
 // Compiled once per x86-64 level (AVX-512, AVX2, SSE2); the dynamic loader picks one at load time.
 // What such a function calls must be inlined into it to be compiled for that level too.
+#ifndef PDP_MULTIVERSION  // The tests define it empty, to run each level by itself.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define PDP_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define PDP_MULTIVERSION
+#endif
 #endif
 // A lambda is inlined by an attribute behind its parameters.
 #define PDP_LAMBDA __attribute__((always_inline))

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: build for the card, tests, compute-sanitizer, benchmark.
+# Downloads nothing. A part that fails does not stop the others; the last lines say which failed.
+#
+#   PYTHON=python3 OUT=benchmarks/results/gpu benchmarks/gpu.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
+mkdir -p "$OUT"
+failed=()
+
+part() {
+  local name=$1
+  shift
+  echo "== $name: $*"
+  if "$@" >"$OUT/$name.log" 2>&1; then
+    tail -n 3 "$OUT/$name.log"
+  else
+    failed+=("$name")
+    tail -n 40 "$OUT/$name.log"
+  fi
+}
+
+environment() {
+  nvidia-smi
+  nvcc --version
+  "$PYTHON" -c "import torch, triton; print(torch.__version__, torch.version.cuda, triton.__version__)"
+  git rev-parse HEAD
+  git status --porcelain
+}
+
+TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") || {
+  echo "no CUDA device that $PYTHON's torch can use"
+  exit 1
+}
+export TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1
+
+# A small matrix of every kernel: each tool runs it some 10 to 50 times slower than it is.
+SANITIZED=(tests/test_threshold.py tests/test_hard_mask.py tests/test_soft_mask.py
+  -k "gpu and (mixed or special or tiles or layouts or out_dtype)")
+
+part environment environment
+part build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable .
+part build-info "$PYTHON" -c "import json, pdp_kernels; print(json.dumps(pdp_kernels.build_info(), indent=1))"
+part tests "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck initcheck; do
+    part "$tool" timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$PYTHON" -m pytest -q -p no:cacheprovider "${SANITIZED[@]}"
+  done
+else
+  echo "compute-sanitizer is not installed: left out"
+fi
+part benchmark "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
+  --out "$OUT" --plot "$OUT/benchmark.png"
+
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}; logs in $OUT"
+  exit 1
+fi
+echo "all passed; results in $OUT"

@@ -1,0 +1,173 @@
+// What a block of threads does together: read a range of memory, add or take the minimum over its
+// threads, find the bin that holds a rank, and learn whether it is the last block done.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../magnitude.h"
+
+namespace pdp {
+
+using Count = unsigned long long;  // the 64-bit integer that CUDA has atomics for
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFF;
+
+// Elements that are read or written at once; 16 bytes are the widest access of one thread.
+template <typename Element, int kElements = 16 / sizeof(Element)>
+struct alignas(sizeof(Element) * kElements) Packet {
+  Element at[kElements];
+};
+
+// Packets a thread has in flight before it uses the first; not yet measured on a GPU.
+constexpr int kPacketsInFlight = 4;
+
+// The most elements that a block of `threads` visits between two calls of end_round.
+template <typename Element>
+constexpr int round_elements(int threads) {
+  constexpr int kPerPacket = 16 / sizeof(Element);
+  return threads * kPacketsInFlight * kPerPacket + 2 * (kPerPacket - 1);
+}
+
+// visit(element) for every element of data[begin, end), in no particular order, by a block of
+// kThreads. data may have any alignment its elements have and is not written meanwhile. All threads
+// of the block call end_round() together, after each round of packets.
+template <int kThreads, typename Element, typename Visit, typename EndRound>
+__device__ void for_each(const Element* data, int64_t begin, int64_t end, Visit visit,
+                         EndRound end_round) {
+  constexpr int kPerPacket = 16 / sizeof(Element);
+  const int thread = threadIdx.x;
+
+  const auto address = reinterpret_cast<uintptr_t>(data + begin);
+  const auto misaligned = static_cast<int64_t>((16 - address % 16) % 16 / sizeof(Element));
+  const int head = static_cast<int>(min(misaligned, end - begin));
+  if (thread < head) visit(data[begin + thread]);
+  begin += head;
+  const int tail = static_cast<int>((end - begin) % kPerPacket);
+  if (thread < tail) visit(data[end - tail + thread]);
+
+  const auto* packets = reinterpret_cast<const uint4*>(data + begin) + thread;
+  constexpr int kRound = kThreads * kPacketsInFlight;
+  for (int64_t count = (end - begin) / kPerPacket; count > 0; count -= kRound, packets += kRound) {
+    const int mine = static_cast<int>(min(count, int64_t{kRound})) - thread;
+    // Without a value for threads that load none, all packets would stay live between rounds.
+    uint4 loaded[kPacketsInFlight] = {};
+#pragma unroll
+    for (int i = 0; i < kPacketsInFlight; ++i) {
+      if (i * kThreads < mine) loaded[i] = __ldg(&packets[i * kThreads]);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacketsInFlight; ++i) {
+      if (i * kThreads < mine) {
+        const auto packet = bit_cast<Packet<Element>>(loaded[i]);
+#pragma unroll
+        for (int j = 0; j < kPerPacket; ++j) visit(packet.at[j]);
+      }
+    }
+    end_round();
+  }
+}
+
+template <int kThreads, typename Element, typename Visit>
+__device__ void for_each(const Element* data, int64_t begin, int64_t end, Visit visit) {
+  for_each<kThreads>(data, begin, end, visit, [] {});
+}
+
+template <typename Value, typename Combine>
+__device__ Value warp_reduce(Value value, Combine combine) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+struct RankScratch {
+  Count warp_sums[kWarp];
+  Count below;
+  Count count;
+  int32_t bin;
+  uint32_t next;
+};
+
+// Bins are dealt to the threads of a block in equal stretches.
+__device__ inline int32_t share_of_thread(int32_t bins) {
+  const auto threads = static_cast<int32_t>(blockDim.x);
+  return (bins + threads - 1) / threads;
+}
+
+// The bin that holds the element of a 0-based rank when count(bin) elements lie in each bin:
+// afterwards scratch has that bin, how many elements lie below it and in it. Called by all threads.
+template <typename CountOf>
+__device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& scratch) {
+  const int thread = threadIdx.x;
+  const int32_t share = share_of_thread(bins);
+  const int32_t begin = min(thread * share, bins);
+  const int32_t size = min(share, bins - begin);
+
+  // Each thread starts at another place of its share, so that neighbours use different banks of
+  // shared memory though shares are a power of two long.
+  Count mine = 0;
+  int32_t place = size > 0 ? thread % size : 0;
+#pragma unroll 4
+  for (int32_t i = 0; i < size; ++i) {
+    mine += count(begin + place);
+    if (++place == size) place = 0;
+  }
+
+  const int lane = thread % kWarp;
+  Count inclusive = mine;
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const Count lower = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (lane >= distance) inclusive += lower;
+  }
+  if (lane == kWarp - 1) scratch.warp_sums[thread / kWarp] = inclusive;
+  __syncthreads();
+  Count below = inclusive - mine;
+#pragma unroll 4
+  for (int warp = 0; warp < thread / kWarp; ++warp) below += scratch.warp_sums[warp];
+
+  if (below <= rank && rank < below + mine) {
+    int32_t bin = begin;
+    Count here = count(bin);
+    while (below + here <= rank) {
+      below += here;
+      here = count(++bin);
+    }
+    scratch.bin = bin;
+    scratch.below = below;
+    scratch.count = here;
+  }
+  __syncthreads();
+}
+
+// scratch.next = the first bin above scratch.bin that is not empty, or `bins`. Called by all
+// threads, after find_rank.
+template <typename CountOf>
+__device__ void find_next_bin(CountOf count, int32_t bins, RankScratch& scratch) {
+  if (threadIdx.x == 0) scratch.next = bins;
+  __syncthreads();
+  const int thread = threadIdx.x;
+  const int32_t share = share_of_thread(bins);
+  const int32_t end = min((thread + 1) * share, bins);
+  int32_t bin = max(thread * share, scratch.bin + 1);
+  while (bin < end && count(bin) == 0) ++bin;
+  if (bin < end) atomicMin(&scratch.next, static_cast<uint32_t>(bin));
+  __syncthreads();
+}
+
+// True in the block that brings *done to `total`; that block then sees all that the others wrote
+// before they arrived. Called by all threads.
+__device__ inline bool last_to_arrive(Count* done, Count mine, Count total, bool& scratch) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    scratch = atomicAdd(done, mine) + mine == total;
+    __threadfence();
+  }
+  __syncthreads();
+  return scratch;
+}
+
+}  // namespace pdp

@@ -1,0 +1,182 @@
+// thresholds: launches the radix select over a list of weights. Free of Torch; the caller gives the
+// workspace.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <vector>
+
+#include "launch.cuh"
+#include "radix_select.cuh"
+#include "weight_table.cuh"
+
+namespace pdp {
+
+// Hands out pieces of the workspace. From a null address it only adds up their sizes.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)) {}
+
+  template <typename Element>
+  Element* take(int64_t count) {
+    constexpr size_t kAlignment = 256;
+    const uintptr_t address = begin_ + bytes_;
+    bytes_ +=
+        (static_cast<size_t>(count) * sizeof(Element) + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<Element*>(address);
+  }
+
+  size_t bytes() const { return bytes_; }
+
+ private:
+  uintptr_t begin_;
+  size_t bytes_ = 0;
+};
+
+// What the kernels are asked for, without the workspace.
+struct ThresholdRequest {
+  std::vector<WeightView> weights;
+  const int64_t* prune_counts;  // on the device, by position
+  ThresholdOutput thresholds;
+  DeviceLimits limits;
+};
+
+template <typename Key>
+bool has_key(WeightType type) {
+  if (type == WeightType::kFloat64) return sizeof(Key) == sizeof(double);
+  if (type == WeightType::kFloat32) return sizeof(Key) == sizeof(float);
+  return sizeof(Key) == sizeof(uint16_t);
+}
+
+// Whether the first digit has to be counted in SmallCounters.
+template <typename Key>
+bool lacks_shared_memory(const DeviceLimits& limits) {
+  using Shared = FirstDigitShared<Key, typename RadixSelect<Key>::FirstCounters>;
+  return limits.shared_bytes_per_block < static_cast<int>(sizeof(Shared));
+}
+
+// Lays out the selection in those weights of the request whose keys are of type Key, and appends
+// their table to `table`.
+template <typename Key>
+Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& workspace,
+                                 std::vector<TableEntry>& table) {
+  using Radix = RadixSelect<Key>;
+  int32_t tiles = 0;
+  int64_t candidates = 0;
+  for (const WeightView& weight : request.weights) {
+    if (!has_key<Key>(weight.type)) continue;
+    table.push_back({weight.data, weight.size, candidates, tiles,
+                     static_cast<int32_t>(weight.position), weight.type});
+    tiles += tiles_of<Key>(weight.size);
+    if (std::size(Radix::kDigits) > 1) candidates += candidate_capacity(weight.size);
+  }
+
+  Selection<Key> selection = {};
+  selection.prune_counts = request.prune_counts;
+  selection.thresholds = request.thresholds;
+  selection.tensors = static_cast<int32_t>(table.size());
+  selection.blocks = std::min(tiles, request.limits.multiprocessors * Radix::kBlocks);
+  if (selection.blocks > 0) {
+    selection.run_tiles = tiles / selection.blocks;
+    selection.longer_runs = tiles % selection.blocks;
+  }
+  const bool small = lacks_shared_memory<Key>(request.limits);
+  selection.bins = Radix::FirstCounters::kBins;
+  selection.keys_per_flush =
+      small ? Radix::SmallCounters::kMaxKeys : Radix::FirstCounters::kMaxKeys;
+  int64_t histograms = selection.tensors;
+  if (selection.tensors > selection.blocks) histograms = selection.blocks * (small ? 2 : 1);
+  selection.entries = workspace.take<TableEntry>(selection.tensors);
+  selection.states = workspace.take<SelectionState<Key>>(selection.tensors);
+  selection.histograms = workspace.take<Count>(histograms * selection.bins);
+  selection.candidates = workspace.take<Key>(candidates);
+  return selection;
+}
+
+template <typename Key, int kCapacity>
+void launch_start(Launcher& launcher, const Selection<Key>& selection,
+                  const std::vector<TableEntry>& table) {
+  constexpr int kThreads = 256;
+  for (int32_t first = 0; first < selection.tensors; first += kCapacity) {
+    const int32_t count = std::min(kCapacity, selection.tensors - first);
+    TableChunk<kCapacity> chunk = {};
+    std::copy_n(table.begin() + first, count, chunk.entries);
+    launcher.launch(start_selection_kernel<Key, kCapacity>, count, kThreads, 0, selection, chunk,
+                    first);
+  }
+}
+
+template <typename Key, typename Counters>
+void launch_first_digit(Launcher& launcher, const Selection<Key>& selection, Digit digit) {
+  launcher.launch(first_digit_kernel<Key, Counters>, selection.blocks, RadixSelect<Key>::kThreads,
+                  sizeof(FirstDigitShared<Key, Counters>), selection, digit);
+}
+
+// One launch to begin with (one per kLargeChunk tensors) and one per digit, however many tensors.
+template <typename Key>
+void launch_selection(Launcher& launcher, const Selection<Key>& selection,
+                      const std::vector<TableEntry>& table, const DeviceLimits& limits) {
+  using Radix = RadixSelect<Key>;
+  constexpr int kDigits = std::size(Radix::kDigits);
+  if (selection.tensors <= kSmallChunk) {
+    launch_start<Key, kSmallChunk>(launcher, selection, table);
+  } else {
+    launch_start<Key, kLargeChunk>(launcher, selection, table);
+  }
+  if (selection.blocks == 0) return;
+
+  int shift = 8 * sizeof(Key) - 1;
+  for (int i = 0; i < kDigits; ++i) {
+    const int bits = Radix::kDigits[i];
+    shift -= bits;
+    const Digit digit = {shift, bits, i == kDigits - 1};
+    if (i > 0) {
+      if constexpr (kDigits > 1) {
+        launcher.launch(later_digit_kernel<Key>, selection.blocks, Radix::kThreads,
+                        sizeof(LaterDigitShared<Key>), selection, digit);
+      }
+    } else if (lacks_shared_memory<Key>(limits)) {
+      launch_first_digit<Key, typename Radix::SmallCounters>(launcher, selection, digit);
+    } else {
+      launch_first_digit<Key, typename Radix::FirstCounters>(launcher, selection, digit);
+    }
+  }
+}
+
+// Key widths run one after another on the stream and reuse the same workspace.
+template <typename Key>
+size_t selection_workspace_bytes(const ThresholdRequest& request) {
+  Workspace measured(nullptr);
+  std::vector<TableEntry> table;
+  lay_out_selection<Key>(request, measured, table);
+  return measured.bytes();
+}
+
+inline size_t thresholds_workspace_bytes(const ThresholdRequest& request) {
+  return std::max({selection_workspace_bytes<uint64_t>(request),
+                   selection_workspace_bytes<uint32_t>(request),
+                   selection_workspace_bytes<uint16_t>(request)});
+}
+
+template <typename Key>
+void launch_thresholds_of(Launcher& launcher, const ThresholdRequest& request, void* memory) {
+  Workspace workspace(memory);
+  std::vector<TableEntry> table;
+  const Selection<Key> selection = lay_out_selection<Key>(request, workspace, table);
+  if (!table.empty()) launch_selection(launcher, selection, table, request.limits);
+}
+
+inline cudaError_t launch_thresholds(const ThresholdRequest& request, void* workspace,
+                                     cudaStream_t stream) {
+  Launcher launcher(stream);
+  launch_thresholds_of<uint64_t>(launcher, request, workspace);
+  launch_thresholds_of<uint32_t>(launcher, request, workspace);
+  launch_thresholds_of<uint16_t>(launcher, request, workspace);
+  return launcher.error();
+}
+
+}  // namespace pdp

@@ -1,0 +1,109 @@
+// The CUDA implementations of the pdp operators: from tensors to pointers, on the current stream.
+// Schemas are defined in Python. Only the LibTorch stable ABI is used, so one build serves the
+// torch it was built against and every later one.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/hard_mask.cuh"
+#include "cuda/prune_counts.cuh"
+#include "cuda/thresholds.cuh"
+#include "tensors.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Tensor empty_on(const Tensor& tensor, int64_t size, ScalarType type) {
+  return torch::stable::empty({size}, type, std::nullopt, tensor.device());
+}
+
+pdp::DeviceLimits device_limits(const Tensor& tensor) {
+  pdp::DeviceLimits limits;
+  STD_CUDA_CHECK(pdp::read_device_limits(tensor.get_device_index(), &limits));
+  return limits;
+}
+
+pdp::WeightView view_of(const Tensor& weight, int64_t position) {
+  return {weight.const_data_ptr(), weight.numel(), position, pdp::weight_type(weight)};
+}
+
+Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  STD_TORCH_CHECK(weights.size() == sparsities.size(), "weights and sparsities differ in length");
+  const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
+  std::vector<int64_t> counts;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    counts.push_back(pdp::prune_count(sparsities[i], weights[i].numel()));
+  }
+  const Tensor result = empty_on(weights[0], static_cast<int64_t>(counts.size()), ScalarType::Long);
+  STD_CUDA_CHECK(
+      pdp::launch_prune_counts(counts, result.mutable_data_ptr<int64_t>(), current_stream(result)));
+  return result;
+}
+
+Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  STD_TORCH_CHECK(prune_counts.numel() == static_cast<int64_t>(weights.size()),
+                  "weights and prune_counts differ in length");
+  const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
+  const Tensor counts = torch::stable::contiguous(prune_counts);
+  pdp::ThresholdRequest request = {};
+  bool is_double = false;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!pdp::is_dense(weights[i])) weights[i] = torch::stable::contiguous(weights[i]);
+    request.weights.push_back(view_of(weights[i], static_cast<int64_t>(i)));
+    is_double |= request.weights.back().type == pdp::WeightType::kFloat64;
+  }
+  const Tensor result = empty_on(weights[0], static_cast<int64_t>(weights.size()),
+                                 is_double ? ScalarType::Double : ScalarType::Float);
+  request.prune_counts = counts.const_data_ptr<int64_t>();
+  request.thresholds = {result.mutable_data_ptr(), is_double};
+  request.limits = device_limits(result);
+  const Tensor workspace = empty_on(
+      result, static_cast<int64_t>(pdp::thresholds_workspace_bytes(request)), ScalarType::Byte);
+  STD_CUDA_CHECK(
+      pdp::launch_thresholds(request, workspace.mutable_data_ptr(), current_stream(result)));
+  return result;
+}
+
+Tensor hard_mask(Tensor weight, Tensor prune_count) {
+  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
+  if (!weight.is_contiguous()) weight = torch::stable::contiguous(weight);
+  const Tensor kept =
+      torch::stable::empty(weight.sizes(), ScalarType::Bool, std::nullopt, weight.device());
+  const Tensor threshold = empty_on(weight, 1, ScalarType::Double);
+  pdp::HardMaskRequest request = {};
+  request.selection = {{view_of(weight, 0)},
+                       prune_count.const_data_ptr<int64_t>(),
+                       {threshold.mutable_data_ptr(), true},
+                       device_limits(weight)};
+  request.kept = kept.mutable_data_ptr<bool>();
+  const Tensor workspace = empty_on(
+      weight, static_cast<int64_t>(pdp::hard_mask_workspace_bytes(request)), ScalarType::Byte);
+  STD_CUDA_CHECK(
+      pdp::launch_hard_mask(request, workspace.mutable_data_ptr(), current_stream(weight)));
+  return kept;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pdp, CUDA, m) {
+  m.impl("prune_counts", TORCH_BOX(&prune_counts));
+  m.impl("thresholds", TORCH_BOX(&thresholds));
+  m.impl("hard_mask", TORCH_BOX(&hard_mask));
+}

@@ -1,0 +1,384 @@
+"""The CUDA kernels' own sources, compiled for the CPU by tests/host_cuda, against a sort."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("c++") or shutil.which("g++")
+TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = list(TYPES)
+WIDE_SHARED_MEMORY = 227 * 1024  # Hopper: 32-bit counters for 16-bit weights
+NARROW_SHARED_MEMORY = 99 * 1024  # Ada: 16-bit counters
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+class HostBuild:
+    """The C functions of host_build.cpp over CPU tensors."""
+
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+        for name in ("thresholds", "hard_mask", "prune_counts", "mistake"):
+            getattr(self.library, f"host_{name}").restype = ctypes.c_char_p
+        self.library.host_launches.restype = ctypes.c_int64
+        self.device()
+
+    def device(self, multiprocessors=2, shared_memory=WIDE_SHARED_MEMORY, seed=0):
+        self.library.host_device(multiprocessors, shared_memory, ctypes.c_uint64(seed))
+
+    def launches(self):
+        return self.library.host_launches()
+
+    def thresholds(self, weights, counts):
+        """Returns the thresholds, and how many candidates each tensor collected."""
+        is_double = any(weight.dtype == torch.float64 for weight in weights)
+        dtype = torch.float64 if is_double else torch.float32
+        result = torch.full((len(weights),), float("nan"), dtype=dtype)
+        buffered = torch.full((len(weights),), -1)
+        one_width = len({weight.dtype for weight in weights}) == 1 and weights[0].itemsize > 2
+        counts = torch.tensor(counts)
+        error = self.library.host_thresholds(
+            ctypes.c_int64(len(weights)),
+            (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)),
+            (ctypes.c_int64 * len(weights))(*(weight.numel() for weight in weights)),
+            (ctypes.c_int32 * len(weights))(*(TYPES[weight.dtype] for weight in weights)),
+            ctypes.c_void_p(counts.data_ptr()),
+            ctypes.c_void_p(result.data_ptr()),
+            ctypes.c_int(is_double),
+            ctypes.c_void_p(buffered.data_ptr() if one_width else None),
+        )
+        assert error is None, error
+        return result, buffered
+
+    def hard_mask(self, weight, count):
+        guard = 64
+        kept = torch.full((weight.numel() + guard,), 7, dtype=torch.uint8)
+        count = torch.tensor([count])
+        error = self.library.host_hard_mask(
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_int64(weight.numel()),
+            ctypes.c_int32(TYPES[weight.dtype]),
+            ctypes.c_void_p(count.data_ptr()),
+            ctypes.c_void_p(kept.data_ptr()),
+        )
+        assert error is None, error
+        assert (kept[weight.numel() :] == 7).all()
+        assert (kept[: weight.numel()] <= 1).all()
+        return kept[: weight.numel()].bool()
+
+    def prune_counts(self, sizes, sparsities):
+        counts = torch.full((len(sizes),), -7)
+        error = self.library.host_prune_counts(
+            ctypes.c_int64(len(sizes)),
+            (ctypes.c_int64 * len(sizes))(*sizes),
+            (ctypes.c_double * len(sizes))(*sparsities),
+            ctypes.c_void_p(counts.data_ptr()),
+        )
+        assert error is None, error
+        return counts.tolist()
+
+    def mistake(self, name):
+        value = ctypes.c_ubyte()
+        error = self.library.host_mistake(name.encode(), ctypes.byref(value))
+        return error, value.value
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    path = tmp_path_factory.mktemp("host_cuda") / "host_build.so"
+    flags = "-std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing"
+    flags += " -U_FORTIFY_SOURCE -fPIC -shared"
+    source = HERE / "host_cuda" / "host_build.cpp"
+    include = f"-I{HERE / 'host_cuda'}"
+    run = subprocess.run(
+        [COMPILER, *flags.split(), include, str(source), "-o", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return HostBuild(path)
+
+
+@pytest.fixture
+def host(built):
+    built.device()
+    return built
+
+
+def expected_threshold(weight, count):
+    size = weight.numel()
+    if count <= 0 or size == 0:
+        return float("-inf")
+    if count >= size:
+        return float("inf")
+    ordered = weight.double().abs().sort().values
+    low, high = ordered[count - 1].item(), ordered[count].item()
+    middle = 0.5 * low + 0.5 * high if high > 1 else 0.5 * (low + high)
+    if weight.dtype == torch.float64:
+        return middle
+    return torch.tensor(middle, dtype=torch.float64).float().double().item()
+
+
+def expected_mask(weight, count):
+    order = weight.double().abs().sort(stable=True).indices
+    kept = torch.ones(weight.numel(), dtype=torch.bool)
+    kept[order[: max(count, 0)]] = False
+    return kept
+
+
+def assert_same(actual, expected):
+    expected = torch.tensor(expected, dtype=actual.dtype)
+    assert torch.equal(actual.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0)), (
+        actual,
+        expected,
+    )
+
+
+def counts_to_try(size):
+    return sorted({0, min(1, size), size // 2, max(size - 1, 0), size})
+
+
+def check(host, weight, counts=None):
+    counts = counts_to_try(weight.numel()) if counts is None else counts
+    for count in counts:
+        thresholds, _ = host.thresholds([weight], [count])
+        assert_same(thresholds, [expected_threshold(weight, count)])
+
+
+def with_specials(size):
+    weight = torch.randn(size)
+    weight[:: max(size // 7, 1)] = float("nan")
+    weight[1 :: max(size // 9, 1)] = float("inf")
+    weight[2 :: max(size // 11, 1)] = float("-inf")
+    weight[3 :: max(size // 13, 1)] = -0.0
+    return weight
+
+
+DISTRIBUTIONS = {
+    "normal": lambda n: torch.randn(n, dtype=torch.float64),
+    "uniform": lambda n: torch.rand(n, dtype=torch.float64),
+    "cauchy": lambda n: torch.empty(n, dtype=torch.float64).cauchy_(),
+    "few values": lambda n: torch.randint(-3, 4, (n,)) / 7,
+    "all equal": lambda n: torch.full((n,), -0.3),
+    "shared prefix": lambda n: 1 + torch.rand(n, dtype=torch.float64) / 512,
+    "float32 denormals": lambda n: torch.randn(n, dtype=torch.float64) * 1e-40,
+    "float64 denormals": lambda n: torch.randn(n, dtype=torch.float64) * 1e-310,
+    "float16 denormals": lambda n: torch.randn(n, dtype=torch.float64) * 1e-5,
+    "zeros of both signs": lambda n: torch.randint(0, 2, (n,)) * -2.0 * 0.0,
+    "inf and nan": with_specials,
+    "all nan": lambda n: torch.full((n,), float("nan")),
+    "huge": lambda n: torch.rand(n, dtype=torch.float64) * 1e300,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_threshold_is_exact_for_every_distribution(host, distribution, dtype):
+    weight = DISTRIBUTIONS[distribution](10007).to(dtype)
+    check(host, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0, 1, 2, 31, 33, 4097, 8191, 99991])
+def test_threshold_is_exact_for_every_size(host, size, dtype):
+    weight = torch.randn(size).to(dtype)
+    counts = [size // 2, size * 9 // 10] if size > 10000 else None
+    check(host, weight, counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threshold_is_exact_for_every_alignment(host, dtype):
+    storage = torch.randn(9000).to(dtype)
+    for offset in range(16 // dtype.itemsize + 1):
+        check(host, storage[offset : offset + 8507], [4000])
+        check(host, storage[offset : offset + 3], [1, 2])
+
+
+def test_count_beyond_the_weight_prunes_all_and_below_zero_none(host):
+    weight = torch.randn(100)
+    thresholds, _ = host.thresholds([weight, weight], [101, -1])
+    assert thresholds.tolist() == [float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("tensors", [1, 2, 17, 300, 800])
+def test_list_of_mixed_types_and_sizes(host, tensors):
+    generator = torch.Generator().manual_seed(tensors)
+    draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
+    weights, counts = [], []
+    for i in range(tensors):
+        size = [0, 1, 37, 1000, 9001, 40000][draw(6) if tensors < 100 else draw(4)]
+        weights.append(torch.randn(size).to(DTYPES[(i + draw(4)) % 4]))
+        counts.append(draw(size + 1))
+    if tensors >= 17:
+        weights[7], counts[7] = torch.randn(70001), 60000
+        weights[11], counts[11] = torch.randn(70001).to(torch.bfloat16), 60000
+    thresholds, _ = host.thresholds(weights, counts)
+    assert_same(
+        thresholds, [expected_threshold(w, k) for w, k in zip(weights, counts, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_does_not_depend_on_grid_or_block_order(host, dtype):
+    weights = [torch.randn(size).to(dtype) for size in (50021, 3, 0, 20011, 9000)]
+    counts = [40000, 1, 0, 10000, 8999]
+    expected = [expected_threshold(w, k) for w, k in zip(weights, counts, strict=True)]
+    for multiprocessors in (1, 3, 40):
+        for seed in range(3):
+            host.device(multiprocessors=multiprocessors, seed=seed)
+            thresholds, _ = host.thresholds(weights, counts)
+            assert_same(thresholds, expected)
+
+
+@pytest.mark.parametrize("tensors", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shared_memory", [WIDE_SHARED_MEMORY, NARROW_SHARED_MEMORY])
+def test_half_precision_counters_do_not_overflow(host, shared_memory, dtype, tensors):
+    # One block counts more than 65,535 equal weights, of one tensor or of several.
+    host.device(multiprocessors=2 if tensors > 1 else 1, shared_memory=shared_memory)
+    weights = []
+    for i in range(tensors):
+        weight = torch.full((150001 if i % 2 == 0 else 70001,), 0.25 + i).to(dtype)
+        weight[:10] = 0.125
+        weights.append(weight)
+    counts = [9, 10, 11, 70000, 5][:tensors]
+    for shift in range(2):
+        shifted = [counts[(i + shift) % tensors] for i in range(tensors)]
+        thresholds, _ = host.thresholds(weights, shifted)
+        assert_same(
+            thresholds, [expected_threshold(w, k) for w, k in zip(weights, shifted, strict=True)]
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_counters_count_as_wide_ones(host, dtype):
+    weights = [torch.randn(size).to(dtype) for size in (30011, 700, 5)]
+    counts = [20000, 350, 4]
+    host.device(shared_memory=NARROW_SHARED_MEMORY)
+    thresholds, _ = host.thresholds(weights, counts)
+    assert_same(
+        thresholds, [expected_threshold(w, k) for w, k in zip(weights, counts, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_candidates_are_collected_when_they_fit(host, dtype):
+    weight = torch.randn(60013, dtype=dtype)
+    thresholds, buffered = host.thresholds([weight], [50000])
+    assert 0 < buffered.item() <= weight.numel() // 8
+    assert_same(thresholds, [expected_threshold(weight, 50000)])
+
+
+def test_candidates_that_do_not_fit_are_read_again_from_the_weights(host):
+    weight = 1 + torch.rand(60013) / 512
+    thresholds, buffered = host.thresholds([weight], [30000])
+    assert buffered.item() == 0
+    assert_same(thresholds, [expected_threshold(weight, 30000)])
+
+
+def test_candidates_crowded_in_one_place_pass_through_the_stage(host):
+    # Rounds in which all weights are candidates, after one that leaves the stage partly filled.
+    host.device(multiprocessors=1)
+    for partly in (100, 1000, 2000, 8000):
+        weight = 1 + torch.rand(400009)
+        first, candidates = 8192 - partly, 33333 + partly
+        weight[first : first + candidates] = 0.29 + torch.rand(candidates) / 64
+        thresholds, buffered = host.thresholds([weight], [16000])
+        assert buffered.item() == candidates
+        assert_same(thresholds, [expected_threshold(weight, 16000)])
+
+
+def test_candidates_of_a_share_smaller_than_a_packet(host):
+    # Twenty full tiles of 16 KiB and three weights more, a block for each.
+    for seed in range(5):
+        host.device(multiprocessors=40, seed=seed)
+        weight = 1 + torch.rand(20 * 4096 + 3)
+        weight[-1003:] = 0.29 + torch.rand(1003) / 64
+        thresholds, buffered = host.thresholds([weight], [1002])
+        assert buffered.item() == 1003
+        assert_same(thresholds, [expected_threshold(weight, 1002)])
+
+
+def test_candidates_of_the_last_bin_are_all_there(host):
+    # The k-th and k+1-th differ in the first, second or third digit, or only in the last bit.
+    for step in (2.0**-1, 2.0**-6, 2.0**-14, 2.0**-23):
+        weight = torch.cat([torch.full((5000,), 1.0), torch.full((5000,), 1.0 + step)])
+        check(host, weight[torch.randperm(10000)], [4999, 5000, 5001])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "launches"),
+    [(torch.float64, 7), (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)],
+    ids=str,
+)
+def test_number_of_launches_does_not_depend_on_the_list(host, dtype, launches):
+    for tensors in (1, 2, 40, 300):
+        host.thresholds([torch.randn(50).to(dtype)] * tensors, [20] * tensors)
+        assert host.launches() == launches
+
+
+def test_number_of_launches_adds_up_over_key_widths(host):
+    weights = [torch.randn(50).to(dtype) for dtype in DTYPES] * 20
+    host.thresholds(weights, [20] * len(weights))
+    assert host.launches() == 7 + 4 + 2
+
+
+MASK_DISTRIBUTIONS = ["normal", "few values", "all equal", "inf and nan", "zeros of both signs"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", MASK_DISTRIBUTIONS)
+def test_hard_mask_prunes_exactly_k_lowest_index_first(host, distribution, dtype):
+    for size in (1, 33, 4097, 20011):
+        weight = DISTRIBUTIONS[distribution](size).to(dtype)
+        for count in counts_to_try(size):
+            kept = host.hard_mask(weight, count)
+            assert kept.sum().item() == size - count
+            assert torch.equal(kept, expected_mask(weight, count))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hard_mask_of_misaligned_weights_and_any_block_order(host, dtype):
+    storage = torch.randint(-9, 10, (70000,)).to(dtype)
+    for seed, offset in enumerate([0, 1, 3]):
+        weight = storage[offset : offset + 65003]
+        host.device(multiprocessors=1 + 2 * seed, seed=seed)
+        for count in (1000, 33333):
+            assert torch.equal(host.hard_mask(weight, count), expected_mask(weight, count))
+
+
+def test_hard_mask_takes_two_launches_more_than_the_threshold(host):
+    for size in (10, 30000):
+        host.hard_mask(torch.zeros(size), size // 2)
+        assert host.launches() == 4 + 2
+
+
+@pytest.mark.parametrize("tensors", [1, 32, 33, 5000])
+def test_prune_counts_round_half_up_and_stay_in_range(host, tensors):
+    sizes = [(7919 * i) % 4099 for i in range(tensors)]
+    sparsities = [(i % 101) / 100 for i in range(tensors)]
+    expected = [min(n, int(r * n + 0.5)) for n, r in zip(sizes, sparsities, strict=True)]
+    assert host.prune_counts(sizes, sparsities) == expected
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("early_exit", b"a barrier that some threads of the block miss"),
+        ("overrun", b"a store beyond the shared memory"),
+        ("misaligned", b"a misaligned load"),
+    ],
+)
+def test_host_build_sees_a_mistake(host, mistake, message):
+    error, _ = host.mistake(mistake)
+    assert message in error
+
+
+def test_host_build_starts_blocks_with_noise_in_shared_memory(host):
+    _, value = host.mistake("unset_shared_memory")
+    assert value != 0

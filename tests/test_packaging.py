@@ -1,0 +1,101 @@
+"""The source distribution and the wheel hold all they need, with a compiler and without one."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
+
+
+def run(*arguments, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def build(kind, cwd, out, **environment):
+    """What the build backend makes, and all it printed."""
+    program = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    result = run("-c", program, cwd=cwd, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (made,) = out.iterdir()
+    return made, result.stdout
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The source distribution, unpacked where nothing of the checkout is in reach."""
+    sdist, _ = build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    return source
+
+
+def python_files(package):
+    return {f"pdp_kernels/{path.name}" for path in (ROOT / package).glob("*.py")}
+
+
+def test_source_distribution_holds_every_source(unpacked):
+    for folder in ("csrc", "pdp_kernels", "triton_kernels"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}:
+                assert (unpacked / path.relative_to(ROOT)).exists(), path
+
+
+def test_wheel_built_from_it_works(unpacked, tmp_path):
+    (tmp_path / "out").mkdir()
+    wheel, _ = build("wheel", unpacked, tmp_path / "out", PDP_BUILD_CUDA="0")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = """
+import torch, pdp_kernels
+assert pdp_kernels.build_info()["backends"]["native"], pdp_kernels.build_info()
+assert pdp_kernels.pdp_mask(torch.tensor([1.0, 2.0]), 0.5).tolist() == [0, 2]
+print(pdp_kernels.__file__)
+"""
+    result = run("-c", program, cwd=tmp_path, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(site))
+
+
+def test_without_a_compiler_the_pure_package_is_built_and_says_so(unpacked, tmp_path):
+    wheel, printed = build("wheel", unpacked, tmp_path, CXX="no-such-compiler")
+    assert "no C++ compiler (no-such-compiler): installing without native kernels" in printed
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert python_files("pdp_kernels") | {"pdp_kernels/py.typed"} <= names
+    assert "pdp_kernels/triton_kernels/soft_mask.py" in names
+    assert not any(name.endswith(".so") for name in names)
+    assert not any(name.startswith("triton_kernels/") for name in names)
+
+
+def test_asking_for_cuda_without_a_toolkit_is_an_error(unpacked):
+    program = """
+import pathlib, runpy, sys
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: path.name != "cuda_runtime.h" and exists(path)
+sys.argv = ["setup.py", "build_ext"]
+runpy.run_path("setup.py")
+"""
+    result = run("-c", program, cwd=unpacked, PDP_BUILD_CUDA="1")
+    assert result.returncode != 0
+    assert "PDP_BUILD_CUDA=1, but" in result.stderr
+
+
+def test_another_request_for_cuda_is_an_error(unpacked):
+    result = run("setup.py", "build_ext", cwd=unpacked, PDP_BUILD_CUDA="yes")
+    assert result.returncode != 0
+    assert "PDP_BUILD_CUDA must be 0 or 1, got 'yes'" in result.stderr
