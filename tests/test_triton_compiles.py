@@ -1,0 +1,100 @@
+"""Triton's compiler takes the kernels for every architecture, and moves 16 bytes at a time.
+
+No GPU is needed to compile; the interpreter, which the other tests use, compiles nothing.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+# Ampere, Hopper, Blackwell.
+ARCHITECTURES = (80, 90, 100)
+
+# (weight, result, threshold): storage and arithmetic dtypes.
+DTYPES = [
+    ("fp64", "bf16", "fp64"),
+    ("fp32", "fp32", "fp32"),
+    ("fp32", "bf16", "fp32"),
+    ("fp16", "fp64", "fp32"),
+    ("bf16", "bf16", "fp32"),
+]
+
+# Compiles the (kernel, pointers, constants, architecture) of a list, and prints the PTX of each.
+PROGRAM = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pdp_kernels.triton_kernels import soft_mask as module
+
+def compile_kernel(kernel, pointers, constants, architecture):
+    kernel = getattr(module, kernel)
+    names = kernel.arg_names
+    signature = {name: pointers.get(name, "constexpr") for name in names} | {"numel": "i64"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
+               if name.endswith("_ptr") or name == "numel"}
+    source = ASTSource(kernel, signature, constants | {"BLOCK": module.BLOCK}, aligned)
+    target = GPUTarget("cuda", architecture, 32)
+    options = {"num_warps": module.NUM_WARPS}
+    return triton.compile(source, target=target, options=options).asm["ptx"]
+
+print(json.dumps([compile_kernel(*arguments) for arguments in json.load(sys.stdin)]))
+"""
+
+
+def specialisations():
+    for (weight, result, real), relative, architecture in itertools.product(
+        DTYPES, (False, True), ARCHITECTURES
+    ):
+        scalars = {"threshold_ptr": f"*{real}", "tau_ptr": f"*{real}", "weight_ptr": f"*{weight}"}
+        results = {"w_hat_ptr": f"*{result}", "mask_ptr": f"*{result}"}
+        grads = {"grad_w_hat_ptr": f"*{result}", "grad_mask_ptr": f"*{result}"}
+        tiny = torch.finfo(torch.float64 if real == "fp64" else torch.float32).tiny
+        constants = {"RELATIVE": relative, "TINY": tiny}
+        yield (
+            "_soft_mask_fwd_kernel",
+            scalars | results,
+            constants | {"WITH_MASK": True},
+            architecture,
+        )
+        yield (
+            "_soft_mask_bwd_kernel",
+            scalars | grads | {"grad_ptr": f"*{weight}"},
+            constants | {"FROM_W_HAT": True, "FROM_MASK": True},
+            architecture,
+        )
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """(specialisation, PTX) of each."""
+    pytest.importorskip("triton")
+    chosen = list(specialisations())
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(chosen),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return list(zip(chosen, json.loads(result.stdout), strict=True))
+
+
+def test_every_specialisation_compiles(compiled):
+    for (kernel, *_), ptx in compiled:
+        assert f".entry {kernel}" in ptx
+
+
+def test_all_accesses_but_those_of_the_scalars_are_16_bytes_wide(compiled):
+    for specialisation, ptx in compiled:
+        accesses = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
+        wide = [line for line in accesses if ".v4.b32" in line or ".v2.b64" in line]
+        assert wide, specialisation
+        assert len(accesses) - len(wide) == 2, specialisation  # t and tau
