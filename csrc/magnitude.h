@@ -72,10 +72,12 @@ struct Magnitude<Half> {
   using Threshold = float;
   static constexpr int kBits = 15;
   static constexpr Key kInfinity = 0x7C00;
-  // Moving the 15 bits up to float's exponent leaves a float 2^112 times too small, denormals
-  // included; infinity and NaN have to be named.
+  // A normal half, moved up to float's exponent, is a float 2^112 times too small. A denormal
+  // counts units of 2^-24: as an integer it survives a CPU that flushes denormal operands.
   static PDP_HOST_DEVICE double value(Key key) {
-    if (key >= kInfinity) return Magnitude<float>::value(key > kInfinity ? 0x7FC00000 : 0x7F800000);
+    if (key > kInfinity) return Magnitude<float>::value(Magnitude<float>::kInfinity + 1);
+    if (key == kInfinity) return Magnitude<float>::value(Magnitude<float>::kInfinity);
+    if (key < 0x400) return key * 0x1p-24;
     return bit_cast<float>(static_cast<uint32_t>(key) << 13) * 0x1p112;
   }
 };

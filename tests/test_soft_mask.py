@@ -74,6 +74,20 @@ def test_denormal_weights(masking, dtype):
     check(masking, weight, threshold, 0.3, False)
 
 
+def test_float16_denormals_survive_a_cpu_that_flushes_denormals():
+    """They are normal numbers in float32, in which the arithmetic is."""
+    weight = (torch.arange(-900, 901) * 2.0**-24).half()
+    expected = pdp_mask(weight, 0.5, relative_tau=0.3)
+    threshold = pdp_threshold(weight, 0.5)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush denormals")
+    try:
+        assert torch.equal(pdp_threshold(weight, 0.5), threshold)
+        assert torch.equal(pdp_mask(weight, 0.5, relative_tau=0.3), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_large_weights_have_finite_gradients(masking, dtype):
     """2 w^2 / tau overflows where the slope has underflowed: the gradient there is g."""

@@ -13,10 +13,13 @@ PDP_INLINE float widen(BFloat16 value) {
 
 PDP_INLINE float widen(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7FFF) << 13;
-  // Moved up to float's exponent the magnitude is 2^112 times too small, denormals included.
-  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  return bit_cast<float>(sign | (magnitude >= (0x7C00u << 13) ? magnitude | 0x7F800000 : finite));
+  const uint32_t magnitude = value.bits & 0x7FFF;
+  // As in Magnitude<Half>::value: 2^-24 counted, or moved up to float's exponent and scaled.
+  const float denormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  const float normal = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t finite = bit_cast<uint32_t>(magnitude < 0x400 ? denormal : normal);
+  const uint32_t special = (magnitude << 13) | 0x7F800000;  // infinity, or NaN with its payload
+  return bit_cast<float>(sign | (magnitude >= 0x7C00 ? special : finite));
 }
 
 PDP_INLINE float widen(float value) { return value; }

@@ -1,0 +1,110 @@
+// The CPU kernels, compiled for the one instruction set level of the command line, behind C
+// functions over raw pointers. Types are numbered as in pdp::WeightType.
+#include <string_view>
+#include <vector>
+
+namespace {
+
+// The x86-64 level of the CPU at hand: 1 (any), 3 or 4.
+int level_of_this_cpu() {
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+                  __builtin_cpu_supports("fma");
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return !v3 ? 1 : v4 ? 4 : 3;
+}
+
+constexpr bool compiled_for(std::string_view feature) {
+#if defined(__AVX512F__)
+  return true;
+#elif defined(__AVX2__)
+  return feature != "avx512f";
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+// So that gather.cpp chooses what the level has, not what the CPU has.
+#define __builtin_cpu_supports(feature) compiled_for(feature)
+
+#include "../../csrc/cpu/gather.cpp"
+#include "../../csrc/cpu/hard_mask.cpp"
+#include "../../csrc/cpu/radix_select.cpp"
+#include "../../csrc/cpu/soft_mask.cpp"
+
+namespace {
+
+using namespace pdp::cpu;
+using pdp::WeightType;
+
+// Two ranges, the later one first: results may depend neither on where a range begins nor on order.
+void two_ranges(int64_t count, int64_t, const RangeBody& body) {
+  const int64_t middle = count / 2;
+  if (middle < count) body(middle, count);
+  if (middle > 0) body(0, middle);
+}
+
+Array array(void* data, int64_t type) { return {data, static_cast<WeightType>(type)}; }
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int cpu_level() { return level_of_this_cpu(); }
+
+int gather_variant(int64_t variant, const float* data, int64_t count, int64_t low, int64_t high,
+                   uint32_t* keys, int64_t* below) {
+  const GatherFloat variants[] = {gather_portable<float, uint32_t>, gather_avx2, gather_avx512};
+  return variants[variant](data, static_cast<int>(count), static_cast<uint32_t>(low),
+                           static_cast<uint32_t>(high), keys, below);
+}
+
+void convert(const void* source, int64_t source_type, void* result, int64_t result_type,
+             int64_t count) {
+  visit(source, static_cast<WeightType>(source_type), [&](const auto* from) {
+    visit(result, static_cast<WeightType>(result_type), [&](const auto* to) {
+      auto* results = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(to)>>*>(to);
+      for (int64_t i = 0; i < count; ++i) narrow(widen(from[i]), results[i]);
+    });
+  });
+}
+
+void thresholds(int64_t count, const void* const* data, const int64_t* numel, const int64_t* types,
+                const int64_t* k, double* results) {
+  std::vector<Weight> weights(count);
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] = {data[i], numel[i], static_cast<WeightType>(types[i])};
+  }
+  const std::vector<OrderStatistics> found = radix_select(weights, k, two_ranges);
+  for (int64_t i = 0; i < count; ++i) {
+    visit(data[i], weights[i].type, [&](const auto* typed) {
+      using Stored = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+      results[i] = pdp::threshold_between<Stored>(found[i].kth, found[i].next, k[i], numel[i]);
+    });
+  }
+}
+
+void hard_mask(const void* weight, int64_t type, int64_t numel, int64_t k, bool* kept) {
+  pdp::cpu::hard_mask({weight, numel, static_cast<WeightType>(type)}, k, kept, two_ranges);
+}
+
+void soft_mask(void* weight, int64_t type, const void* threshold, const void* tau, int64_t relative,
+               void* w_hat, void* mask, int64_t out_type, int64_t numel) {
+  pdp::cpu::soft_mask(array(weight, type), threshold, tau, relative, array(w_hat, out_type),
+                      array(mask, out_type), numel, two_ranges);
+}
+
+void soft_mask_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, void* weight,
+                        int64_t type, const void* threshold, const void* tau, int64_t relative,
+                        void* grad, int64_t numel) {
+  pdp::cpu::soft_mask_backward(array(grad_w_hat, grad_type), array(grad_mask, grad_type),
+                               array(weight, type), threshold, tau, relative, array(grad, type),
+                               numel, two_ranges);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

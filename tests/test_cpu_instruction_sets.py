@@ -1,0 +1,244 @@
+"""The CPU kernels at every x86-64 level, of which a machine runs only the highest it has.
+
+tests/host_cpu compiles the kernels' own sources once per level; each level the CPU at hand can run
+is held against the reference.
+"""
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import test_hard_mask
+import test_soft_mask
+import test_threshold
+import torch
+from cases import DTYPES, denormals, weight_of, with_special_values
+
+from pdp_kernels import pdp_threshold, reference
+
+SOURCE = Path(__file__).parent / "host_cpu" / "variants.cpp"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4}
+GATHERS = {"portable": 1, "avx2": 3, "avx512": 4}  # each with the level it needs
+SIZES = (33, 9973, 70_001)  # gathered whole, bracketed by a sample, more than one tile
+
+INFINITY_KEY = 0x7F800000
+NAN_KEY = INFINITY_KEY + 1
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="levels are those of x86-64"
+    ),
+]
+
+
+class Kernels:
+    """The C functions of variants.cpp with the signatures of the operators."""
+
+    device = "cpu"
+
+    def __init__(self, level, folder):
+        path = folder / f"{level}.so"
+        flags = f"-march={level} -DPDP_MULTIVERSION= -O3 -std=c++17"
+        flags += " -fvisibility=hidden -fPIC -shared -pthread"
+        run = subprocess.run(
+            [COMPILER, *flags.split(), str(SOURCE), "-o", str(path)], capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        self.library = ctypes.CDLL(str(path))
+
+    def call(self, name, *arguments):
+        """Calls a function all of whose parameters are 64 bits wide."""
+        return getattr(self.library, name)(*map(as_c, arguments))
+
+    def gather(self, variant, data, low, high):
+        """The keys gathered, and the number of keys below."""
+        count, guard = data.numel(), 64
+        keys, below = torch.full((count + guard,), -1, dtype=torch.int32), torch.tensor([7])
+        number = list(GATHERS).index(variant)
+        gathered = self.call("gather_variant", number, data, count, low, high, keys, below)
+        assert (keys[count:] == -1).all(), "a key was written behind the buffer"
+        return keys[:gathered], below.item() - 7
+
+    def convert(self, values, dtype):
+        result = torch.empty(values.shape, dtype=dtype)
+        self.call("convert", values, values.dtype, result, dtype, values.numel())
+        return result
+
+    def thresholds(self, weights, counts):
+        columns = [
+            torch.tensor([w.data_ptr() for w in weights]),
+            torch.tensor([w.numel() for w in weights]),
+            torch.tensor([DTYPES.index(w.dtype) for w in weights]),
+        ]
+        results = torch.empty(len(weights), dtype=torch.float64)
+        self.call("thresholds", len(weights), *columns, counts, results)
+        return results.to(reference.threshold_dtype(weights))
+
+    def hard_mask(self, weight, count):
+        kept = torch.empty(weight.shape, dtype=torch.bool)
+        self.call("hard_mask", weight, weight.dtype, weight.numel(), count.item(), kept)
+        return kept
+
+    def soft_mask(self, weight, threshold, tau, relative, out_dtype, return_mask):
+        w_hat = torch.empty_like(weight, dtype=out_dtype)
+        mask = torch.empty_like(w_hat) if return_mask else None
+        given = (weight, weight.dtype, threshold, tau, relative)
+        self.call("soft_mask", *given, w_hat, mask, out_dtype, weight.numel())
+        return w_hat, mask
+
+    def soft_mask_backward(self, grad_w_hat, grad_mask, weight, threshold, tau, relative):
+        grad = torch.empty_like(weight)
+        grad_dtype = (grad_mask if grad_w_hat is None else grad_w_hat).dtype
+        given = (grad_w_hat, grad_mask, grad_dtype, weight, weight.dtype, threshold, tau, relative)
+        self.call("soft_mask_backward", *given, grad, weight.numel())
+        return grad
+
+
+def as_c(argument):
+    if argument is None:
+        return None
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, torch.dtype):
+        argument = DTYPES.index(argument)
+    return ctypes.c_int64(argument)
+
+
+@pytest.fixture(scope="session")
+def baseline(tmp_path_factory):
+    return Kernels("x86-64", tmp_path_factory.mktemp("host_cpu"))
+
+
+@pytest.fixture(scope="session")
+def cpu_level(baseline):
+    return baseline.call("cpu_level")
+
+
+@pytest.fixture(scope="session", params=LEVELS)
+def kernels(request, baseline, cpu_level, tmp_path_factory):
+    if cpu_level < LEVELS[request.param]:
+        pytest.skip(f"this CPU lacks {request.param}")
+    if request.param == "x86-64":
+        return baseline
+    return Kernels(request.param, tmp_path_factory.mktemp("host_cpu"))
+
+
+def special_floats(size):
+    """NaN of many payloads, inf, zeros and denormals of both signs among ordinary numbers."""
+    values = torch.cat([with_special_values(size, torch.float32), denormals(size, torch.float32)])
+    values[::7] = -values[::7]
+    values.view(torch.int32)[::11] |= INFINITY_KEY
+    return values[torch.randperm(2 * size)[:size]]
+
+
+@pytest.mark.parametrize("variant", GATHERS)
+@pytest.mark.parametrize("make", [torch.randn, special_floats])
+def test_every_gather_finds_the_same_keys_in_the_same_order(kernels, cpu_level, make, variant):
+    if cpu_level < GATHERS[variant]:
+        pytest.skip(f"this CPU lacks {variant}")
+    storage = make(4096 + 16)
+    everything, one_to_two = (0, NAN_KEY), (0x3F800000, 0x40000000)
+    only_nan, only_zero, nothing = (NAN_KEY, NAN_KEY), (0, 0), (0x7F000001, 0x7F000001)
+    for low, high in (everything, one_to_two, only_nan, only_zero, nothing):
+        for count in (*range(34), 4096):
+            for offset in (0, 1, 5, 15):
+                data = storage[offset : offset + count]
+                keys = (data.view(torch.int32) & 0x7FFFFFFF).clamp(max=NAN_KEY)
+                gathered, below = kernels.gather(variant, data, low, high)
+                assert torch.equal(gathered, keys[(keys >= low) & (keys <= high)])
+                assert below == (keys < low).sum()
+
+
+def every_pattern(dtype):
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
+def random_patterns():
+    """Floats of random bits, and the NaNs whose payload a truncation would lose."""
+    bits = torch.randint(-(2**31), 2**31, (1_000_003,)).to(torch.int32)
+    bits[:4] = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1])
+    return bits.view(torch.float32)
+
+
+def around_ties(dtype, wide):
+    """The middle of each two neighbouring 16-bit numbers, and what lies next to it.
+
+    Above the largest finite number its neighbour is the power of two that no longer fits.
+    """
+    ordered = every_pattern(dtype).double().abs().unique()
+    finite = ordered[ordered.isfinite()]
+    finite = torch.cat([finite, 2 * finite[-1:] - finite[-2:-1]])
+    ties = ((finite[1:] + finite[:-1]) / 2).to(wide)
+    beside = [ties.nextafter(torch.tensor(end, dtype=wide)) for end in (0, torch.inf)]
+    positive = torch.cat([ties, *beside])
+    return torch.cat([positive, -positive])
+
+
+def assert_same_numbers(actual, expected):
+    """Bit for bit, but for a NaN any NaN."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.itemsize]
+    assert torch.equal(actual.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(actual[number].view(bits), expected[number].view(bits))
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_widening_is_exact_for_every_bit_pattern(kernels, dtype, wide):
+    values = every_pattern(dtype)
+    assert_same_numbers(kernels.convert(values, wide), values.to(wide))
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrowing_rounds_to_nearest_even(kernels, dtype, wide):
+    for values in (every_pattern(dtype).to(wide), around_ties(dtype, wide)):
+        assert_same_numbers(kernels.convert(values, dtype), values.to(dtype))
+    values = random_patterns().to(wide)
+    assert_same_numbers(kernels.convert(values, dtype), values.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", ["normal", "few distinct", "one shared prefix"])
+def test_thresholds_and_hard_masks_equal_the_reference(kernels, distribution, dtype):
+    check_selection(kernels, [weight_of(distribution, size, dtype) for size in SIZES])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [denormals, with_special_values])
+def test_selection_equals_the_reference_on_denormals_inf_and_nan(kernels, make, dtype):
+    check_selection(kernels, [make(size, dtype) for size in SIZES])
+
+
+def check_selection(kernels, weights):
+    for share in (0.0, 0.5, 0.99):
+        counts = [1 + int(share * (weight.numel() - 2)) for weight in weights]
+        test_threshold.assert_exact(kernels, weights, counts)
+        for weight, count in zip(weights, counts, strict=True):
+            test_hard_mask.assert_exact(kernels, weight, count)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_masks_and_gradients_stay_within_budget(kernels, dtype, relative):
+    for distribution in ("normal", "heavy-tailed", "few distinct", "signed zeros"):
+        for size in (0, 1, 33, 9973):
+            weight = weight_of(distribution, size, dtype)
+            threshold = pdp_threshold(weight, 0.7).item()
+            for tau in (1e-4, 0.3):
+                test_soft_mask.check(kernels, weight, threshold, tau, relative)
+    weight = denormals(997, dtype)
+    test_soft_mask.check(kernels, weight, pdp_threshold(weight, 0.5).item(), 0.3, relative)
+    largest = torch.finfo(dtype).max * torch.linspace(-1, 1, 997).to(dtype)
+    test_soft_mask.check(kernels, largest, 1.0, 1e-4, relative)  # w^2 / tau overflows
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_soft_masks_stay_within_budget_in_every_output_type(kernels, dtype, out_dtype):
+    test_soft_mask.check(kernels, torch.randn(1033).to(dtype), 0.7, 0.1, False, out_dtype)
