@@ -132,7 +132,8 @@ def main() -> int:
         print("\nRead the ratios: on a shared CPU the times themselves vary from run to run.")
     print(f"\n{format_headlines(rows)}")
     if arguments.out:
-        for path in write_results(arguments.out, rows, environment, vars(arguments)):
+        settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "plot")}
+        for path in write_results(arguments.out, rows, environment, settings):
             print(f"wrote {path}")
     if arguments.plot:
         from benchmarks.plot import plot_speedups
