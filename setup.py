@@ -41,24 +41,31 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall"]
 ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
-def default_architectures(nvcc: Path) -> str:
-    known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
-    chosen = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
-    return ";".join(chosen) + "+PTX"
+def ask_nvcc(option: str) -> str:
+    return subprocess.check_output([TOOLKIT / "bin" / "nvcc", option], text=True)
+
+
+def obstacle_to_cuda() -> str | None:
+    if TOOLKIT is None:
+        return "no CUDA toolkit was found (set CUDA_HOME)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    major = torch.version.cuda.split(".")[0]
+    if f"release {major}." not in ask_nvcc("--version"):
+        return f"torch is built for CUDA {torch.version.cuda}, and {TOOLKIT} is not CUDA {major}"
+    return None
 
 
 def wants_cuda() -> bool:
     request = os.environ.get("PDP_BUILD_CUDA", "")
     if request not in ("", "0", "1"):
         sys.exit(f"PDP_BUILD_CUDA must be 0 or 1, got {request!r}")
-    missing = "no CUDA toolkit was found (set CUDA_HOME)" if TOOLKIT is None else ""
-    if torch.version.cuda is None:
-        missing = f"torch {torch.__version__} is built without CUDA"
-    if request == "1" and missing:
-        sys.exit(f"PDP_BUILD_CUDA=1, but {missing}")
-    if missing:
-        print(f"pdp_kernels: building without CUDA: {missing}")
-    return request != "0" and not missing
+    obstacle = obstacle_to_cuda()
+    if request == "1" and obstacle:
+        sys.exit(f"PDP_BUILD_CUDA=1, but {obstacle}")
+    if obstacle:
+        print(f"pdp_kernels: building without CUDA: {obstacle}")
+    return request != "0" and not obstacle
 
 
 def extensions() -> list:
@@ -67,29 +74,20 @@ def extensions() -> list:
         print(f"pdp_kernels: no C++ compiler ({compiler}): installing without native kernels")
         return []
     cpu = ["csrc/ops_cpu.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
-    # Before torch's own copy of pybind11, which a stable ABI target may not include.
-    includes = [pybind11.get_include()]
-    modules = [
-        CppExtension(
-            "pdp_kernels._C",
-            cpu,
-            include_dirs=includes,
-            define_macros=MACROS,
-            extra_compile_args=FLAGS,
-        )
-    ]
+    # pybind11's own headers come before torch's copy, which a stable ABI target may not include.
+    headers = pybind11.get_include()
+    options = {"define_macros": MACROS, "extra_compile_args": FLAGS}
+    modules = [CppExtension("pdp_kernels._C", cpu, include_dirs=[headers], **options)]
     if wants_cuda():
-        nvcc = TOOLKIT / "bin" / "nvcc"
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(nvcc))
-        macros = [("USE_CUDA", None), ("PDP_CUDA_ARCHITECTURES", f'"{architectures}"')]
+        known = ask_nvcc("--list-gpu-arch").split()
+        usual = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
+        chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(usual) + "+PTX")
+        macros = [*MACROS, ("USE_CUDA", None), ("PDP_CUDA_ARCHITECTURES", f'"{chosen}"')]
+        flags = {"cxx": FLAGS, "nvcc": ["-O3", "-std=c++17"]}
+        options = {"define_macros": macros, "extra_compile_args": flags}
+        cuda = ["csrc/ops_cuda.cu", "csrc/module_cuda.cpp"]
         modules.append(
-            CUDAExtension(
-                "pdp_kernels._C_cuda",
-                ["csrc/ops_cuda.cu", "csrc/module_cuda.cpp"],
-                include_dirs=includes,
-                define_macros=MACROS + macros,
-                extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++17"]},
-            )
+            CUDAExtension("pdp_kernels._C_cuda", cuda, include_dirs=[headers], **options)
         )
     return modules
 

@@ -15,7 +15,7 @@ from pdp_kernels._validation import (
 from pdp_kernels.reference import threshold_dtype
 from pdp_kernels.threshold import pdp_threshold
 
-PAPER_TAU = 1e-4  # section 4 of arXiv 2305.11203
+PAPER_TAU = 1e-4  # that of arXiv 2305.11203
 
 
 class _SoftMask(torch.autograd.Function):
