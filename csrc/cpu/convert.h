@@ -14,12 +14,14 @@ PDP_INLINE float widen(BFloat16 value) {
 PDP_INLINE float widen(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7FFF;
-  // As in Magnitude<Half>::value: 2^-24 counted, or moved up to float's exponent and scaled.
-  const float denormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-  const float normal = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  const uint32_t finite = bit_cast<uint32_t>(magnitude < 0x400 ? denormal : normal);
-  const uint32_t special = (magnitude << 13) | 0x7F800000;  // infinity, or NaN with its payload
-  return bit_cast<float>(sign | (magnitude >= 0x7C00 ? special : finite));
+  // A denormal counts units of 2^-24; added to the foot of 0.5 those are 2^-24 each, exactly.
+  // (Scaled up from a float32 denormal it would not survive a CPU that flushes those.)
+  const float denormal = bit_cast<float>(0x3F000000 | magnitude) - 0.5f;
+  // A normal one moves up to float's exponent, rebiased by 112; infinity and NaN by as much again.
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t rebiased = magnitude >= 0x7C00 ? normal + (112u << 23) : normal;
+  const uint32_t result = magnitude < 0x400 ? bit_cast<uint32_t>(denormal) : rebiased;
+  return bit_cast<float>(sign | result);
 }
 
 PDP_INLINE float widen(float value) { return value; }

@@ -1,16 +1,10 @@
 // Fused soft mask for CPU: mask, masked weight and the analytic backward in one pass each.
 #pragma once
 
-#include "../magnitude.h"
+#include "array.h"
 #include "parallel.h"
 
 namespace pdp::cpu {
-
-// A typed array of weights, gradients or results; data may be null where a result is not wanted.
-struct Array {
-  void* data;
-  WeightType type;
-};
 
 // w_hat = m w and, unless mask.data is null, m. `threshold` and `tau` point to one double for
 // float64 weights, to one float otherwise.

@@ -1,0 +1,92 @@
+// Eq. 1 and Eq. 2 at one weight, in operations that compilers vectorise.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../magnitude.h"
+#include "parallel.h"
+
+namespace pdp::cpu {
+
+// e^-x for x >= 0, to one unit in the last place: e^-x = 2^n e^r with |r| <= ln(2) / 2, e^r by its
+// Taylor series (the next term is below 6e-9), 2^n in two factors, so that denormal results are
+// reached.
+PDP_INLINE float exp_negative(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kLn2High =
+      0.693145752f;  // ln 2 with 9 zero bits at the end: n * kLn2High is exact
+  constexpr float kLn2Low = 1.42860677e-6f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer below
+  constexpr float kUnderflow = 104.0f;   // e^-104 rounds to 0
+  const float y = x > kUnderflow ? -kUnderflow : -x;
+  const float shifted = y * kLog2E + kRound;
+  const float n = shifted - kRound;
+  const float r = (y - n * kLn2High) - n * kLn2Low;
+  float series = 1.0f / 5040;
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 1.0f / 2;
+  series = series * r + 1.0f;
+  series = series * r + 1.0f;
+  const int32_t power = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
+  const int32_t half = power >> 1;
+  return series * bit_cast<float>((half + 127) << 23) * bit_cast<float>((power - half + 127) << 23);
+}
+
+PDP_INLINE double exp_negative(double x) { return std::exp(-x); }
+
+// The mask around one threshold: z = ((|w| - t) / q) ((|w| + |t|) / q) / tau', with q and tau' as
+// in reference.scale_and_temperature; q = 1 is not divided by.
+template <typename Real, bool kRelative>
+struct Mask {
+  Real threshold;
+  Real scale;
+  Real tau;
+
+  PDP_INLINE Mask(Real t, Real temperature) : threshold(t), scale(1), tau(temperature) {
+    if (!kRelative) return;
+    constexpr Real kTiny = std::numeric_limits<Real>::min();
+    const Real size = std::fabs(t);
+    scale = size > std::numeric_limits<Real>::max() ? Real(1) : size == 0 ? kTiny : size;
+    tau = size == 0 ? kTiny : temperature;
+  }
+
+  PDP_INLINE Real scaled(Real value) const { return kRelative ? value / scale : value; }
+
+  PDP_INLINE Real exponent(Real weight) const {
+    const Real magnitude = std::fabs(weight);
+    return scaled(magnitude - threshold) * scaled(magnitude + std::fabs(threshold)) / tau;
+  }
+
+  // m
+  PDP_INLINE Real value(Real weight) const {
+    const Real z = exponent(weight);
+    const Real decay = exp_negative(std::fabs(z));
+    return (z >= 0 ? Real(1) : decay) / (1 + decay);
+  }
+
+  // dw_hat/dw = m + 2 w^2/tau m(1-m). Where the slope m(1-m) has underflowed to 0 its factor may
+  // have overflowed: 0 * inf is no number, so such terms are chosen to be 0.
+  PDP_INLINE Real weight_gradient(Real weight) const {
+    const Real z = exponent(weight);
+    const Real decay = exp_negative(std::fabs(z));
+    const Real inverse = 1 / (1 + decay);
+    const Real m = (z >= 0 ? Real(1) : decay) * inverse;
+    const Real slope = decay * inverse * inverse;
+    const Real boost = 2 * scaled(weight) * scaled(weight) / tau * slope;
+    return m + (slope == 0 ? Real(0) : boost);
+  }
+
+  // dm/dw = 2 w/tau m(1-m)
+  PDP_INLINE Real mask_gradient(Real weight) const {
+    const Real decay = exp_negative(std::fabs(exponent(weight)));
+    const Real slope = decay / ((1 + decay) * (1 + decay));
+    const Real factor = 2 * (scaled(weight) / scale) / tau * slope;
+    return slope == 0 ? Real(0) : factor;
+  }
+};
+
+}  // namespace pdp::cpu
