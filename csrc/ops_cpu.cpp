@@ -13,6 +13,7 @@
 #include "cpu/hard_mask.h"
 #include "cpu/radix_select.h"
 #include "cpu/soft_mask.h"
+#include "cpu/soft_mask_nm.h"
 #include "tensors.h"
 
 namespace {
@@ -147,6 +148,45 @@ Tensor soft_mask_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor
   return grad;
 }
 
+cpu::GroupLayout group_layout(const Tensor& ordered, int64_t members, int64_t dim) {
+  return {static_cast<int>(members), ordered.stride(dim)};
+}
+
+std::tuple<Tensor, Tensor> soft_mask_nm(Tensor weight, Tensor tau, int64_t m, int64_t pruned,
+                                        int64_t dim, bool relative,
+                                        std::optional<ScalarType> out_dtype, bool return_mask) {
+  Tensor w_hat = empty_like(weight, out_dtype.value_or(weight.scalar_type()));
+  Tensor mask = return_mask ? torch::stable::empty_like(w_hat)
+                            : torch::stable::empty({0}, w_hat.scalar_type());
+  const Tensor ordered = in_order_of(w_hat, weight);
+  cpu::soft_mask_nm(array(ordered), tau.data_ptr(), group_layout(w_hat, m, dim),
+                    static_cast<int>(pruned), relative, array(w_hat),
+                    return_mask ? array(mask) : kNoArray, weight.numel(), parallel_for);
+  return {w_hat, mask};
+}
+
+Tensor soft_mask_nm_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor> grad_mask,
+                             Tensor weight, Tensor tau, int64_t m, int64_t pruned, int64_t dim,
+                             bool relative) {
+  Tensor grad = torch::stable::empty_like(weight);
+  const Tensor ordered = in_order_of(grad, weight);
+  if (grad_w_hat) grad_w_hat = in_order_of(grad, *grad_w_hat);
+  if (grad_mask) grad_mask = in_order_of(grad, *grad_mask);
+  cpu::soft_mask_nm_backward(grad_w_hat ? array(*grad_w_hat) : kNoArray,
+                             grad_mask ? array(*grad_mask) : kNoArray, array(ordered),
+                             tau.data_ptr(), group_layout(grad, m, dim), static_cast<int>(pruned),
+                             relative, array(grad), weight.numel(), parallel_for);
+  return grad;
+}
+
+Tensor hard_mask_nm(Tensor weight, int64_t m, int64_t pruned, int64_t dim) {
+  Tensor kept = empty_like(weight, ScalarType::Bool);
+  const Tensor ordered = in_order_of(kept, weight);
+  cpu::hard_mask_nm(array(ordered), group_layout(kept, m, dim), static_cast<int>(pruned),
+                    kept.mutable_data_ptr<bool>(), weight.numel(), parallel_for);
+  return kept;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
@@ -155,6 +195,9 @@ STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
   m.impl("hard_mask", TORCH_BOX(&hard_mask));
   m.impl("soft_mask", TORCH_BOX(&soft_mask));
   m.impl("soft_mask_backward", TORCH_BOX(&soft_mask_backward));
+  m.impl("soft_mask_nm", TORCH_BOX(&soft_mask_nm));
+  m.impl("soft_mask_nm_backward", TORCH_BOX(&soft_mask_nm_backward));
+  m.impl("hard_mask_nm", TORCH_BOX(&hard_mask_nm));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -15,7 +15,7 @@ from pdp_kernels import reference
 
 _library = torch.library.Library("pdp", "DEF")
 
-_SCHEMAS = {
+SCHEMAS = {
     "prune_counts": "(Tensor[] weights, float[] sparsities) -> Tensor",
     "thresholds": "(Tensor[] weights, Tensor prune_counts) -> Tensor",
     "hard_mask": "(Tensor weight, Tensor prune_count) -> Tensor",
@@ -27,20 +27,22 @@ _SCHEMAS = {
         "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor threshold, Tensor tau, "
         "bool relative) -> Tensor"
     ),
+    "soft_mask_nm": (
+        "(Tensor weight, Tensor tau, int m, int pruned, int dim, bool relative, "
+        "ScalarType? out_dtype, bool return_mask) -> (Tensor, Tensor)"
+    ),
+    "soft_mask_nm_backward": (
+        "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor tau, int m, int pruned, "
+        "int dim, bool relative) -> Tensor"
+    ),
+    "hard_mask_nm": "(Tensor weight, int m, int pruned, int dim) -> Tensor",
 }
 
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
 
-_library.impl("prune_counts", reference.prune_counts, "CompositeExplicitAutograd")
-_library.impl("thresholds", reference.thresholds, "CompositeExplicitAutograd")
-_library.impl(
-    "hard_mask",
-    lambda weight, prune_count: reference.hard_mask(weight, prune_count[0]),
-    "CompositeExplicitAutograd",
-)
-_library.impl("soft_mask", reference.soft_mask, "CompositeExplicitAutograd")
-_library.impl("soft_mask_backward", reference.soft_mask_backward, "CompositeExplicitAutograd")
+for _name in SCHEMAS:
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
 def _load(module: str) -> str | None:
@@ -57,20 +59,27 @@ load_errors = {name: _load(f"pdp_kernels.{name}") for name in ("_C", "_C_cuda")}
 
 has_triton = find_spec("triton") is not None
 
+# The operators that Triton serves, by the file of triton_kernels that has them.
+_TRITON = {
+    "soft_mask": ("soft_mask", "soft_mask_backward"),
+    "soft_mask_nm": ("soft_mask_nm", "soft_mask_nm_backward", "hard_mask_nm"),
+}
+
+
+def _on_first_call(file: str, name: str):
+    """The Triton implementation, imported (Triton with it) when it is first called."""
+
+    def call(*args):
+        module = importlib.import_module(f"pdp_kernels.triton_kernels.{file}")
+        return getattr(module, name)(*args)
+
+    return call
+
+
 if has_triton:
-
-    def _triton_soft_mask(*args):
-        from pdp_kernels.triton_kernels.soft_mask import soft_mask
-
-        return soft_mask(*args)
-
-    def _triton_soft_mask_backward(*args):
-        from pdp_kernels.triton_kernels.soft_mask import soft_mask_backward
-
-        return soft_mask_backward(*args)
-
-    _library.impl("soft_mask", _triton_soft_mask, "CUDA")
-    _library.impl("soft_mask_backward", _triton_soft_mask_backward, "CUDA")
+    for _file, _names in _TRITON.items():
+        for _name in _names:
+            _library.impl(_name, _on_first_call(_file, _name), "CUDA")
 
 
 @torch.library.register_fake("pdp::prune_counts", lib=_library)
@@ -97,6 +106,22 @@ def _(weight, threshold, tau, relative, out_dtype, return_mask):
 @torch.library.register_fake("pdp::soft_mask_backward", lib=_library)
 def _(grad_w_hat, grad_mask, weight, threshold, tau, relative):
     return torch.empty_like(weight)
+
+
+@torch.library.register_fake("pdp::soft_mask_nm", lib=_library)
+def _(weight, tau, m, pruned, dim, relative, out_dtype, return_mask):
+    w_hat = torch.empty_like(weight, dtype=out_dtype)
+    return w_hat, torch.empty_like(w_hat) if return_mask else w_hat.new_empty(0)
+
+
+@torch.library.register_fake("pdp::soft_mask_nm_backward", lib=_library)
+def _(grad_w_hat, grad_mask, weight, tau, m, pruned, dim, relative):
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("pdp::hard_mask_nm", lib=_library)
+def _(weight, m, pruned, dim):
+    return torch.empty_like(weight, dtype=torch.bool)
 
 
 def map_over_batch(call, batch_size, in_dims, args):
@@ -141,11 +166,14 @@ def _vmap_lists(call):
     return rule
 
 
-def _vmap_hard_mask(info, in_dims, *args):
-    return map_over_batch(torch.ops.pdp.hard_mask, info.batch_size, in_dims, args)
+def _vmap_each(call):
+    """The vmap rule of an operator on one weight."""
+    return lambda info, in_dims, *args: map_over_batch(call, info.batch_size, in_dims, args)
 
 
 for _name in ("prune_counts", "thresholds"):
     _call = getattr(torch.ops.pdp, _name)
     torch.library.register_vmap(f"pdp::{_name}", _vmap_lists(_call), lib=_library)
-torch.library.register_vmap("pdp::hard_mask", _vmap_hard_mask, lib=_library)
+for _name in ("hard_mask", "hard_mask_nm"):
+    _call = getattr(torch.ops.pdp, _name)
+    torch.library.register_vmap(f"pdp::{_name}", _vmap_each(_call), lib=_library)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_GROUP = 32  # members of an N:M group
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
 
@@ -93,3 +94,29 @@ def check_temperature(
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(f"out_dtype must be {_DTYPE_NAMES}, got {out_dtype}")
+
+
+def check_groups(weight: Tensor, n: int, m: int, dim: int) -> int:
+    """Checks that dim can be cut into groups of m that keep n; returns dim counted from 0."""
+    for name, value in (("n", n), ("m", m), ("dim", dim)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not 1 <= n < m <= MAX_GROUP:
+        raise ValueError(f"n and m must satisfy 1 <= n < m <= {MAX_GROUP}, got n = {n}, m = {m}")
+    if not -weight.dim() <= dim < weight.dim():
+        raise ValueError(
+            f"dim must be a dimension of the weight's shape {tuple(weight.shape)}, got {dim}"
+        )
+    if weight.shape[dim] % m != 0:
+        raise ValueError(
+            f"the weight's size along dim must be divisible by m, got shape "
+            f"{tuple(weight.shape)}, dim = {dim}, m = {m}"
+        )
+    return dim % weight.dim()
+
+
+def check_pruned(pruned: int, n: int, m: int) -> None:
+    if isinstance(pruned, bool) or not isinstance(pruned, int):
+        raise TypeError(f"pruned must be an int, got {type(pruned).__name__}")
+    if not 0 <= pruned <= m - n:
+        raise ValueError(f"pruned must be in [0, m - n] = [0, {m - n}], got {pruned}")

@@ -68,7 +68,7 @@ def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
 def hard_mask(weight: Tensor, prune_count: Tensor) -> Tensor:
     """True for the n - k weights kept; of equal ones the lowest flat index is pruned first."""
     order = weight.abs().flatten().sort(stable=True).indices
-    kept = torch.arange(weight.numel(), device=weight.device) >= prune_count
+    kept = torch.arange(weight.numel(), device=weight.device) >= prune_count  # () or (1,)
     return torch.empty_like(kept).scatter_(0, order, kept).view(weight.shape)
 
 
@@ -131,6 +131,68 @@ def soft_mask_backward(
         mask_slope = torch.where(slope == 0, 0, 2 * (scaled / scale) / tau * slope)
         grad = grad + grad_mask.to(z.dtype) * mask_slope
     return _like(weight, grad, weight.dtype)
+
+
+def groups(values: Tensor, m: int, dim: int) -> Tensor:
+    """The groups of M consecutive elements along dim, as (..., groups, M)."""
+    return values.movedim(dim, -1).unflatten(-1, (-1, m))
+
+
+def ungroup(grouped: Tensor, dim: int) -> Tensor:
+    """The way back from `groups`."""
+    return grouped.flatten(-2).movedim(-1, dim)
+
+
+def group_thresholds(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
+    """t of every group, (..., groups, 1): each is a layer with k = pruned (section 3.4)."""
+    dtype = threshold_dtype([weight])
+    magnitudes = groups(weight, m, dim).abs().to(dtype).sort().values
+    if pruned == 0:
+        return torch.full_like(magnitudes[..., :1], -math.inf)
+    return midpoint(magnitudes[..., pruned - 1 : pruned], magnitudes[..., pruned : pruned + 1])
+
+
+def soft_mask_nm(
+    weight: Tensor,
+    tau: Tensor,
+    m: int,
+    pruned: int,
+    dim: int,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+    return_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """The soft mask with a threshold for each group."""
+    threshold = group_thresholds(weight, m, pruned, dim)
+    results = soft_mask(groups(weight, m, dim), threshold, tau, relative, out_dtype, return_mask)
+    w_hat, mask = results
+    w_hat = _like(weight, ungroup(w_hat, dim), w_hat.dtype)
+    return w_hat, _like(weight, ungroup(mask, dim), mask.dtype) if return_mask else mask
+
+
+def soft_mask_nm_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    tau: Tensor,
+    m: int,
+    pruned: int,
+    dim: int,
+    relative: bool,
+) -> Tensor:
+    """The gradient of the soft mask, with each group's threshold a constant."""
+    grads = [None if grad is None else groups(grad, m, dim) for grad in (grad_w_hat, grad_mask)]
+    threshold = group_thresholds(weight, m, pruned, dim)
+    grad = soft_mask_backward(*grads, groups(weight, m, dim), threshold, tau, relative)
+    return _like(weight, ungroup(grad, dim), weight.dtype)
+
+
+def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
+    """True for the M - pruned kept of each group; of equal ones the lowest index goes first."""
+    order = groups(weight, m, dim).abs().sort(stable=True).indices
+    kept = torch.arange(m, device=weight.device) >= pruned
+    kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, kept.expand_as(order))
+    return _like(weight, ungroup(kept, dim), torch.bool)
 
 
 def _like(weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,9 @@
 """The soft mask: masked weight and analytic gradient."""
 
-import inspect
-
 import torch
 from torch import Tensor
 
-from pdp_kernels import _ops
+from pdp_kernels._autograd import MaskedWeight
 from pdp_kernels._validation import (
     check_out_dtype,
     check_temperature,
@@ -16,64 +14,6 @@ from pdp_kernels.reference import threshold_dtype
 from pdp_kernels.threshold import pdp_threshold
 
 PAPER_TAU = 1e-4  # that of arXiv 2305.11203
-
-
-class _SoftMask(torch.autograd.Function):
-    """Saves the weight and two scalars; the mask is recomputed in the backward."""
-
-    @staticmethod
-    def forward(weight, threshold, tau, relative, out_dtype, return_mask):
-        return torch.ops.pdp.soft_mask(weight, threshold, tau, relative, out_dtype, return_mask)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        weight, threshold, tau, ctx.relative, _, ctx.return_mask = inputs
-        ctx.save_for_backward(weight, threshold, tau)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_w_hat, grad_mask):
-        if not ctx.return_mask:
-            grad_mask = None  # a compiled backward fills in zeros for the empty placeholder
-        if grad_w_hat is None and grad_mask is None:
-            return (None,) * 6
-        twice = torch.is_grad_enabled()  # somebody may differentiate this backward
-        backward = _SoftMaskBackward.apply if twice else torch.ops.pdp.soft_mask_backward
-        grad = backward(grad_w_hat, grad_mask, *ctx.saved_tensors, ctx.relative)
-        return grad, None, None, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return _ops.map_over_batch(_SoftMask.apply, info.batch_size, in_dims, args)
-
-
-class _SoftMaskBackward(torch.autograd.Function):
-    """Eq. 2 as a function of its own, so that differentiating it again is an error, not a zero."""
-
-    @staticmethod
-    def forward(grad_w_hat, grad_mask, weight, threshold, tau, relative):
-        return torch.ops.pdp.soft_mask_backward(
-            grad_w_hat, grad_mask, weight, threshold, tau, relative
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(
-            "pdp_mask cannot be differentiated twice: its backward is the paper's Eq. 2, a given "
-            "estimate of the gradient"
-        )
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return _ops.map_over_batch(_SoftMaskBackward.apply, info.batch_size, in_dims, args)
-
-
-# Function.apply asks inspect.signature on every call; to have it at hand saves 13 of 38 us.
-_SoftMask.forward.__signature__ = inspect.signature(_SoftMask.forward)
 
 
 def pdp_mask(
@@ -139,34 +79,39 @@ def pdp_mask(
     if (sparsity is None) == (threshold is None):
         given = "neither" if sparsity is None else "both"
         raise ValueError(f"exactly one of sparsity and threshold must be given, got {given}")
-    if tau is not None and relative_tau is not None:
-        raise ValueError("at most one of tau and relative_tau must be given, got both")
     dtype = threshold_dtype([weight])
-    relative = relative_tau is not None
-    if relative:
-        tau = _temperature("relative_tau", relative_tau, dtype, weight.device)
-    else:
-        tau = _temperature("tau", PAPER_TAU if tau is None else tau, dtype, weight.device)
+    temperature, relative = temperature_of(weight, tau, relative_tau)
     if threshold is None:
         threshold = pdp_threshold(weight, sparsity)
     else:
         check_threshold(threshold, dtype, weight.device)
     if out_dtype is None:
-        out_dtype = _autocast_dtype(weight)
-    w_hat, mask = _SoftMask.apply(weight, threshold, tau, relative, out_dtype, return_mask)
+        out_dtype = autocast_dtype(weight)
+    w_hat, mask = MaskedWeight.apply(
+        weight, threshold, temperature, None, relative, out_dtype, return_mask
+    )
     return (w_hat, mask) if return_mask else w_hat
 
 
-def _temperature(
-    name: str, tau: float | Tensor, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    check_temperature(name, tau, dtype, device)
-    if isinstance(tau, Tensor):
-        return tau.to(dtype)
-    return torch.full((), tau, dtype=dtype, device=device)
+def temperature_of(
+    weight: Tensor, tau: float | Tensor | None, relative_tau: float | Tensor | None
+) -> tuple[Tensor, bool]:
+    """The temperature as a checked 0-d tensor, and whether it is relative to t^2."""
+    if tau is not None and relative_tau is not None:
+        raise ValueError("at most one of tau and relative_tau must be given, got both")
+    relative = relative_tau is not None
+    name, value = ("relative_tau", relative_tau) if relative else ("tau", tau)
+    if value is None:
+        value = PAPER_TAU
+    dtype = threshold_dtype([weight])
+    check_temperature(name, value, dtype, weight.device)
+    if isinstance(value, Tensor):
+        return value.to(dtype), relative
+    return torch.full((), value, dtype=dtype, device=weight.device), relative
 
 
-def _autocast_dtype(weight: Tensor) -> torch.dtype | None:
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """The dtype w_hat gets under autocast, which leaves float64 alone; None outside of it."""
     device_type = weight.device.type
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)

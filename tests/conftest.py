@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from pdp_kernels import _ops
+
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 
 
@@ -53,18 +55,16 @@ def selection(request):
 
 @pytest.fixture(params=["native", "triton-interpreter", GPU])
 def masking(request):
-    """soft_mask and soft_mask_backward of a backend, and the device it serves."""
+    """The mask operators of a backend, and the device it serves."""
     if request.param != "triton-interpreter":
         return _dispatched(request.param)
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("with a GPU, Triton compiles")
-    from pdp_kernels.triton_kernels import soft_mask as module
+    from pdp_kernels.triton_kernels import soft_mask, soft_mask_nm
 
     request.getfixturevalue("rounding_interpreter")
-    return SimpleNamespace(
-        device="cpu", soft_mask=module.soft_mask, soft_mask_backward=module.soft_mask_backward
-    )
+    return SimpleNamespace(device="cpu", **vars(soft_mask) | vars(soft_mask_nm))
 
 
 @pytest.fixture
@@ -89,5 +89,6 @@ def rounding_interpreter(monkeypatch):
 
 def _dispatched(name):
     device = "cuda" if name == "gpu" else "cpu"
-    names = ("prune_counts", "thresholds", "hard_mask", "soft_mask", "soft_mask_backward")
-    return SimpleNamespace(device=device, **{name: getattr(torch.ops.pdp, name) for name in names})
+    return SimpleNamespace(
+        device=device, **{name: getattr(torch.ops.pdp, name) for name in _ops.SCHEMAS}
+    )

@@ -14,7 +14,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _scale_and_temperature(t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
+def scale_and_temperature(t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
     """(q, tau') of reference.scale_and_temperature."""
     scale = 1.0
     if RELATIVE:
@@ -25,7 +25,7 @@ def _scale_and_temperature(t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
 
 
 @triton.jit
-def _exponent(w, t, scale, tau, RELATIVE: tl.constexpr):
+def mask_exponent(w, t, scale, tau, RELATIVE: tl.constexpr):
     """z = ((|w| - t) / q) ((|w| + |t|) / q) / tau'"""
     magnitude = tl.abs(w)
     difference = magnitude - t
@@ -37,7 +37,31 @@ def _exponent(w, t, scale, tau, RELATIVE: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, value, inside):
+def soft_mask_value(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
+    """m = sigmoid(z)"""
+    scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
+    z = mask_exponent(w, t, scale, tau, RELATIVE)
+    decay = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0, 1.0, decay) / (1 + decay)
+
+
+@triton.jit
+def soft_mask_slopes(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
+    """(m + 2 w^2/tau m(1-m), 2 w/tau m(1-m)): the derivatives of w_hat and of m."""
+    scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
+    z = mask_exponent(w, t, scale, tau, RELATIVE)
+    decay = tl.exp(-tl.abs(z))
+    m = tl.where(z >= 0, 1.0, decay) / (1 + decay)
+    slope = decay / ((1 + decay) * (1 + decay))  # m (1 - m)
+    scaled = w / scale if RELATIVE else w
+    factor = scaled / scale if RELATIVE else w
+    # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
+    boost = tl.where(slope == 0, 0.0, 2 * scaled * scaled / tau * slope)
+    return m + boost, tl.where(slope == 0, 0.0, 2 * factor / tau * slope)
+
+
+@triton.jit
+def store(ptr, value, inside):
     """Through float32 on the way from float64 to 16 bits, for which there is no instruction."""
     dtype = ptr.dtype.element_ty
     if dtype.primitive_bitwidth == 16:
@@ -61,16 +85,11 @@ def _soft_mask_fwd_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     t = tl.load(threshold_ptr)
-    scale, tau = _scale_and_temperature(t, tl.load(tau_ptr), RELATIVE, TINY)
     w = tl.load(weight_ptr + offsets, mask=inside).to(t.dtype)
-
-    z = _exponent(w, t, scale, tau, RELATIVE)
-    decay = tl.exp(-tl.abs(z))
-    m = tl.where(z >= 0, 1.0, decay) / (1 + decay)
-
-    _store(w_hat_ptr + offsets, m * w, inside)
+    m = soft_mask_value(w, t, tl.load(tau_ptr), RELATIVE, TINY)
+    store(w_hat_ptr + offsets, m * w, inside)
     if WITH_MASK:
-        _store(mask_ptr + offsets, m, inside)
+        store(mask_ptr + offsets, m, inside)
 
 
 @triton.jit
@@ -91,24 +110,14 @@ def _soft_mask_bwd_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     t = tl.load(threshold_ptr)
-    scale, tau = _scale_and_temperature(t, tl.load(tau_ptr), RELATIVE, TINY)
     w = tl.load(weight_ptr + offsets, mask=inside).to(t.dtype)
-
-    z = _exponent(w, t, scale, tau, RELATIVE)
-    decay = tl.exp(-tl.abs(z))
-    slope = decay / ((1 + decay) * (1 + decay))  # m (1 - m)
-    scaled = w / scale if RELATIVE else w
+    w_hat_slope, mask_slope = soft_mask_slopes(w, t, tl.load(tau_ptr), RELATIVE, TINY)
     grad = tl.zeros_like(w)
-    # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
     if FROM_W_HAT:
-        m = tl.where(z >= 0, 1.0, decay) / (1 + decay)
-        boost = tl.where(slope == 0, 0.0, 2 * scaled * scaled / tau * slope)
-        grad += tl.load(grad_w_hat_ptr + offsets, mask=inside).to(t.dtype) * (m + boost)
+        grad += tl.load(grad_w_hat_ptr + offsets, mask=inside).to(t.dtype) * w_hat_slope
     if FROM_MASK:
-        factor = scaled / scale if RELATIVE else w
-        mask_slope = tl.where(slope == 0, 0.0, 2 * factor / tau * slope)
         grad += tl.load(grad_mask_ptr + offsets, mask=inside).to(t.dtype) * mask_slope
-    _store(grad_ptr + offsets, grad, inside)
+    store(grad_ptr + offsets, grad, inside)
 
 
 def soft_mask(
@@ -126,7 +135,7 @@ def soft_mask(
     if numel > 0:
         with torch.cuda.device_of(weight):
             _soft_mask_fwd_kernel[(triton.cdiv(numel, BLOCK),)](
-                _in_order_of(w_hat, weight),
+                in_order_of(w_hat, weight),
                 threshold,
                 tau,
                 w_hat,
@@ -155,9 +164,9 @@ def soft_mask_backward(
     if numel > 0:
         with torch.cuda.device_of(weight):
             _soft_mask_bwd_kernel[(triton.cdiv(numel, BLOCK),)](
-                grad if grad_w_hat is None else _in_order_of(grad, grad_w_hat),
-                grad if grad_mask is None else _in_order_of(grad, grad_mask),
-                _in_order_of(grad, weight),
+                grad if grad_w_hat is None else in_order_of(grad, grad_w_hat),
+                grad if grad_mask is None else in_order_of(grad, grad_mask),
+                in_order_of(grad, weight),
                 threshold,
                 tau,
                 grad,
@@ -172,7 +181,7 @@ def soft_mask_backward(
     return grad
 
 
-def _in_order_of(layout: Tensor, values: Tensor) -> Tensor:
+def in_order_of(layout: Tensor, values: Tensor) -> Tensor:
     """The values in the memory order of `layout`, which empty_like made: a copy only where they
     lie otherwise (no dense layout does)."""
     if values.stride() == layout.stride():

@@ -1,0 +1,166 @@
+// N:M groups: M consecutive weights along one dimension, many groups at a time.
+//
+// In a dense layout the elements of a dimension lie `stride` apart, and the dimensions below it
+// fill [0, stride). So member j of group q lies at (q - i) M + i + j stride with i = q % stride,
+// whatever the other dimensions are. A block of groups is turned into M rows (row j holds member j
+// of every group), so that all arithmetic runs across groups and vectorises for every M.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "../magnitude.h"
+#include "parallel.h"
+
+namespace pdp::cpu {
+
+constexpr int kMaxMembers = 32;
+
+// Groups of a block: with 32 members, the rows of one block take 8 KiB of float32.
+constexpr int kGroups = 64;
+
+struct GroupLayout {
+  int members;     // M
+  int64_t stride;  // in elements, from one member to the next
+};
+
+template <typename Value>
+struct GroupBlock {
+  Value rows[kMaxMembers][kGroups];
+
+  PDP_INLINE void clear(int members) { std::fill_n(&rows[0][0], members * kGroups, Value(0)); }
+};
+
+// Compilers vectorise the transposition only for a number of members they know.
+template <int kMembers, typename Value>
+PDP_INLINE void transpose(const Value* values, int members, GroupBlock<Value>& block) {
+  const int step = kMembers > 0 ? kMembers : members;
+  for (int j = 0; j < step; ++j) {
+    for (int q = 0; q < kGroups; ++q) block.rows[j][q] = values[q * step + j];
+  }
+}
+
+template <int kMembers, typename Value>
+PDP_INLINE void transpose(const GroupBlock<Value>& block, int members, Value* values) {
+  const int step = kMembers > 0 ? kMembers : members;
+  for (int q = 0; q < kGroups; ++q) {
+    for (int j = 0; j < step; ++j) values[q * step + j] = block.rows[j][q];
+  }
+}
+
+// Calls body(position in the rows, offset of member 0, length) for stretches of groups that are
+// neighbours in memory.
+template <typename Body>
+PDP_INLINE void for_each_stretch(GroupLayout layout, int64_t first, int count, const Body& body) {
+  for (int position = 0; position < count;) {
+    const int64_t group = first + position;
+    const int64_t inside = group % layout.stride;
+    const auto length =
+        static_cast<int>(std::min<int64_t>(count - position, layout.stride - inside));
+    body(position, (group - inside) * layout.members + inside, length);
+    position += length;
+  }
+}
+
+// Fills the block from the groups [first, first + count); load(offset, length, values) reads
+// neighbouring elements.
+template <typename Value, typename Load>
+PDP_INLINE void read_groups(GroupLayout layout, int64_t first, int count, GroupBlock<Value>& block,
+                            const Load& load) {
+  if (layout.stride == 1) {
+    Value values[kMaxMembers * kGroups];
+    // The arithmetic runs over whole rows: what no group fills must be numbers.
+    if (count < kGroups) std::fill_n(values, layout.members * kGroups, Value(0));
+    load(first * layout.members, count * layout.members, values);
+    switch (layout.members) {
+      case 4:
+        return transpose<4>(values, 4, block);
+      case 8:
+        return transpose<8>(values, 8, block);
+      default:
+        return transpose<0>(values, layout.members, block);
+    }
+  }
+  if (count < kGroups) block.clear(layout.members);
+  for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
+    for (int j = 0; j < layout.members; ++j) {
+      load(offset + j * layout.stride, length, &block.rows[j][position]);
+    }
+  });
+}
+
+// The way back; store(values, offset, length) writes neighbouring elements.
+template <typename Value, typename Store>
+PDP_INLINE void write_groups(const GroupBlock<Value>& block, GroupLayout layout, int64_t first,
+                             int count, const Store& store) {
+  if (layout.stride == 1) {
+    Value values[kMaxMembers * kGroups];
+    switch (layout.members) {
+      case 4:
+        transpose<4>(block, 4, values);
+        break;
+      case 8:
+        transpose<8>(block, 8, values);
+        break;
+      default:
+        transpose<0>(block, layout.members, values);
+    }
+    return store(values, first * layout.members, count * layout.members);
+  }
+  for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
+    for (int j = 0; j < layout.members; ++j) {
+      store(&block.rows[j][position], offset + j * layout.stride, length);
+    }
+  });
+}
+
+// The comparators that sort any `count` rows: Batcher's merge exchange, Knuth, TAOCP 3, 5.2.2,
+// Algorithm M.
+inline std::vector<std::pair<int, int>> sorting_network(int count) {
+  std::vector<std::pair<int, int>> comparators;
+  int top = 1;
+  while (top * 2 < count) top *= 2;
+  for (int p = top; p > 0; p /= 2) {
+    int q = top, r = 0, d = p;
+    while (true) {
+      for (int i = 0; i + d < count; ++i) {
+        if ((i & p) == r) comparators.emplace_back(i, i + d);
+      }
+      if (q == p) break;
+      d = q - p;
+      q /= 2;
+      r = p;
+    }
+  }
+  return comparators;
+}
+
+// One selection for all blocks: which order statistics, and how to get them.
+struct GroupSelection {
+  int members;
+  int pruned;  // k, the same in every group
+  std::vector<std::pair<int, int>> network;
+
+  GroupSelection(int members, int pruned)
+      : members(members), pruned(pruned), network(sorting_network(members)) {}
+
+  // The magnitude keys of every group, in ascending order.
+  template <typename Real, typename Key = typename Magnitude<Real>::Key>
+  PDP_INLINE void sort(const GroupBlock<Real>& weight, GroupBlock<Key>& keys) const {
+    for (int j = 0; j < members; ++j) {
+      for (int q = 0; q < kGroups; ++q) keys.rows[j][q] = magnitude_key(weight.rows[j][q]);
+    }
+    for (const auto& [low, high] : network) {
+      Key* lows = keys.rows[low];
+      Key* highs = keys.rows[high];
+      for (int q = 0; q < kGroups; ++q) {
+        const Key a = lows[q], b = highs[q];
+        lows[q] = a < b ? a : b;
+        highs[q] = a < b ? b : a;
+      }
+    }
+  }
+};
+
+}  // namespace pdp::cpu

@@ -1,0 +1,219 @@
+#include "soft_mask_nm.h"
+
+#include <limits>
+
+#include "mask_math.h"
+
+namespace pdp::cpu {
+namespace {
+
+// Fewest elements worth a thread.
+constexpr int64_t kGrain = 16384;
+
+template <typename Real>
+PDP_INLINE void read_block(Array array, GroupLayout layout, int64_t first, int count,
+                           GroupBlock<Real>& block) {
+  read_groups(layout, first, count, block,
+              [&](int64_t offset, int length, Real* values)
+                  PDP_LAMBDA { read(array, offset, length, values); });
+}
+
+template <typename Real>
+PDP_INLINE void write_block(const GroupBlock<Real>& block, Array array, GroupLayout layout,
+                            int64_t first, int count) {
+  write_groups(block, layout, first, count,
+               [&](const Real* values, int64_t offset, int length)
+                   PDP_LAMBDA { write(values, array, offset, length); });
+}
+
+// Each group's threshold, as in magnitude.h; -inf where nothing is pruned.
+template <typename Real>
+PDP_INLINE void find_thresholds(const GroupSelection& selection, const GroupBlock<Real>& weight,
+                                Real* thresholds) {
+  if (selection.pruned == 0) {
+    std::fill_n(thresholds, kGroups, -std::numeric_limits<Real>::infinity());
+    return;
+  }
+  GroupBlock<typename Magnitude<Real>::Key> keys;
+  selection.sort(weight, keys);
+  for (int q = 0; q < kGroups; ++q) {
+    const Real low = bit_cast<Real>(keys.rows[selection.pruned - 1][q]);
+    const Real high = bit_cast<Real>(keys.rows[selection.pruned][q]);
+    const Real halves = Real(0.5) * low + Real(0.5) * high;
+    const Real half_sum = Real(0.5) * (low + high);
+    thresholds[q] = high > 1 ? halves : half_sum;
+  }
+}
+
+struct Forward {
+  GroupSelection selection;
+  GroupLayout layout;
+  Array weight, w_hat, mask;
+
+  template <typename Real, bool kRelative>
+  PDP_INLINE void block(Real tau, int64_t first, int count) const {
+    GroupBlock<Real> weights, w_hats, masks;
+    Real thresholds[kGroups];
+    read_block(weight, layout, first, count, weights);
+    find_thresholds(selection, weights, thresholds);
+    for (int j = 0; j < layout.members; ++j) {
+      for (int q = 0; q < kGroups; ++q) {
+        const Real w = weights.rows[j][q];
+        const Real m = Mask<Real, kRelative>(thresholds[q], tau).value(w);
+        w_hats.rows[j][q] = m * w;
+        masks.rows[j][q] = m;
+      }
+    }
+    write_block(w_hats, w_hat, layout, first, count);
+    if (mask.data != nullptr) write_block(masks, mask, layout, first, count);
+  }
+};
+
+struct Backward {
+  GroupSelection selection;
+  GroupLayout layout;
+  Array grad_w_hat, grad_mask, weight, grad;
+
+  template <typename Real, bool kRelative>
+  PDP_INLINE void block(Real tau, int64_t first, int count) const {
+    GroupBlock<Real> weights, gradients, results;
+    Real thresholds[kGroups];
+    read_block(weight, layout, first, count, weights);
+    find_thresholds(selection, weights, thresholds);
+    results.clear(layout.members);
+    if (grad_w_hat.data != nullptr) {
+      read_block(grad_w_hat, layout, first, count, gradients);
+      for (int j = 0; j < layout.members; ++j) {
+        for (int q = 0; q < kGroups; ++q) {
+          const Mask<Real, kRelative> at(thresholds[q], tau);
+          results.rows[j][q] += gradients.rows[j][q] * at.weight_gradient(weights.rows[j][q]);
+        }
+      }
+    }
+    if (grad_mask.data != nullptr) {
+      read_block(grad_mask, layout, first, count, gradients);
+      for (int j = 0; j < layout.members; ++j) {
+        for (int q = 0; q < kGroups; ++q) {
+          const Mask<Real, kRelative> at(thresholds[q], tau);
+          results.rows[j][q] += gradients.rows[j][q] * at.mask_gradient(weights.rows[j][q]);
+        }
+      }
+    }
+    write_block(results, grad, layout, first, count);
+  }
+};
+
+struct Hard {
+  GroupSelection selection;
+  GroupLayout layout;
+  Array weight;
+  bool* kept;
+
+  template <typename Real>
+  PDP_INLINE void block(int64_t first, int count) const {
+    using Key = typename Magnitude<Real>::Key;
+    GroupBlock<Real> weights;
+    GroupBlock<Key> keys;
+    GroupBlock<uint8_t> keeps;
+    read_block(weight, layout, first, count, weights);
+    selection.sort(weights, keys);
+    // How many of those equal to the k-th are still to be pruned, from the lowest index on.
+    const Key* kth = keys.rows[selection.pruned - 1];
+    Key missing[kGroups] = {};
+    for (int j = 0; j < selection.pruned; ++j) {
+      for (int q = 0; q < kGroups; ++q) missing[q] += keys.rows[j][q] == kth[q];
+    }
+    for (int j = 0; j < layout.members; ++j) {
+      for (int q = 0; q < kGroups; ++q) {
+        const Key key = magnitude_key(weights.rows[j][q]);
+        const bool tied = key == kth[q];
+        const bool pruned_tie = tied & (missing[q] > 0);
+        keeps.rows[j][q] = (key > kth[q]) | (tied & !pruned_tie);
+        missing[q] -= pruned_tie;
+      }
+    }
+    write_groups(keeps, layout, first, count,
+                 [&](const uint8_t* values, int64_t offset, int length) PDP_LAMBDA {
+                   for (int i = 0; i < length; ++i) kept[offset + i] = values[i] != 0;
+                 });
+  }
+};
+
+template <typename Real, typename Pass>
+PDP_INLINE void run_range(const Pass& pass, const void* tau, bool relative, int64_t begin,
+                          int64_t end) {
+  const Real temperature = *static_cast<const Real*>(tau);
+  for (int64_t first = begin; first < end; first += kGroups) {
+    const int count = static_cast<int>(std::min<int64_t>(kGroups, end - first));
+    if (relative) {
+      pass.template block<Real, true>(temperature, first, count);
+    } else {
+      pass.template block<Real, false>(temperature, first, count);
+    }
+  }
+}
+
+template <typename Real>
+PDP_INLINE void run_range(const Hard& pass, int64_t begin, int64_t end) {
+  for (int64_t first = begin; first < end; first += kGroups) {
+    pass.block<Real>(first, static_cast<int>(std::min<int64_t>(kGroups, end - first)));
+  }
+}
+
+// target_clones takes functions, not templates.
+PDP_MULTIVERSION void forward_float(const Forward& pass, const void* tau, bool relative,
+                                    int64_t begin, int64_t end) {
+  run_range<float>(pass, tau, relative, begin, end);
+}
+PDP_MULTIVERSION void forward_double(const Forward& pass, const void* tau, bool relative,
+                                     int64_t begin, int64_t end) {
+  run_range<double>(pass, tau, relative, begin, end);
+}
+PDP_MULTIVERSION void backward_float(const Backward& pass, const void* tau, bool relative,
+                                     int64_t begin, int64_t end) {
+  run_range<float>(pass, tau, relative, begin, end);
+}
+PDP_MULTIVERSION void backward_double(const Backward& pass, const void* tau, bool relative,
+                                      int64_t begin, int64_t end) {
+  run_range<double>(pass, tau, relative, begin, end);
+}
+PDP_MULTIVERSION void hard_float(const Hard& pass, int64_t begin, int64_t end) {
+  run_range<float>(pass, begin, end);
+}
+PDP_MULTIVERSION void hard_double(const Hard& pass, int64_t begin, int64_t end) {
+  run_range<double>(pass, begin, end);
+}
+
+}  // namespace
+
+void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int pruned, bool relative,
+                  Array w_hat, Array mask, int64_t numel, ParallelFor parallel_for) {
+  const Forward pass{GroupSelection(layout.members, pruned), layout, weight, w_hat, mask};
+  const auto run = weight.type == WeightType::kFloat64 ? forward_double : forward_float;
+  parallel_for(numel / layout.members, kGrain / layout.members,
+               [&](int64_t begin, int64_t end) { run(pass, tau, relative, begin, end); });
+}
+
+void soft_mask_nm_backward(Array grad_w_hat, Array grad_mask, Array weight, const void* tau,
+                           GroupLayout layout, int pruned, bool relative, Array grad, int64_t numel,
+                           ParallelFor parallel_for) {
+  const Backward pass{
+      GroupSelection(layout.members, pruned), layout, grad_w_hat, grad_mask, weight, grad};
+  const auto run = weight.type == WeightType::kFloat64 ? backward_double : backward_float;
+  parallel_for(numel / layout.members, kGrain / layout.members,
+               [&](int64_t begin, int64_t end) { run(pass, tau, relative, begin, end); });
+}
+
+void hard_mask_nm(Array weight, GroupLayout layout, int pruned, bool* kept, int64_t numel,
+                  ParallelFor parallel_for) {
+  if (pruned == 0) {
+    std::fill_n(kept, numel, true);
+    return;
+  }
+  const Hard pass{GroupSelection(layout.members, pruned), layout, weight, kept};
+  const auto run = weight.type == WeightType::kFloat64 ? hard_double : hard_float;
+  parallel_for(numel / layout.members, kGrain / layout.members,
+               [&](int64_t begin, int64_t end) { run(pass, begin, end); });
+}
+
+}  // namespace pdp::cpu

@@ -1,0 +1,23 @@
+// Fused N:M soft mask for CPU: every group of M weights has a threshold of its own, which is never
+// written to memory.
+#pragma once
+
+#include "array.h"
+#include "groups.h"
+
+namespace pdp::cpu {
+
+// As soft_mask, with t between the k-th and k+1-th magnitude of each group, k = selection.pruned.
+void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int pruned, bool relative,
+                  Array w_hat, Array mask, int64_t numel, ParallelFor parallel_for);
+
+void soft_mask_nm_backward(Array grad_w_hat, Array grad_mask, Array weight, const void* tau,
+                           GroupLayout layout, int pruned, bool relative, Array grad, int64_t numel,
+                           ParallelFor parallel_for);
+
+// kept = whether each weight stays when exactly `pruned` of each group are pruned; of equal
+// magnitudes the lowest index is pruned first.
+void hard_mask_nm(Array weight, GroupLayout layout, int pruned, bool* kept, int64_t numel,
+                  ParallelFor parallel_for);
+
+}  // namespace pdp::cpu
