@@ -27,6 +27,7 @@ _SCHEMAS = {
         "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor threshold, Tensor tau, "
         "bool relative) -> Tensor"
     ),
+    "compress_2to4": "(Tensor weight) -> (Tensor, Tensor)",
 }
 
 for _name, _schema in _SCHEMAS.items():
@@ -41,6 +42,7 @@ _library.impl(
 )
 _library.impl("soft_mask", reference.soft_mask, "CompositeExplicitAutograd")
 _library.impl("soft_mask_backward", reference.soft_mask_backward, "CompositeExplicitAutograd")
+_library.impl("compress_2to4", reference.compress_2to4, "CompositeExplicitAutograd")
 
 
 def _load(module: str) -> str | None:
@@ -69,8 +71,14 @@ if has_triton:
 
         return soft_mask_backward(*args)
 
+    def _triton_compress_2to4(*args):
+        from pdp_kernels.triton_kernels.compress import compress_2to4
+
+        return compress_2to4(*args)
+
     _library.impl("soft_mask", _triton_soft_mask, "CUDA")
     _library.impl("soft_mask_backward", _triton_soft_mask_backward, "CUDA")
+    _library.impl("compress_2to4", _triton_compress_2to4, "CUDA")
 
 
 @torch.library.register_fake("pdp::prune_counts", lib=_library)
@@ -97,6 +105,13 @@ def _(weight, threshold, tau, relative, out_dtype, return_mask):
 @torch.library.register_fake("pdp::soft_mask_backward", lib=_library)
 def _(grad_w_hat, grad_mask, weight, threshold, tau, relative):
     return torch.empty_like(weight)
+
+
+@torch.library.register_fake("pdp::compress_2to4", lib=_library)
+def _(weight):
+    rows, cols = weight.shape
+    values = weight.new_empty(rows, cols // 2)
+    return values, weight.new_empty(rows, cols // 16, dtype=torch.int16)
 
 
 def map_over_batch(call, batch_size, in_dims, args):

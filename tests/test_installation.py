@@ -128,10 +128,25 @@ def test_public_names():
     for name in pdp_kernels.__all__:
         assert getattr(pdp_kernels, name) is not None
     public = {name for name in pdp_kernels.__all__ if not name.startswith("_")}
-    assert public == {"build_info", "hard_mask", "pdp_mask", "pdp_threshold", "pdp_thresholds"}
+    assert public == {
+        "GroupCheck",
+        "SemiStructuredReport",
+        "build_info",
+        "check_nm",
+        "compress_2to4",
+        "hard_mask",
+        "pdp_mask",
+        "pdp_threshold",
+        "pdp_thresholds",
+        "to_semi_structured",
+    }
 
 
-@pytest.mark.parametrize("name", ["pdp_mask", "pdp_threshold", "pdp_thresholds", "hard_mask"])
+DOCUMENTED = ["pdp_mask", "pdp_threshold", "pdp_thresholds", "hard_mask"]
+DOCUMENTED += ["check_nm", "compress_2to4", "to_semi_structured"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_docstrings_have_a_runnable_example(name):
     import doctest
 
