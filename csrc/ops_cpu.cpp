@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/compress.h"
 #include "cpu/hard_mask.h"
 #include "cpu/radix_select.h"
 #include "cpu/soft_mask.h"
@@ -187,6 +188,16 @@ Tensor hard_mask_nm(Tensor weight, int64_t m, int64_t pruned, int64_t dim) {
   return kept;
 }
 
+std::tuple<Tensor, Tensor> compress_2to4(Tensor weight) {
+  weight = torch::stable::contiguous(weight);
+  const int64_t rows = weight.size(0), cols = weight.size(1);
+  Tensor values = torch::stable::empty({rows, cols / 2}, weight.scalar_type());
+  Tensor metadata = torch::stable::empty({rows, cols / 16}, ScalarType::Short);
+  cpu::compress_2to4(weight.data_ptr(), pdp::weight_type(weight), rows, cols, values.data_ptr(),
+                     static_cast<uint16_t*>(metadata.data_ptr()), parallel_for);
+  return {values, metadata};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
@@ -198,6 +209,7 @@ STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
   m.impl("soft_mask_nm", TORCH_BOX(&soft_mask_nm));
   m.impl("soft_mask_nm_backward", TORCH_BOX(&soft_mask_nm_backward));
   m.impl("hard_mask_nm", TORCH_BOX(&hard_mask_nm));
+  m.impl("compress_2to4", TORCH_BOX(&compress_2to4));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

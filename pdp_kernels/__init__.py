@@ -2,18 +2,30 @@
 
 from pdp_kernels._build_info import build_info
 from pdp_kernels._version import __version__
+from pdp_kernels.compress import compress_2to4
 from pdp_kernels.hard_mask import hard_mask
+from pdp_kernels.semi_structured import (
+    GroupCheck,
+    SemiStructuredReport,
+    check_nm,
+    to_semi_structured,
+)
 from pdp_kernels.soft_mask import pdp_mask
 from pdp_kernels.soft_mask_nm import hard_mask_nm, pdp_mask_nm
 from pdp_kernels.threshold import pdp_threshold, pdp_thresholds
 
 __all__ = [
+    "GroupCheck",
+    "SemiStructuredReport",
     "__version__",
     "build_info",
+    "check_nm",
+    "compress_2to4",
     "hard_mask",
     "hard_mask_nm",
     "pdp_mask",
     "pdp_mask_nm",
     "pdp_threshold",
     "pdp_thresholds",
+    "to_semi_structured",
 ]

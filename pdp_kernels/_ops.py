@@ -36,6 +36,7 @@ SCHEMAS = {
         "int dim, bool relative) -> Tensor"
     ),
     "hard_mask_nm": "(Tensor weight, int m, int pruned, int dim) -> Tensor",
+    "compress_2to4": "(Tensor weight) -> (Tensor, Tensor)",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -63,6 +64,7 @@ has_triton = find_spec("triton") is not None
 _TRITON = {
     "soft_mask": ("soft_mask", "soft_mask_backward"),
     "soft_mask_nm": ("soft_mask_nm", "soft_mask_nm_backward", "hard_mask_nm"),
+    "compress": ("compress_2to4",),
 }
 
 
@@ -122,6 +124,13 @@ def _(grad_w_hat, grad_mask, weight, tau, m, pruned, dim, relative):
 @torch.library.register_fake("pdp::hard_mask_nm", lib=_library)
 def _(weight, m, pruned, dim):
     return torch.empty_like(weight, dtype=torch.bool)
+
+
+@torch.library.register_fake("pdp::compress_2to4", lib=_library)
+def _(weight):
+    rows, cols = weight.shape
+    values = weight.new_empty(rows, cols // 2)
+    return values, weight.new_empty(rows, cols // 16, dtype=torch.int16)
 
 
 def map_over_batch(call, batch_size, in_dims, args):

@@ -96,23 +96,23 @@ def check_out_dtype(out_dtype: torch.dtype | None) -> None:
         raise TypeError(f"out_dtype must be {_DTYPE_NAMES}, got {out_dtype}")
 
 
-def check_groups(weight: Tensor, n: int, m: int, dim: int) -> int:
-    """Checks that dim can be cut into groups of m that keep n; returns dim counted from 0."""
+def check_pattern(n: int, m: int, dim: int) -> None:
     for name, value in (("n", n), ("m", m), ("dim", dim)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not 1 <= n < m <= MAX_GROUP:
         raise ValueError(f"n and m must satisfy 1 <= n < m <= {MAX_GROUP}, got n = {n}, m = {m}")
+
+
+def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
+    shape = tuple(weight.shape)
     if not -weight.dim() <= dim < weight.dim():
-        raise ValueError(
-            f"dim must be a dimension of the weight's shape {tuple(weight.shape)}, got {dim}"
-        )
+        raise ValueError(f"dim must be a dimension of {name}, whose shape is {shape}, got {dim}")
     if weight.shape[dim] % m != 0:
         raise ValueError(
-            f"the weight's size along dim must be divisible by m, got shape "
-            f"{tuple(weight.shape)}, dim = {dim}, m = {m}"
+            f"{name} must have a size along dim that is divisible by m, got shape {shape}, "
+            f"dim = {dim}, m = {m}"
         )
-    return dim % weight.dim()
 
 
 def check_pruned(pruned: int, n: int, m: int) -> None:

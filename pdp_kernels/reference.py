@@ -195,6 +195,26 @@ def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
     return _like(weight, ungroup(kept, dim), torch.bool)
 
 
+def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The 2 largest of every 4 weights of a row, and where they stood, as CUTLASS reads them.
+
+    Each group names two places i < j: those of its nonzeros among the weights kept; with fewer than
+    two, torch's choice of zeros beside them. A metadata word holds i | j << 2 of four groups, and
+    the words of 32 rows x 2 columns lie together, those of rows r, r + 8, ... next to each other.
+    """
+    fours = groups(weight, 4, -1)
+    kept = groups(hard_mask_nm(weight, 4, 2, 1), 4, -1)
+    at_0, at_1, _, at_3 = (kept & (fours != 0)).unbind(-1)
+    first = torch.where(at_0, 0, torch.where(at_1, 1, 2))
+    second = torch.where(at_0 & at_1, 1, torch.where((at_0 | at_1) & ~at_3, 2, 3))
+    values = fours.gather(-1, torch.stack([first, second], dim=-1)).flatten(-2)
+
+    shifts = torch.arange(0, 16, 4, device=weight.device)
+    words = ((first | second << 2).unflatten(-1, (-1, 4)) << shifts).sum(-1).to(torch.int16)
+    blocks = words.view(words.shape[0] // 32, 2, 2, 8, -1, 2)  # block, half, quarter, lane, pair
+    return values, blocks.permute(4, 0, 3, 1, 5, 2).reshape(words.shape)
+
+
 def _like(weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values in the given dtype and in the memory layout every backend gives its results."""
     return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(values)

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from pdp_kernels._autograd import MaskedWeight
-from pdp_kernels._validation import check_groups, check_out_dtype, check_pruned, check_weight
+from pdp_kernels._validation import (
+    check_divisible,
+    check_out_dtype,
+    check_pattern,
+    check_pruned,
+    check_weight,
+)
 from pdp_kernels.soft_mask import autocast_dtype, temperature_of
 
 
@@ -57,7 +63,8 @@ def pdp_mask_nm(
     """
     check_weight("weight", weight)
     check_out_dtype(out_dtype)
-    dim = check_groups(weight, n, m, dim)
+    check_pattern(n, m, dim)
+    check_divisible("weight", weight, m, dim)
     if pruned is None:
         pruned = m - n
     check_pruned(pruned, n, m)
@@ -65,7 +72,7 @@ def pdp_mask_nm(
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
     w_hat, mask = MaskedWeight.apply(
-        weight, None, temperature, (m, pruned, dim), relative, out_dtype, return_mask
+        weight, None, temperature, (m, pruned, dim % weight.dim()), relative, out_dtype, return_mask
     )
     return (w_hat, mask) if return_mask else w_hat
 
@@ -90,5 +97,6 @@ def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tenso
         tensor([False,  True,  True, False])
     """
     check_weight("weight", weight)
-    dim = check_groups(weight, n, m, dim)
-    return torch.ops.pdp.hard_mask_nm(weight.detach(), m, m - n, dim)
+    check_pattern(n, m, dim)
+    check_divisible("weight", weight, m, dim)
+    return torch.ops.pdp.hard_mask_nm(weight.detach(), m, m - n, dim % weight.dim())

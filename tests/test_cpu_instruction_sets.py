@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_compress
 import test_hard_mask
 import test_soft_mask
 import test_threshold
@@ -97,6 +98,13 @@ class Kernels:
         given = (grad_w_hat, grad_mask, grad_dtype, weight, weight.dtype, threshold, tau, relative)
         self.call("soft_mask_backward", *given, grad, weight.numel())
         return grad
+
+    def compress_2to4(self, weight):
+        rows, cols = weight.shape
+        values = weight.new_empty(rows, cols // 2)
+        metadata = weight.new_empty(rows, cols // 16, dtype=torch.int16)
+        self.call("compress_2to4", weight, weight.dtype, rows, cols, values, metadata)
+        return values, metadata
 
 
 def as_c(argument):
@@ -242,3 +250,9 @@ def test_soft_masks_and_gradients_stay_within_budget(kernels, dtype, relative):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_masks_stay_within_budget_in_every_output_type(kernels, dtype, out_dtype):
     test_soft_mask.check(kernels, torch.randn(1033).to(dtype), 0.7, 0.1, False, out_dtype)
+
+
+@pytest.mark.parametrize("dtype", test_compress.COMPRESSED_DTYPES, ids=str)
+def test_compression_equals_torchs(kernels, dtype):
+    test_compress.assert_equals_torch(kernels.compress_2to4, test_compress.every_group(dtype))
+    test_compress.assert_equals_torch(kernels.compress_2to4, torch.randn(96, 1088).to(dtype))

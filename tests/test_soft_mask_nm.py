@@ -264,7 +264,7 @@ def test_autocast_writes_w_hat_in_its_dtype(device):
         ({"n": 2.0}, TypeError, "n must be an int, got float"),
         ({"m": 5}, ValueError, r"shape \(6, 8\), dim = -1, m = 5"),
         ({"dim": 0}, ValueError, r"shape \(6, 8\), dim = 0, m = 4"),
-        ({"dim": 2}, ValueError, r"shape \(6, 8\), got 2"),
+        ({"dim": 2}, ValueError, r"shape is \(6, 8\), got 2"),
         ({"dim": True}, TypeError, "dim must be an int, got bool"),
     ],
 )
@@ -294,5 +294,5 @@ def test_bad_weights():
     for call in (pdp_mask_nm, hard_mask_nm):
         with pytest.raises(TypeError, match="weight must have dtype"):
             call(torch.ones(4, 8, dtype=torch.int8))
-        with pytest.raises(ValueError, match=r"dimension of the weight's shape \(\)"):
+        with pytest.raises(ValueError, match=r"dimension of weight, whose shape is \(\)"):
             call(torch.tensor(1.0))

@@ -30,6 +30,7 @@ constexpr bool compiled_for(std::string_view feature) {
 // So that gather.cpp chooses what the level has, not what the CPU has.
 #define __builtin_cpu_supports(feature) compiled_for(feature)
 
+#include "../../csrc/cpu/compress.cpp"
 #include "../../csrc/cpu/gather.cpp"
 #include "../../csrc/cpu/hard_mask.cpp"
 #include "../../csrc/cpu/radix_select.cpp"
@@ -104,6 +105,12 @@ void soft_mask_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, vo
   pdp::cpu::soft_mask_backward(array(grad_w_hat, grad_type), array(grad_mask, grad_type),
                                array(weight, type), threshold, tau, relative, array(grad, type),
                                numel, two_ranges);
+}
+
+void compress_2to4(const void* weight, int64_t type, int64_t rows, int64_t cols, void* values,
+                   uint16_t* metadata) {
+  pdp::cpu::compress_2to4(weight, static_cast<WeightType>(type), rows, cols, values, metadata,
+                          two_ranges);
 }
 
 }  // extern "C"

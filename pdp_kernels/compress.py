@@ -1,0 +1,68 @@
+"""Compression to 2:4 for sparse tensor cores."""
+
+import torch
+from torch import Tensor
+
+from pdp_kernels._validation import check_weight
+
+COMPRESSED_DTYPES = (torch.bfloat16, torch.float16)
+# The smallest matrix that torch.sparse.SparseSemiStructuredTensorCUTLASS takes of these dtypes.
+ROWS, COLUMNS = 32, 64
+
+
+def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The hard 2:4 form of a matrix, packed for sparse tensor cores in one pass.
+
+    Of every 4 consecutive weights of a row the 2 of largest magnitude are kept; of equal ones the
+    lowest index is pruned first, and NaN counts as the largest, as in `hard_mask`. The result is
+    bit for bit what PyTorch's CUTLASS backend makes of that matrix
+    (torch/sparse/_semi_structured_conversions.py)::
+
+        values[r, 2 g], values[r, 2 g + 1]  = weight[r, 4 g + i], weight[r, 4 g + j],   i < j
+        i | j << 2                          is 4 of the 16 bits of a metadata word
+
+    i and j are the places of the kept weights, except that a kept zero is no nonzero: a group with
+    one nonzero, at place p, names (0, 2), (1, 2), (2, 3) or (2, 3) for p = 0, 1, 2, 3, and a group
+    of zeros (2, 3). A zero among the values has the sign of the weight at its place, as after
+    weight * mask; a NaN has its payload, which PyTorch's conversion may rewrite.
+
+    Shapes and dtypes:
+        weight: (rows, cols), bfloat16 or float16; rows a multiple of 32, cols of 64. Other layouts
+            than row-major are copied once. Sparse tensor cores hold float32 as 1:2, not 2:4, so
+            float32 is refused.
+
+    Returns:
+        values: (rows, cols / 2), of the weight's dtype.
+        metadata: (rows, cols / 16), int16, in the order in which CUTLASS reads it: the words of
+            32 rows x 2 columns lie together. Both serve as `packed` and `meta` of
+            torch.sparse.SparseSemiStructuredTensorCUTLASS. No gradient flows through them.
+
+    Raises:
+        TypeError: weight is no dense tensor of bfloat16 or float16.
+        ValueError: weight has another shape.
+
+    Example:
+        >>> weight = torch.tensor([1.0, -4.0, 3.0, 2.0]).half().tile(32, 16)
+        >>> values, metadata = compress_2to4(weight)
+        >>> values[0, :4]
+        tensor([-4.,  3., -4.,  3.], dtype=torch.float16)
+        >>> hex(metadata[0, 0] & 0xF)  # places 1 and 2
+        '0x9'
+    """
+    check_weight("weight", weight)
+    if weight.dtype not in COMPRESSED_DTYPES:
+        raise TypeError(
+            f"weight must have dtype torch.bfloat16 or torch.float16, got {weight.dtype}"
+        )
+    if not has_compressed_shape(weight):
+        raise ValueError(
+            f"weight must have shape (rows, cols), rows a positive multiple of {ROWS} and cols of "
+            f"{COLUMNS}, got {tuple(weight.shape)}"
+        )
+    return torch.ops.pdp.compress_2to4(weight.detach())
+
+
+def has_compressed_shape(weight: Tensor) -> bool:
+    if weight.dim() != 2 or weight.numel() == 0:
+        return False
+    return weight.shape[0] % ROWS == 0 and weight.shape[1] % COLUMNS == 0
