@@ -1,8 +1,9 @@
 """Microbenchmarks: pdp_kernels against eager PyTorch and torch.compile. `python -m benchmarks`.
 
 Steps: `threshold` (selection over one weight or a network's list), `forward`, `backward` and `mask`
-(both) at a given threshold, `step` (threshold + mask: what pruning adds to a training step), and
-`copy`, the roof.
+(both) at a given threshold, `step` (threshold + mask: what pruning adds to a training step),
+`copy`, the roof, and by name alone `mask-2:4` (the N:M mask, forward and backward) and `pack-2:4`
+(pruning and packing for sparse tensor cores).
 
 Providers: `eager-kthvalue` (two torch.kthvalue calls, then Eq. 1 with autograd's own backward: the
 base of the ratios), `eager-topk` (Algorithm 1 as printed, with two torch.topk calls), `one-topk`

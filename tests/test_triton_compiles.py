@@ -30,15 +30,19 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pdp_kernels.triton_kernels import soft_mask as module
+from pdp_kernels.triton_kernels import soft_mask, soft_mask_nm
 
 def compile_kernel(kernel, pointers, constants, architecture):
+    module = soft_mask_nm if "_nm_" in kernel else soft_mask
     kernel = getattr(module, kernel)
     names = kernel.arg_names
+    if module is soft_mask:
+        constants = constants | {"BLOCK": module.BLOCK}
     signature = {name: pointers.get(name, "constexpr") for name in names} | {"numel": "i64"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if name.endswith("_ptr") or name == "numel"}
-    source = ASTSource(kernel, signature, constants | {"BLOCK": module.BLOCK}, aligned)
+    constants = {name: constants[name] for name in names if name in constants}
+    source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": module.NUM_WARPS}
     return triton.compile(source, target=target, options=options).asm["ptx"]
@@ -47,27 +51,34 @@ print(json.dumps([compile_kernel(*arguments) for arguments in json.load(sys.stdi
 """
 
 
+# (M, pruned, stride): 2:4 along the last dimension, and along one that is not; a padded group.
+GROUPS = [(4, 2, 1), (8, 4, "i64"), (5, 2, 1)]
+
+
 def specialisations():
     for (weight, result, real), relative, architecture in itertools.product(
         DTYPES, (False, True), ARCHITECTURES
     ):
         scalars = {"threshold_ptr": f"*{real}", "tau_ptr": f"*{real}", "weight_ptr": f"*{weight}"}
-        results = {"w_hat_ptr": f"*{result}", "mask_ptr": f"*{result}"}
-        grads = {"grad_w_hat_ptr": f"*{result}", "grad_mask_ptr": f"*{result}"}
+        forward = scalars | {"w_hat_ptr": f"*{result}", "mask_ptr": f"*{result}"}
+        backward = scalars | {"grad_ptr": f"*{weight}"}
+        backward |= {"grad_w_hat_ptr": f"*{result}", "grad_mask_ptr": f"*{result}"}
         tiny = torch.finfo(torch.float64 if real == "fp64" else torch.float32).tiny
-        constants = {"RELATIVE": relative, "TINY": tiny}
-        yield (
-            "_soft_mask_fwd_kernel",
-            scalars | results,
-            constants | {"WITH_MASK": True},
-            architecture,
-        )
-        yield (
-            "_soft_mask_bwd_kernel",
-            scalars | grads | {"grad_ptr": f"*{weight}"},
-            constants | {"FROM_W_HAT": True, "FROM_MASK": True},
-            architecture,
-        )
+        constants = {"RELATIVE": relative, "TINY": tiny, "WITH_MASK": True}
+        constants |= {"FROM_W_HAT": True, "FROM_MASK": True}
+        yield "_soft_mask_fwd_kernel", forward, constants, architecture
+        yield "_soft_mask_bwd_kernel", backward, constants, architecture
+        if relative:
+            continue
+        for m, pruned, stride in GROUPS:
+            padded = 1 << (m - 1).bit_length()
+            group = {"M": m, "PRUNED": pruned, "PADDED": padded, "GROUPS": 1024 // padded}
+            place = {"stride": "i64"} if stride == "i64" else {}
+            group |= constants if place else constants | {"stride": stride}
+            yield "_soft_mask_nm_fwd_kernel", forward | place, group, architecture
+            yield "_soft_mask_nm_bwd_kernel", backward | place, group, architecture
+            kept = {"kept_ptr": "*i1"}
+            yield "_hard_mask_nm_kernel", scalars | place | kept, group, architecture
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +105,8 @@ def test_every_specialisation_compiles(compiled):
 
 def test_all_accesses_but_those_of_the_scalars_are_16_bytes_wide(compiled):
     for specialisation, ptx in compiled:
+        if "_nm_" in specialisation[0]:
+            continue  # a group of 4 is 8 bytes of bfloat16, and a strided one is no vector
         accesses = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
         wide = [line for line in accesses if ".v4.b32" in line or ".v2.b64" in line]
         assert wide, specialisation

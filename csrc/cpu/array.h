@@ -39,4 +39,26 @@ PDP_INLINE Real* own(Array array, int64_t offset) {
   return static_cast<Real*>(array.data) + offset;
 }
 
+// One block of an array as Reals: the array itself if it is of that type, else a converted copy.
+template <typename Real>
+PDP_INLINE const Real* load(Array array, int64_t offset, int count, Real* buffer) {
+  if (const Real* values = own<Real>(array, offset)) return values;
+  read(array, offset, count, buffer);
+  return buffer;
+}
+
+// Where the results of a block are computed: the array itself if it is of that type, else the
+// buffer, which store() then converts.
+template <typename Real>
+PDP_INLINE Real* destination(Array array, int64_t offset, Real* buffer) {
+  Real* values = own<Real>(array, offset);
+  return values != nullptr ? values : buffer;
+}
+
+template <typename Real>
+PDP_INLINE void store(const Real* values, const Real* buffer, Array array, int64_t offset,
+                      int count) {
+  if (array.data != nullptr && values == buffer) write(values, array, offset, count);
+}
+
 }  // namespace pdp::cpu

@@ -17,8 +17,8 @@ namespace pdp::cpu {
 
 constexpr int kMaxMembers = 32;
 
-// Groups of a block: with 32 members, the rows of one block take 8 KiB of float32.
-constexpr int kGroups = 64;
+// Groups of a block: with 32 members, the rows of one block take 16 KiB of float32.
+constexpr int kGroups = 128;
 
 struct GroupLayout {
   int members;     // M
@@ -34,10 +34,10 @@ struct GroupBlock {
 
 // Compilers vectorise the transposition only for a number of members they know.
 template <int kMembers, typename Value>
-PDP_INLINE void transpose(const Value* values, int members, GroupBlock<Value>& block) {
+PDP_INLINE void transpose(const Value* values, int members, int count, GroupBlock<Value>& block) {
   const int step = kMembers > 0 ? kMembers : members;
   for (int j = 0; j < step; ++j) {
-    for (int q = 0; q < kGroups; ++q) block.rows[j][q] = values[q * step + j];
+    for (int q = 0; q < count; ++q) block.rows[j][q] = values[q * step + j];
   }
 }
 
@@ -63,29 +63,30 @@ PDP_INLINE void for_each_stretch(GroupLayout layout, int64_t first, int count, c
   }
 }
 
-// Fills the block from the groups [first, first + count); load(offset, length, values) reads
-// neighbouring elements.
+// Fills the block from the groups [first, first + count); load(offset, length, buffer) returns
+// neighbouring elements, in the buffer if they are not at hand.
 template <typename Value, typename Load>
 PDP_INLINE void read_groups(GroupLayout layout, int64_t first, int count, GroupBlock<Value>& block,
                             const Load& load) {
+  // The arithmetic runs over whole rows: what no group fills must be numbers.
+  if (count < kGroups) block.clear(layout.members);
   if (layout.stride == 1) {
-    Value values[kMaxMembers * kGroups];
-    // The arithmetic runs over whole rows: what no group fills must be numbers.
-    if (count < kGroups) std::fill_n(values, layout.members * kGroups, Value(0));
-    load(first * layout.members, count * layout.members, values);
+    Value buffer[kMaxMembers * kGroups];
+    const Value* values = load(first * layout.members, count * layout.members, buffer);
     switch (layout.members) {
       case 4:
-        return transpose<4>(values, 4, block);
+        return transpose<4>(values, 4, count, block);
       case 8:
-        return transpose<8>(values, 8, block);
+        return transpose<8>(values, 8, count, block);
       default:
-        return transpose<0>(values, layout.members, block);
+        return transpose<0>(values, layout.members, count, block);
     }
   }
-  if (count < kGroups) block.clear(layout.members);
   for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
     for (int j = 0; j < layout.members; ++j) {
-      load(offset + j * layout.stride, length, &block.rows[j][position]);
+      Value* row = &block.rows[j][position];
+      const Value* values = load(offset + j * layout.stride, length, row);
+      if (values != row) std::copy_n(values, length, row);
     }
   });
 }

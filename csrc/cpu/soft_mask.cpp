@@ -13,28 +13,6 @@ constexpr int kBlock = 1024;
 // Fewest elements worth a thread.
 constexpr int64_t kGrain = 16384;
 
-// One block of an array as Reals: the array itself if it is of that type, else a converted copy.
-template <typename Real>
-PDP_INLINE const Real* load(Array array, int64_t offset, int count, Real* buffer) {
-  if (const Real* values = own<Real>(array, offset)) return values;
-  read(array, offset, count, buffer);
-  return buffer;
-}
-
-// Where the results of a block are computed: the array itself if it is of that type, else the
-// buffer, which store() then converts.
-template <typename Real>
-PDP_INLINE Real* destination(Array array, int64_t offset, Real* buffer) {
-  Real* values = own<Real>(array, offset);
-  return values != nullptr ? values : buffer;
-}
-
-template <typename Real>
-PDP_INLINE void store(const Real* values, const Real* buffer, Array array, int64_t offset,
-                      int count) {
-  if (array.data != nullptr && values == buffer) write(values, array, offset, count);
-}
-
 template <typename Real, bool kRelative>
 PDP_INLINE void forward_block(Mask<Real, kRelative> at, const Real* __restrict weight,
                               Real* __restrict w_hat, Real* __restrict mask, int count) {

@@ -14,28 +14,22 @@ template <typename Real>
 PDP_INLINE void read_block(Array array, GroupLayout layout, int64_t first, int count,
                            GroupBlock<Real>& block) {
   read_groups(layout, first, count, block,
-              [&](int64_t offset, int length, Real* values)
-                  PDP_LAMBDA { read(array, offset, length, values); });
-}
-
-template <typename Real>
-PDP_INLINE void write_block(const GroupBlock<Real>& block, Array array, GroupLayout layout,
-                            int64_t first, int count) {
-  write_groups(block, layout, first, count,
-               [&](const Real* values, int64_t offset, int length)
-                   PDP_LAMBDA { write(values, array, offset, length); });
+              [&](int64_t offset, int length, Real* buffer)
+                  PDP_LAMBDA { return load(array, offset, length, buffer); });
 }
 
 // Each group's threshold, as in magnitude.h; -inf where nothing is pruned.
 template <typename Real>
-PDP_INLINE void find_thresholds(const GroupSelection& selection, const GroupBlock<Real>& weight,
-                                Real* thresholds) {
+PDP_INLINE void find_thresholds(const GroupSelection& selection, Array weight, GroupLayout layout,
+                                int64_t first, int count, Real* thresholds) {
   if (selection.pruned == 0) {
     std::fill_n(thresholds, kGroups, -std::numeric_limits<Real>::infinity());
     return;
   }
+  GroupBlock<Real> weights;
   GroupBlock<typename Magnitude<Real>::Key> keys;
-  selection.sort(weight, keys);
+  read_block(weight, layout, first, count, weights);
+  selection.sort(weights, keys);
   for (int q = 0; q < kGroups; ++q) {
     const Real low = bit_cast<Real>(keys.rows[selection.pruned - 1][q]);
     const Real high = bit_cast<Real>(keys.rows[selection.pruned][q]);
@@ -45,6 +39,42 @@ PDP_INLINE void find_thresholds(const GroupSelection& selection, const GroupBloc
   }
 }
 
+template <int kMembers, typename Real>
+PDP_INLINE void repeat(const Real* thresholds, int members, int count, Real* repeated) {
+  const int step = kMembers > 0 ? kMembers : members;
+  for (int q = 0; q < count; ++q) {
+    for (int j = 0; j < step; ++j) repeated[q * step + j] = thresholds[q];
+  }
+}
+
+// Calls run(offset, length, thresholds) for stretches of neighbouring elements of the groups
+// [first, first + count), with the threshold of each element.
+template <typename Real, typename Run>
+PDP_INLINE void for_each_run(const GroupSelection& selection, Array weight, GroupLayout layout,
+                             int64_t first, int count, const Run& run) {
+  Real thresholds[kGroups];
+  find_thresholds(selection, weight, layout, first, count, thresholds);
+  if (layout.stride == 1) {
+    Real repeated[kMaxMembers * kGroups];
+    switch (layout.members) {
+      case 4:
+        repeat<4>(thresholds, 4, count, repeated);
+        break;
+      case 8:
+        repeat<8>(thresholds, 8, count, repeated);
+        break;
+      default:
+        repeat<0>(thresholds, layout.members, count, repeated);
+    }
+    return run(first * layout.members, count * layout.members, repeated);
+  }
+  for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
+    for (int j = 0; j < layout.members; ++j) {
+      run(offset + j * layout.stride, length, thresholds + position);
+    }
+  });
+}
+
 struct Forward {
   GroupSelection selection;
   GroupLayout layout;
@@ -52,20 +82,20 @@ struct Forward {
 
   template <typename Real, bool kRelative>
   PDP_INLINE void block(Real tau, int64_t first, int count) const {
-    GroupBlock<Real> weights, w_hats, masks;
-    Real thresholds[kGroups];
-    read_block(weight, layout, first, count, weights);
-    find_thresholds(selection, weights, thresholds);
-    for (int j = 0; j < layout.members; ++j) {
-      for (int q = 0; q < kGroups; ++q) {
-        const Real w = weights.rows[j][q];
-        const Real m = Mask<Real, kRelative>(thresholds[q], tau).value(w);
-        w_hats.rows[j][q] = m * w;
-        masks.rows[j][q] = m;
+    Real buffers[3][kMaxMembers * kGroups];
+    const auto run = [&](int64_t offset, int length, const Real* thresholds) PDP_LAMBDA {
+      const Real* values = load(weight, offset, length, buffers[0]);
+      Real* __restrict w_hats = destination(w_hat, offset, buffers[1]);
+      Real* __restrict masks = destination(mask, offset, buffers[2]);
+      for (int i = 0; i < length; ++i) {
+        const Real m = Mask<Real, kRelative>(thresholds[i], tau).value(values[i]);
+        w_hats[i] = m * values[i];
+        masks[i] = m;
       }
-    }
-    write_block(w_hats, w_hat, layout, first, count);
-    if (mask.data != nullptr) write_block(masks, mask, layout, first, count);
+      store(w_hats, buffers[1], w_hat, offset, length);
+      store(masks, buffers[2], mask, offset, length);
+    };
+    for_each_run<Real>(selection, weight, layout, first, count, run);
   }
 };
 
@@ -76,30 +106,29 @@ struct Backward {
 
   template <typename Real, bool kRelative>
   PDP_INLINE void block(Real tau, int64_t first, int count) const {
-    GroupBlock<Real> weights, gradients, results;
-    Real thresholds[kGroups];
-    read_block(weight, layout, first, count, weights);
-    find_thresholds(selection, weights, thresholds);
-    results.clear(layout.members);
-    if (grad_w_hat.data != nullptr) {
-      read_block(grad_w_hat, layout, first, count, gradients);
-      for (int j = 0; j < layout.members; ++j) {
-        for (int q = 0; q < kGroups; ++q) {
-          const Mask<Real, kRelative> at(thresholds[q], tau);
-          results.rows[j][q] += gradients.rows[j][q] * at.weight_gradient(weights.rows[j][q]);
+    Real buffers[3][kMaxMembers * kGroups];
+    const auto run = [&](int64_t offset, int length, const Real* thresholds) PDP_LAMBDA {
+      const Real* values = load(weight, offset, length, buffers[0]);
+      Real* __restrict results = destination(grad, offset, buffers[1]);
+      if (grad_w_hat.data != nullptr) {
+        const Real* gradients = load(grad_w_hat, offset, length, buffers[2]);
+        for (int i = 0; i < length; ++i) {
+          const Mask<Real, kRelative> at(thresholds[i], tau);
+          results[i] = gradients[i] * at.weight_gradient(values[i]);
+        }
+      } else {
+        std::fill_n(results, length, Real(0));
+      }
+      if (grad_mask.data != nullptr) {
+        const Real* gradients = load(grad_mask, offset, length, buffers[2]);
+        for (int i = 0; i < length; ++i) {
+          const Mask<Real, kRelative> at(thresholds[i], tau);
+          results[i] += gradients[i] * at.mask_gradient(values[i]);
         }
       }
-    }
-    if (grad_mask.data != nullptr) {
-      read_block(grad_mask, layout, first, count, gradients);
-      for (int j = 0; j < layout.members; ++j) {
-        for (int q = 0; q < kGroups; ++q) {
-          const Mask<Real, kRelative> at(thresholds[q], tau);
-          results.rows[j][q] += gradients.rows[j][q] * at.mask_gradient(weights.rows[j][q]);
-        }
-      }
-    }
-    write_block(results, grad, layout, first, count);
+      store(results, buffers[1], grad, offset, length);
+    };
+    for_each_run<Real>(selection, weight, layout, first, count, run);
   }
 };
 

@@ -1,0 +1,119 @@
+"""2:4 groups: PyTorch's own ways to mask and to pack them, ours, and what both are checked with.
+
+A weight is taken as rows of 3,072, as the linear layers of a transformer have them, where its size
+allows, and as one row otherwise; groups lie along the rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+from benchmarks.batches import Batch
+from benchmarks.truth import CHUNK, TAU, TOLERANCE
+from pdp_kernels import compress_2to4, hard_mask_nm, pdp_mask_nm
+
+COLUMNS = 3072
+
+Packed = tuple[Tensor, Tensor]
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The weight as a matrix: a view, through which gradients flow back."""
+    return weight.view(-1, COLUMNS) if weight.numel() % COLUMNS == 0 else weight.view(1, -1)
+
+
+def eager_mask(weight: Tensor) -> Tensor:
+    """Eq. 1 with a threshold in each group of four: reshape, topk, sigmoid."""
+    groups = weight.float().unflatten(-1, (-1, 4))
+    largest = groups.detach().abs().topk(3).values
+    t = (largest[..., 1:2] + largest[..., 2:3]) / 2
+    mask = torch.sigmoid((groups * groups - t * t) / TAU)
+    return (mask * groups).flatten(-2).to(weight.dtype)
+
+
+compiled_mask = torch.compile(eager_mask, dynamic=True)
+
+
+def our_mask(weight: Tensor) -> Tensor:
+    return pdp_mask_nm(weight, 2, 4)
+
+
+def forward_backward(mask: Callable[[Tensor], Tensor]):
+    """Provider of (masked weights, gradients)."""
+
+    def prepare(batch: Batch):
+        grads = [as_matrix(grad) for grad in batch.grads]
+
+        def run():
+            masked = [mask(as_matrix(weight)) for weight in batch.weights]
+            return masked, torch.autograd.grad(masked, batch.weights, grads)
+
+        return run
+
+    return prepare
+
+
+def pack(convert: Callable[[Tensor], Packed]):
+    """Provider of packed weights, in bfloat16 whatever the batch is in."""
+
+    def prepare(batch: Batch):
+        matrices = [as_matrix(weight.detach().bfloat16()) for weight in batch.weights]
+        return lambda: [convert(matrix) for matrix in matrices]
+
+    return prepare
+
+
+def eager_pack(matrix: Tensor) -> Packed:
+    """torch's conversion, which takes a matrix that is 2:4 already."""
+    smallest = matrix.unflatten(-1, (-1, 4)).abs().topk(2, largest=False).indices
+    pruned = matrix.unflatten(-1, (-1, 4)).scatter(-1, smallest, 0).flatten(-2)
+    return sparse_semi_structured_from_dense_cutlass(pruned)
+
+
+PACKERS = {"eager": pack(eager_pack), "ours": pack(compress_2to4)}
+MASKS = {
+    "eager": forward_backward(eager_mask),
+    "compiled": forward_backward(compiled_mask),
+    "ours": forward_backward(our_mask),
+}
+
+
+def check_masks(batch: Batch, answer: tuple) -> str | None:
+    """Masked weights and gradients against float64, chunk by chunk."""
+    for index, (weight, grad, w_hat, own) in enumerate(
+        zip(batch.weights, batch.grads, *answer, strict=True)
+    ):
+        chunk = CHUNK[weight.device.type]
+        flat = (x.detach().reshape(-1).split(chunk) for x in (weight, grad, w_hat, own))
+        for w, g, got, got_grad in zip(*flat, strict=True):
+            groups = w.double().view(-1, 4)
+            ordered = groups.abs().sort().values
+            t = (ordered[:, 1:2] + ordered[:, 2:3]) / 2
+            m = torch.sigmoid((groups * groups - t * t) / TAU)
+            factor = m + 2 * groups * groups / TAU * m * (1 - m)
+            tolerance = TOLERANCE[weight.dtype]
+            error = (got.double().view(-1, 4) - m * groups).abs()
+            error_grad = (got_grad.double().view(-1, 4) - g.double().view(-1, 4) * factor).abs()
+            size = g.double().view(-1, 4).abs() * (1 + factor)
+            if not (error <= tolerance * groups.abs()).all():
+                return f"w_hat of tensor {index} is off by up to {error.max().item():.3g}"
+            if not (error_grad <= tolerance * size).all():
+                return f"gradient of tensor {index} is off by up to {error_grad.max().item():.3g}"
+    return None
+
+
+def check_packed(batch: Batch, answer: list[Packed]) -> str | None:
+    """Values and metadata against torch's conversion of the hard mask's matrix; ties break freely
+    in bfloat16, so values are compared as magnitudes."""
+    for index, (weight, (values, metadata)) in enumerate(zip(batch.weights, answer, strict=True)):
+        matrix = as_matrix(weight.detach().bfloat16())
+        pruned = matrix * hard_mask_nm(matrix, 2, 4)
+        want, want_metadata = sparse_semi_structured_from_dense_cutlass(pruned)
+        if values.shape != want.shape or metadata.shape != want_metadata.shape:
+            return f"packed tensor {index} has shapes {values.shape}, {metadata.shape}"
+        got_sum, want_sum = (x.view(-1, 2).abs().double().sum(-1) for x in (values, want))
+        if not torch.equal(got_sum, want_sum):
+            return f"packed tensor {index} keeps other magnitudes than the two largest"
+    return None
