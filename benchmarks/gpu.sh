@@ -37,7 +37,7 @@ TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.ge
 export TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1
 
 # A small matrix of every kernel: each tool runs it some 10 to 50 times slower than it is.
-SANITIZED=(tests/test_threshold.py tests/test_hard_mask.py tests/test_soft_mask.py
+SANITIZED=(tests/test_threshold.py tests/test_hard_mask.py tests/test_soft_mask.py tests/test_soft_mask_nm.py
   -k "gpu and (mixed or special or tiles or layouts or out_dtype)")
 
 part environment environment

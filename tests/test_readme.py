@@ -8,13 +8,20 @@ import torch
 README = Path(__file__).parents[1] / "README.md"
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
 def test_first_example_ends_with_the_sparsity_it_names():
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names = {}
-    exec(example, names)
+    exec(EXAMPLES[0], names)
     weight = names["layer"].weight
     assert (weight == 0).sum() == round(0.9 * weight.numel())
     assert torch.isfinite(names["loss"])
+
+
+def test_every_example_runs():
+    for example in EXAMPLES:
+        exec(example, {})
 
 
 def test_every_public_name_is_explained():
@@ -22,4 +29,4 @@ def test_every_public_name_is_explained():
 
     text = README.read_text()
     for name in pdp_kernels.__all__:
-        assert name.startswith("_") or f"`{name}(" in text
+        assert not name[0].islower() or f"`{name}(" in text
