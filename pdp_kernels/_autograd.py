@@ -39,8 +39,6 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        # Of a group's (m, pruned, dim) nothing is batched, though vmap gives each its own entry.
-        in_dims = [None if isinstance(dim, tuple) else dim for dim in in_dims]
         return _ops.map_over_batch(MaskedWeight.apply, info.batch_size, in_dims, args)
 
 
@@ -70,7 +68,6 @@ class _MaskedWeightBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        in_dims = [None if isinstance(dim, tuple) else dim for dim in in_dims]
         return _ops.map_over_batch(_MaskedWeightBackward.apply, info.batch_size, in_dims, args)
 
 

@@ -148,7 +148,8 @@ def map_over_batch(call, batch_size, in_dims, args):
 
 
 def _example(arg, dim, index):
-    return arg if dim is None else arg.select(dim, index)
+    # What is not batched has dim None, and a tuple of numbers has a tuple of them.
+    return arg.select(dim, index) if isinstance(dim, int) else arg
 
 
 def _vmap_lists(call):

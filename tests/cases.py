@@ -50,6 +50,14 @@ def exact_threshold(weight: torch.Tensor, count: int) -> torch.Tensor:
     return exact.to(reference.threshold_dtype([weight]))
 
 
+def doubled(*arguments):
+    return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def on_device(backend, *arguments):
+    return [a.to(backend.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
 def assert_within_budget(actual, exact, rounded):
     """error <= 2 x (error of the reference in the storage dtype) + eps max|exact|.
 

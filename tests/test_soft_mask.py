@@ -5,7 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import DISTRIBUTIONS, DTYPES, assert_within_budget, denormals, weight_of
+from cases import (
+    DISTRIBUTIONS,
+    DTYPES,
+    assert_within_budget,
+    denormals,
+    doubled,
+    on_device,
+    weight_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,14 +25,6 @@ SIZES = (0, 1, 31, 33, 4097, 9973)
 def scalars(weight, threshold, tau):
     dtype = reference.threshold_dtype([weight])
     return torch.tensor(threshold, dtype=dtype), torch.tensor(tau, dtype=dtype)
-
-
-def doubled(*arguments):
-    return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-
-
-def on_device(backend, *arguments):
-    return [a.to(backend.device) if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
 def check(masking, weight, threshold, tau, relative, out_dtype=None):

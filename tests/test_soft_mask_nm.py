@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, assert_within_budget, denormals, with_special_values
+from cases import DTYPES, assert_within_budget, denormals, doubled, on_device, with_special_values
 from torch.func import grad, vmap
 
 from pdp_kernels import hard_mask_nm, pdp_mask, pdp_mask_nm, reference
@@ -23,20 +23,12 @@ def temperature(weight, value):
     return torch.tensor(value, dtype=reference.threshold_dtype([weight]))
 
 
-def doubled(*arguments):
-    return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-
-
-def moved(backend, *arguments):
-    return [a.to(backend.device) if isinstance(a, torch.Tensor) else a for a in arguments]
-
-
 def check(masking, weight, m, pruned, dim, relative, out_dtype=None):
     """Forward with mask and backward through both results, against the reference."""
     dim = dim % weight.dim()
     out_dtype = out_dtype or weight.dtype
     given = (weight, temperature(weight, 0.1), m, pruned, dim, relative)
-    actual = masking.soft_mask_nm(*moved(masking, *given), out_dtype, True)
+    actual = masking.soft_mask_nm(*on_device(masking, *given), out_dtype, True)
     exact = reference.soft_mask_nm(*doubled(*given), None, True)
     rounded = reference.soft_mask_nm(*given, out_dtype, True)
     for result in range(2):
@@ -45,7 +37,7 @@ def check(masking, weight, m, pruned, dim, relative, out_dtype=None):
     for chosen in ([grads[0], None], [None, grads[1]], grads):
         given = (*chosen, weight, temperature(weight, 0.1), m, pruned, dim, relative)
         assert_within_budget(
-            masking.soft_mask_nm_backward(*moved(masking, *given)),
+            masking.soft_mask_nm_backward(*on_device(masking, *given)),
             reference.soft_mask_nm_backward(*doubled(*given)),
             reference.soft_mask_nm_backward(*given),
         )
@@ -136,9 +128,9 @@ def test_nan_and_inf_stay_in_their_own_groups(masking):
     others[0, 0] = others[3, 1] = others[9, 1] = False
     results = []
     for weight in (clean, dirty):
-        given = moved(masking, weight, temperature(weight, 0.1), 4, 2, 1, True)
+        given = on_device(masking, weight, temperature(weight, 0.1), 4, 2, 1, True)
         w_hat = masking.soft_mask_nm(*given, None, False)[0]
-        back = masking.soft_mask_nm_backward(*moved(masking, clean, None), *given)
+        back = masking.soft_mask_nm_backward(*on_device(masking, clean, None), *given)
         results.append([reference.groups(r.cpu(), 4, 1)[others] for r in (w_hat, back)])
     assert all(map(torch.equal, *results))
 
@@ -160,15 +152,15 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
     for weight in [*dense, *copied]:
         dim = list(weight.shape).index(8)
         given = (tau, 4, 2, dim, True)
-        rows = masking.soft_mask_nm(*moved(masking, weight.contiguous(), *given), None, True)
-        own = masking.soft_mask_nm(*moved(masking, weight, *given), None, True)
+        rows = masking.soft_mask_nm(*on_device(masking, weight.contiguous(), *given), None, True)
+        own = masking.soft_mask_nm(*on_device(masking, weight, *given), None, True)
         assert_same_but_for_rounding(own, rows)
-        kept = masking.hard_mask_nm(*moved(masking, weight, 4, 2, dim))
+        kept = masking.hard_mask_nm(*on_device(masking, weight, 4, 2, dim))
         assert torch.equal(kept.cpu(), reference.hard_mask_nm(weight, 4, 2, dim))
         grad_w_hat = torch.randn(weight.shape).to(dtype)
-        back = masking.soft_mask_nm_backward(*moved(masking, grad_w_hat, None, weight, *given))
+        back = masking.soft_mask_nm_backward(*on_device(masking, grad_w_hat, None, weight, *given))
         rows_back = masking.soft_mask_nm_backward(
-            *moved(masking, grad_w_hat, None, weight.contiguous(), *given)
+            *on_device(masking, grad_w_hat, None, weight.contiguous(), *given)
         )
         assert_same_but_for_rounding([back], [rows_back])
         if any(weight is one for one in dense):
@@ -182,7 +174,7 @@ def test_out_dtype(masking):
 
 def test_bitwise_repeatable(masking):
     weight = torch.randn(40, 16)
-    given = moved(masking, weight, temperature(weight, 0.1), 4, 2, 1, False)
+    given = on_device(masking, weight, temperature(weight, 0.1), 4, 2, 1, False)
     first = masking.soft_mask_nm(*given, None, False)[0]
     for _ in range(5):
         assert torch.equal(masking.soft_mask_nm(*given, None, False)[0], first)

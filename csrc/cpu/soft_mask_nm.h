@@ -7,7 +7,7 @@
 
 namespace pdp::cpu {
 
-// As soft_mask, with t between the k-th and k+1-th magnitude of each group, k = selection.pruned.
+// As soft_mask, with t between the k-th and k+1-th magnitude of each group, k = pruned.
 void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int pruned, bool relative,
                   Array w_hat, Array mask, int64_t numel, ParallelFor parallel_for);
 
