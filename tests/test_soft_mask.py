@@ -219,7 +219,9 @@ def test_bitwise_repeatable(masking):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_strides_and_temperature(data):
-    shape = data.draw(st.lists(st.integers(0, 7), max_size=4))
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    # The budget's error of the reference is one of many weights, not of a few lucky ones.
+    shape = [199, *data.draw(st.lists(st.integers(0, 7), max_size=3))]
     weight = torch.randn(shape).permute(data.draw(st.permutations(range(len(shape)))))
     for dim in range(weight.dim()):
         step = data.draw(st.integers(1, 3))

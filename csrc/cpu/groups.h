@@ -49,6 +49,24 @@ PDP_INLINE void transpose(const GroupBlock<Value>& block, int members, Value* va
   }
 }
 
+// As transpose<4> of the magnitude keys, each group in ascending order. Compilers keep the four in
+// registers, where a network's passes over rows go through memory.
+template <typename Real, typename Key = typename Magnitude<Real>::Key>
+PDP_INLINE void sort_fours(const Real* values, int count, GroupBlock<Key>& keys) {
+  for (int q = 0; q < count; ++q) {
+    const Key a = magnitude_key(values[4 * q]), b = magnitude_key(values[4 * q + 1]);
+    const Key c = magnitude_key(values[4 * q + 2]), d = magnitude_key(values[4 * q + 3]);
+    const Key low_ab = a < b ? a : b, high_ab = a < b ? b : a;
+    const Key low_cd = c < d ? c : d, high_cd = c < d ? d : c;
+    const Key lower = low_ab < low_cd ? low_cd : low_ab;
+    const Key upper = high_ab < high_cd ? high_ab : high_cd;
+    keys.rows[0][q] = low_ab < low_cd ? low_ab : low_cd;
+    keys.rows[1][q] = lower < upper ? lower : upper;
+    keys.rows[2][q] = lower < upper ? upper : lower;
+    keys.rows[3][q] = high_ab < high_cd ? high_cd : high_ab;
+  }
+}
+
 // Calls body(position in the rows, offset of member 0, length) for stretches of groups that are
 // neighbours in memory.
 template <typename Body>

@@ -68,16 +68,18 @@ struct Mask {
     return (z >= 0 ? Real(1) : decay) / (1 + decay);
   }
 
-  // dw_hat/dw = m + 2 w^2/tau m(1-m). Where the slope m(1-m) has underflowed to 0 its factor may
-  // have overflowed: 0 * inf is no number, so such terms are chosen to be 0.
+  // dw_hat/dw = m + 2 w^2/tau m(1-m), with both m and m(1-m) as products of 1/(1 + decay). Where the
+  // slope m(1-m) has underflowed to 0 its factor may have overflowed: 0 * inf is no number, so the
+  // factor is chosen to be 0.
+  // Its one sum is of a product and a plain value, so that there is one way to contract it: a
+  // weight's gradient is the same in a vector and in the scalar rest of a loop.
   PDP_INLINE Real weight_gradient(Real weight) const {
     const Real z = exponent(weight);
     const Real decay = exp_negative(std::fabs(z));
     const Real inverse = 1 / (1 + decay);
-    const Real m = (z >= 0 ? Real(1) : decay) * inverse;
-    const Real slope = decay * inverse * inverse;
-    const Real boost = 2 * scaled(weight) * scaled(weight) / tau * slope;
-    return m + (slope == 0 ? Real(0) : boost);
+    const Real boost = 2 * scaled(weight) * scaled(weight) / tau;
+    const Real factor = decay == 0 ? Real(0) : boost;
+    return ((z >= 0 ? Real(1) : decay) + factor * (decay * inverse)) * inverse;
   }
 
   // dm/dw = 2 w/tau m(1-m)

@@ -18,21 +18,24 @@ PDP_INLINE void read_block(Array array, GroupLayout layout, int64_t first, int c
                   PDP_LAMBDA { return load(array, offset, length, buffer); });
 }
 
-// Each group's threshold, as in magnitude.h; -inf where nothing is pruned.
+// Each group's threshold, as threshold_between of magnitude.h.
 template <typename Real>
 PDP_INLINE void find_thresholds(const GroupSelection& selection, Array weight, GroupLayout layout,
                                 int64_t first, int count, Real* thresholds) {
-  if (selection.pruned == 0) {
-    std::fill_n(thresholds, kGroups, -std::numeric_limits<Real>::infinity());
-    return;
-  }
-  GroupBlock<Real> weights;
   GroupBlock<typename Magnitude<Real>::Key> keys;
-  read_block(weight, layout, first, count, weights);
-  selection.sort(weights, keys);
-  for (int q = 0; q < kGroups; ++q) {
-    const Real low = bit_cast<Real>(keys.rows[selection.pruned - 1][q]);
-    const Real high = bit_cast<Real>(keys.rows[selection.pruned][q]);
+  if (layout.members == 4 && layout.stride == 1) {
+    Real buffer[4 * kGroups];
+    sort_fours(load(weight, 4 * first, 4 * count, buffer), count, keys);
+  } else {
+    GroupBlock<Real> weights;
+    read_block(weight, layout, first, count, weights);
+    selection.sort(weights, keys);
+  }
+  const auto* kth = keys.rows[selection.pruned - 1];
+  const auto* next = keys.rows[selection.pruned];
+  for (int q = 0; q < count; ++q) {
+    const Real low = bit_cast<Real>(kth[q]);
+    const Real high = bit_cast<Real>(next[q]);
     const Real halves = Real(0.5) * low + Real(0.5) * high;
     const Real half_sum = Real(0.5) * (low + high);
     thresholds[q] = high > 1 ? halves : half_sum;
@@ -47,26 +50,39 @@ PDP_INLINE void repeat(const Real* thresholds, int members, int count, Real* rep
   }
 }
 
+// The threshold of each element of groups whose members are neighbours.
+template <typename Real>
+PDP_INLINE void repeat(const Real* thresholds, int members, int count, Real* repeated) {
+  switch (members) {
+    case 4:
+      return repeat<4>(thresholds, 4, count, repeated);
+    case 8:
+      return repeat<8>(thresholds, 8, count, repeated);
+    default:
+      return repeat<0>(thresholds, members, count, repeated);
+  }
+}
+
 // Calls run(offset, length, thresholds) for stretches of neighbouring elements of the groups
-// [first, first + count), with the threshold of each element.
+// [first, first + count), with the threshold of each element. `run` is compiled once, so that a
+// weight's result does not depend on the layout it comes in.
 template <typename Real, typename Run>
 PDP_INLINE void for_each_run(const GroupSelection& selection, Array weight, GroupLayout layout,
                              int64_t first, int count, const Run& run) {
-  Real thresholds[kGroups];
-  find_thresholds(selection, weight, layout, first, count, thresholds);
+  Real of_groups[kGroups], of_elements[kMaxMembers * kGroups];
+  const Real* thresholds = of_groups;
+  if (selection.pruned == 0) {
+    std::fill_n(of_groups, count, -std::numeric_limits<Real>::infinity());
+  } else {
+    find_thresholds(selection, weight, layout, first, count, of_groups);
+  }
   if (layout.stride == 1) {
-    Real repeated[kMaxMembers * kGroups];
-    switch (layout.members) {
-      case 4:
-        repeat<4>(thresholds, 4, count, repeated);
-        break;
-      case 8:
-        repeat<8>(thresholds, 8, count, repeated);
-        break;
-      default:
-        repeat<0>(thresholds, layout.members, count, repeated);
-    }
-    return run(first * layout.members, count * layout.members, repeated);
+    // As groups of one, which are all neighbours.
+    repeat(of_groups, layout.members, count, of_elements);
+    thresholds = of_elements;
+    first *= layout.members;
+    count *= layout.members;
+    layout = {1, std::numeric_limits<int64_t>::max()};
   }
   for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
     for (int j = 0; j < layout.members; ++j) {
