@@ -38,27 +38,54 @@ PDP_INLINE float exp_negative(float x) {
 
 PDP_INLINE double exp_negative(double x) { return std::exp(-x); }
 
+// tau, or c of tau = c t^2, with 1/tau as the sum of a leading part, rounded down, and a rest > 0.
+// x times the two, with one rounding of the sum, is x / tau to within half a unit in the last
+// place, and an infinite x stays so: in less than half the time of a division.
+template <typename Real>
+struct Temperature {
+  Real value;
+  Real inverse;
+  Real rest = 0;
+
+  explicit PDP_INLINE Temperature(Real tau) : value(tau), inverse(1 / tau) {
+    constexpr Real kHuge = std::numeric_limits<Real>::max();
+    if (inverse > kHuge) inverse = kHuge;
+    if (!(inverse > 0)) return;  // tau is infinite or no number
+    if (std::fma(-inverse, tau, Real(1)) <= 0) {
+      inverse = bit_cast<Real>(bit_cast<typename Magnitude<Real>::Key>(inverse) - 1);
+    }
+    rest = std::fma(-inverse, tau, Real(1)) * inverse;
+  }
+};
+
 // The mask around one threshold: z = ((|w| - t) / q) ((|w| + |t|) / q) / tau', with q and tau' as
 // in reference.scale_and_temperature; q = 1 is not divided by.
 template <typename Real, bool kRelative>
 struct Mask {
   Real threshold;
+  Temperature<Real> temperature;
   Real scale;
   Real tau;
 
-  PDP_INLINE Mask(Real t, Real temperature) : threshold(t), scale(1), tau(temperature) {
+  PDP_INLINE Mask(Real t, Temperature<Real> temperature)
+      : threshold(t), temperature(temperature), scale(1), tau(temperature.value) {
     if (!kRelative) return;
     constexpr Real kTiny = std::numeric_limits<Real>::min();
     const Real size = std::fabs(t);
     scale = size > std::numeric_limits<Real>::max() ? Real(1) : size == 0 ? kTiny : size;
-    tau = size == 0 ? kTiny : temperature;
+    tau = size == 0 ? kTiny : temperature.value;
   }
 
   PDP_INLINE Real scaled(Real value) const { return kRelative ? value / scale : value; }
 
+  PDP_INLINE Real over_tau(Real value) const {
+    if (kRelative) return value / tau;
+    return value * temperature.inverse + value * temperature.rest;
+  }
+
   PDP_INLINE Real exponent(Real weight) const {
     const Real magnitude = std::fabs(weight);
-    return scaled(magnitude - threshold) * scaled(magnitude + std::fabs(threshold)) / tau;
+    return over_tau(scaled(magnitude - threshold) * scaled(magnitude + std::fabs(threshold)));
   }
 
   // m
@@ -68,16 +95,16 @@ struct Mask {
     return (z >= 0 ? Real(1) : decay) / (1 + decay);
   }
 
-  // dw_hat/dw = m + 2 w^2/tau m(1-m), with both m and m(1-m) as products of 1/(1 + decay). Where the
-  // slope m(1-m) has underflowed to 0 its factor may have overflowed: 0 * inf is no number, so the
-  // factor is chosen to be 0.
-  // Its one sum is of a product and a plain value, so that there is one way to contract it: a
-  // weight's gradient is the same in a vector and in the scalar rest of a loop.
+  // dw_hat/dw = m + 2 w^2/tau m(1-m), with both m and m(1-m) as products of 1/(1 + decay). Where
+  // the slope m(1-m) has underflowed to 0 its factor may have overflowed: 0 * inf is no number, so
+  // the factor is chosen to be 0. Its one sum is of a product and a plain value, so that there is
+  // one way to contract it: a weight's gradient is the same in a vector and in the scalar rest of a
+  // loop.
   PDP_INLINE Real weight_gradient(Real weight) const {
     const Real z = exponent(weight);
     const Real decay = exp_negative(std::fabs(z));
     const Real inverse = 1 / (1 + decay);
-    const Real boost = 2 * scaled(weight) * scaled(weight) / tau;
+    const Real boost = over_tau(2 * scaled(weight) * scaled(weight));
     const Real factor = decay == 0 ? Real(0) : boost;
     return ((z >= 0 ? Real(1) : decay) + factor * (decay * inverse)) * inverse;
   }
@@ -86,7 +113,7 @@ struct Mask {
   PDP_INLINE Real mask_gradient(Real weight) const {
     const Real decay = exp_negative(std::fabs(exponent(weight)));
     const Real slope = decay / ((1 + decay) * (1 + decay));
-    const Real factor = 2 * (scaled(weight) / scale) / tau * slope;
+    const Real factor = over_tau(2 * scaled(scaled(weight))) * slope;
     return slope == 0 ? Real(0) : factor;
   }
 };

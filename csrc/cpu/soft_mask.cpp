@@ -82,7 +82,7 @@ template <typename Real, typename Pass>
 PDP_INLINE void run_range(const Pass& pass, const void* threshold, const void* tau, bool relative,
                           int64_t begin, int64_t end) {
   const Real t = *static_cast<const Real*>(threshold);
-  const Real temperature = *static_cast<const Real*>(tau);
+  const Temperature<Real> temperature(*static_cast<const Real*>(tau));
   if (relative) {
     pass(Mask<Real, true>(t, temperature), begin, end);
   } else {

@@ -97,7 +97,7 @@ struct Forward {
   Array weight, w_hat, mask;
 
   template <typename Real, bool kRelative>
-  PDP_INLINE void block(Real tau, int64_t first, int count) const {
+  PDP_INLINE void block(Temperature<Real> tau, int64_t first, int count) const {
     Real buffers[3][kMaxMembers * kGroups];
     const auto run = [&](int64_t offset, int length, const Real* thresholds) PDP_LAMBDA {
       const Real* values = load(weight, offset, length, buffers[0]);
@@ -121,7 +121,7 @@ struct Backward {
   Array grad_w_hat, grad_mask, weight, grad;
 
   template <typename Real, bool kRelative>
-  PDP_INLINE void block(Real tau, int64_t first, int count) const {
+  PDP_INLINE void block(Temperature<Real> tau, int64_t first, int count) const {
     Real buffers[3][kMaxMembers * kGroups];
     const auto run = [&](int64_t offset, int length, const Real* thresholds) PDP_LAMBDA {
       const Real* values = load(weight, offset, length, buffers[0]);
@@ -187,7 +187,7 @@ struct Hard {
 template <typename Real, typename Pass>
 PDP_INLINE void run_range(const Pass& pass, const void* tau, bool relative, int64_t begin,
                           int64_t end) {
-  const Real temperature = *static_cast<const Real*>(tau);
+  const Temperature<Real> temperature(*static_cast<const Real*>(tau));
   for (int64_t first = begin; first < end; first += kGroups) {
     const int count = static_cast<int>(std::min<int64_t>(kGroups, end - first));
     if (relative) {

@@ -1,0 +1,111 @@
+"""The 2:4 linear on sparse tensor cores against the dense one.
+
+`python -m benchmarks.sparse_linear`. Both compute x W^T in bfloat16 for the same W, pruned to 2:4 by hard_mask_nm. The sparse product is
+checked against the dense one before either is timed; the ratio is dense over sparse. Needs a GPU.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.environment import describe_environment
+from benchmarks.report import format_environment
+from benchmarks.timing import Timing, cuda_clock, time_interleaved
+from pdp_kernels import hard_mask_nm, to_semi_structured
+
+# (rows of x, in_features, out_features)
+SHAPES = {
+    "7B attention, 4096 tokens": (4096, 4096, 4096),
+    "7B MLP up, 4096 tokens": (4096, 4096, 11008),
+    "7B MLP down, 4096 tokens": (4096, 11008, 4096),
+    "7B MLP up, 16 tokens": (16, 4096, 11008),
+    "GPT-2 MLP up, 8192 tokens": (8192, 768, 3072),
+    "GPT-2 MLP down, 8192 tokens": (8192, 3072, 768),
+    "ResNet-50 1x1 512-128, batch 128": (128 * 28 * 28, 512, 128),
+    "ResNet-50 1x1 1024-256, batch 128": (128 * 14 * 14, 1024, 256),
+    "ResNet-50 1x1 512-2048, batch 128": (128 * 7 * 7, 512, 2048),
+}
+
+# Sums of the same bfloat16 products in another order, rounded to bfloat16 once.
+TOLERANCE = 2**-7
+
+
+def layers(inputs: int, outputs: int, device: torch.device) -> dict[str, nn.Linear]:
+    """The same 2:4 weight in a dense and in a semi-structured layer."""
+    dense = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
+    dense.requires_grad_(False)
+    dense.weight *= hard_mask_nm(dense.weight, 2, 4)
+    sparse = copy.deepcopy(dense)
+    to_semi_structured(sparse)
+    return {"dense": dense, "2:4": sparse}
+
+
+def difference(answers: dict[str, Tensor]) -> float:
+    """The largest difference from the dense product, relative to its largest element."""
+    dense = answers["dense"].float()
+    return ((answers["2:4"].float() - dense).abs().max() / dense.abs().max()).item()
+
+
+@torch.no_grad()
+def measure(rows: int, inputs: int, outputs: int, budget: float) -> dict[str, object]:
+    device = torch.device("cuda")
+    providers = layers(inputs, outputs, device)
+    activations = [torch.randn(rows, inputs, device=device, dtype=torch.bfloat16) for _ in range(4)]
+    answers = {name: layer(activations[0]) for name, layer in providers.items()}
+    wrong = difference(answers)
+    if not wrong <= TOLERANCE:
+        return {"note": f"wrong: the products differ by {wrong:.3g} of the largest element"}
+    runs = {name: lambda x, layer=layer: partial(layer, x) for name, layer in providers.items()}
+    estimates = {name: cuda_clock(run(activations[0]))[0] for name, run in runs.items()}
+    timings = time_interleaved(runs, estimates, activations, cuda_clock, budget)
+    return row(timings, 2 * rows * inputs * outputs) | {"difference": wrong}
+
+
+def row(timings: dict[str, Timing], operations: int) -> dict[str, object]:
+    """The figures of one shape; operations are those of the dense product, for both."""
+    dense, sparse = timings["dense"].median, timings["2:4"].median
+    return {
+        "dense_s": dense,
+        "sparse_s": sparse,
+        "speedup": dense / sparse,
+        "dense_tflop_per_s": operations / dense / 1e12,
+        "sparse_tflop_per_s": operations / sparse / 1e12,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sparse_linear", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="per shape")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("sparse tensor cores need a CUDA device, and torch finds none")
+    environment = describe_environment(torch.device("cuda"))
+    print(format_environment(environment), "\n", sep="")
+    rows = []
+    for name, shape in SHAPES.items():
+        result = {"shape": name, "sizes": shape} | measure(*shape, arguments.budget)
+        rows.append(result)
+        print(
+            f"{name}: {result['note']}"
+            if "note" in result
+            else f"{name}: dense {result['dense_s'] * 1e3:.4g} ms, 2:4 "
+            f"{result['sparse_s'] * 1e3:.4g} ms, {result['speedup']:.3g}x"
+        )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {"environment": environment, "rows": rows}
+        arguments.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    return 1 if any("note" in result for result in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
