@@ -1,7 +1,8 @@
 """The 2:4 linear on sparse tensor cores against the dense one.
 
-`python -m benchmarks.sparse_linear`. Both compute x W^T in bfloat16 for the same W, pruned to 2:4 by hard_mask_nm. The sparse product is
-checked against the dense one before either is timed; the ratio is dense over sparse. Needs a GPU.
+`python -m benchmarks.sparse_linear`, on a GPU. Both compute x W^T in bfloat16 for the same W, which
+hard_mask_nm pruned. The sparse product is checked against the dense one before either is timed;
+the ratio is dense over sparse.
 """
 
 import argparse

@@ -73,8 +73,8 @@ def with_neighbours(weight):
 def assert_within_budget(actual, exact, rounded):
     """error <= 2 x (error of the reference in the storage dtype) + eps max|exact|.
 
-    `exact` is the reference in float64, `rounded` the reference on the storage dtype, for the weight
-    or for a stack of it with_neighbours. For float64 the two are one computation, whose own
+    `exact` is the reference in float64, `rounded` the reference on the storage dtype, for the
+    weight or for a stack of it with_neighbours. For float64 the two are one computation, whose own
     rounding counts too: 16 eps.
     """
     assert actual.dtype == rounded.dtype
