@@ -14,6 +14,7 @@
 #include "cpu/hard_mask.h"
 #include "cpu/radix_select.h"
 #include "cpu/soft_mask.h"
+#include "cpu/soft_mask_channel.h"
 #include "cpu/soft_mask_nm.h"
 #include "tensors.h"
 
@@ -188,6 +189,60 @@ Tensor hard_mask_nm(Tensor weight, int64_t m, int64_t pruned, int64_t dim) {
   return kept;
 }
 
+// Of a dense tensor.
+cpu::ChannelLayout channel_layout(const Tensor& ordered, int64_t dim) {
+  const int64_t channels = ordered.size(dim);
+  if (ordered.numel() == 0) return {0, channels, 0};
+  // Of a dimension of size 1 the stride says nothing: all weights are its one channel's.
+  if (channels == 1) return {1, 1, ordered.numel()};
+  const int64_t inner = ordered.stride(dim);
+  return {ordered.numel() / (channels * inner), channels, inner};
+}
+
+ScalarType threshold_type(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor channel_norms(Tensor weight, int64_t dim, bool rms) {
+  const Tensor ordered = pdp::is_dense(weight) ? weight : torch::stable::contiguous(weight);
+  Tensor norms = torch::stable::empty({weight.size(dim)}, threshold_type(weight));
+  cpu::channel_norms(array(ordered), channel_layout(ordered, dim), rms, norms.data_ptr(),
+                     parallel_for);
+  return norms;
+}
+
+cpu::ChannelMask channel_mask(const Tensor& norms, const Tensor& threshold, const Tensor& tau,
+                              bool relative) {
+  return {norms.data_ptr(), threshold.data_ptr(), tau.data_ptr(), relative};
+}
+
+std::tuple<Tensor, Tensor> soft_mask_channel(Tensor weight, Tensor norms, Tensor threshold,
+                                             Tensor tau, int64_t dim, bool relative,
+                                             std::optional<ScalarType> out_dtype) {
+  Tensor w_hat = empty_like(weight, out_dtype.value_or(weight.scalar_type()));
+  Tensor mask = torch::stable::empty({weight.size(dim)}, w_hat.scalar_type());
+  norms = torch::stable::contiguous(norms);
+  const Tensor ordered = in_order_of(w_hat, weight);
+  cpu::soft_mask_channel(array(ordered), channel_mask(norms, threshold, tau, relative),
+                         channel_layout(w_hat, dim), array(w_hat), array(mask), parallel_for);
+  return {w_hat, mask};
+}
+
+Tensor soft_mask_channel_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor> grad_mask,
+                                  Tensor weight, Tensor norms, Tensor threshold, Tensor tau,
+                                  int64_t dim, bool relative, bool rms) {
+  Tensor grad = torch::stable::empty_like(weight);
+  norms = torch::stable::contiguous(norms);
+  const Tensor ordered = in_order_of(grad, weight);
+  if (grad_w_hat) grad_w_hat = in_order_of(grad, *grad_w_hat);
+  if (grad_mask) grad_mask = torch::stable::contiguous(*grad_mask);
+  cpu::soft_mask_channel_backward(grad_w_hat ? array(*grad_w_hat) : kNoArray,
+                                  grad_mask ? array(*grad_mask) : kNoArray, array(ordered),
+                                  channel_mask(norms, threshold, tau, relative),
+                                  channel_layout(grad, dim), rms, array(grad), parallel_for);
+  return grad;
+}
+
 std::tuple<Tensor, Tensor> compress_2to4(Tensor weight) {
   weight = torch::stable::contiguous(weight);
   const int64_t rows = weight.size(0), cols = weight.size(1);
@@ -210,6 +265,9 @@ STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
   m.impl("soft_mask_nm_backward", TORCH_BOX(&soft_mask_nm_backward));
   m.impl("hard_mask_nm", TORCH_BOX(&hard_mask_nm));
   m.impl("compress_2to4", TORCH_BOX(&compress_2to4));
+  m.impl("channel_norms", TORCH_BOX(&channel_norms));
+  m.impl("soft_mask_channel", TORCH_BOX(&soft_mask_channel));
+  m.impl("soft_mask_channel_backward", TORCH_BOX(&soft_mask_channel_backward));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -11,19 +11,31 @@ from pdp_kernels.semi_structured import (
     to_semi_structured,
 )
 from pdp_kernels.soft_mask import pdp_mask
+from pdp_kernels.soft_mask_channel import (
+    ChannelReport,
+    channel_norms,
+    channel_report,
+    hard_mask_channel,
+    pdp_mask_channel,
+)
 from pdp_kernels.soft_mask_nm import hard_mask_nm, pdp_mask_nm
 from pdp_kernels.threshold import pdp_threshold, pdp_thresholds
 
 __all__ = [
+    "ChannelReport",
     "GroupCheck",
     "SemiStructuredReport",
     "__version__",
     "build_info",
+    "channel_norms",
+    "channel_report",
     "check_nm",
     "compress_2to4",
     "hard_mask",
+    "hard_mask_channel",
     "hard_mask_nm",
     "pdp_mask",
+    "pdp_mask_channel",
     "pdp_mask_nm",
     "pdp_threshold",
     "pdp_thresholds",

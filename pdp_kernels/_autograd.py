@@ -32,9 +32,11 @@ class MaskedWeight(torch.autograd.Function):
         if grad_w_hat is None and grad_mask is None:
             return (None,) * 7
         weight, threshold, tau = ctx.saved_tensors
-        twice = torch.is_grad_enabled()  # somebody may differentiate this backward
-        backward = _MaskedWeightBackward.apply if twice else _MaskedWeightBackward.forward
-        grad = backward(grad_w_hat, grad_mask, weight, threshold, tau, ctx.group, ctx.relative)
+        grads = (grad_w_hat, grad_mask, weight)
+        if ctx.group is None:
+            grad = _backward("soft_mask_backward", *grads, threshold, tau, ctx.relative)
+        else:
+            grad = _backward("soft_mask_nm_backward", *grads, tau, *ctx.group, ctx.relative)
         return grad, None, None, None, None, None, None
 
     @staticmethod
@@ -42,18 +44,57 @@ class MaskedWeight(torch.autograd.Function):
         return _ops.map_over_batch(MaskedWeight.apply, info.batch_size, in_dims, args)
 
 
-class _MaskedWeightBackward(torch.autograd.Function):
-    """Eq. 2 as a function of its own, so that differentiating it again is an error, not a zero."""
+class MaskedChannels(torch.autograd.Function):
+    """(w_hat, mask) of a weight and the norms of its channels along dim, which it saves.
+
+    The norms are the weight's own: the gradient through them is part of the weight's.
+    """
 
     @staticmethod
-    def forward(grad_w_hat, grad_mask, weight, threshold, tau, group, relative):
-        if group is None:
-            return torch.ops.pdp.soft_mask_backward(
-                grad_w_hat, grad_mask, weight, threshold, tau, relative
-            )
-        return torch.ops.pdp.soft_mask_nm_backward(
-            grad_w_hat, grad_mask, weight, tau, *group, relative
+    def forward(weight, norms, threshold, tau, dim, relative, rms, out_dtype):
+        return torch.ops.pdp.soft_mask_channel(
+            weight, norms, threshold, tau, dim, relative, out_dtype
         )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, norms, threshold, tau, ctx.dim, ctx.relative, ctx.rms, _ = inputs
+        ctx.save_for_backward(weight, norms, threshold, tau)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_w_hat, grad_mask):
+        if grad_w_hat is None and grad_mask is None:
+            return (None,) * 8
+        grad = _backward(
+            "soft_mask_channel_backward",
+            grad_w_hat,
+            grad_mask,
+            *ctx.saved_tensors,
+            ctx.dim,
+            ctx.relative,
+            ctx.rms,
+        )
+        return grad, None, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _ops.map_over_batch(MaskedChannels.apply, info.batch_size, in_dims, args)
+
+
+def _backward(name, *arguments):
+    """A backward operator. Where somebody may differentiate it again, that is made an error."""
+    if torch.is_grad_enabled():
+        return _BackwardOnce.apply(name, *arguments)
+    return getattr(torch.ops.pdp, name)(*arguments)
+
+
+class _BackwardOnce(torch.autograd.Function):
+    """A backward operator as a function of its own, whose derivative is an error, not a zero."""
+
+    @staticmethod
+    def forward(name, *arguments):
+        return getattr(torch.ops.pdp, name)(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -68,8 +109,9 @@ class _MaskedWeightBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _ops.map_over_batch(_MaskedWeightBackward.apply, info.batch_size, in_dims, args)
+        return _ops.map_over_batch(_BackwardOnce.apply, info.batch_size, in_dims, args)
 
 
 # Function.apply asks inspect.signature on every call; to have it at hand saves 13 of 38 us.
-MaskedWeight.forward.__signature__ = inspect.signature(MaskedWeight.forward)
+for _function in (MaskedWeight, MaskedChannels):
+    _function.forward.__signature__ = inspect.signature(_function.forward)

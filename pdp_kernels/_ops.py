@@ -37,6 +37,15 @@ SCHEMAS = {
     ),
     "hard_mask_nm": "(Tensor weight, int m, int pruned, int dim) -> Tensor",
     "compress_2to4": "(Tensor weight) -> (Tensor, Tensor)",
+    "channel_norms": "(Tensor weight, int dim, bool rms) -> Tensor",
+    "soft_mask_channel": (
+        "(Tensor weight, Tensor norms, Tensor threshold, Tensor tau, int dim, bool relative, "
+        "ScalarType? out_dtype) -> (Tensor, Tensor)"
+    ),
+    "soft_mask_channel_backward": (
+        "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor norms, Tensor threshold, "
+        "Tensor tau, int dim, bool relative, bool rms) -> Tensor"
+    ),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -65,6 +74,7 @@ _TRITON = {
     "soft_mask": ("soft_mask", "soft_mask_backward"),
     "soft_mask_nm": ("soft_mask_nm", "soft_mask_nm_backward", "hard_mask_nm"),
     "compress": ("compress_2to4",),
+    "soft_mask_channel": ("channel_norms", "soft_mask_channel", "soft_mask_channel_backward"),
 }
 
 
@@ -133,6 +143,22 @@ def _(weight):
     return values, weight.new_empty(rows, cols // 16, dtype=torch.int16)
 
 
+@torch.library.register_fake("pdp::channel_norms", lib=_library)
+def _(weight, dim, rms):
+    return weight.new_empty(weight.shape[dim], dtype=reference.threshold_dtype([weight]))
+
+
+@torch.library.register_fake("pdp::soft_mask_channel", lib=_library)
+def _(weight, norms, threshold, tau, dim, relative, out_dtype):
+    w_hat = torch.empty_like(weight, dtype=out_dtype)
+    return w_hat, w_hat.new_empty(weight.shape[dim])
+
+
+@torch.library.register_fake("pdp::soft_mask_channel_backward", lib=_library)
+def _(grad_w_hat, grad_mask, weight, norms, threshold, tau, dim, relative, rms):
+    return torch.empty_like(weight)
+
+
 def map_over_batch(call, batch_size, in_dims, args):
     """vmap of a call: each example is a layer of its own, so the call runs once for each.
 
@@ -184,6 +210,6 @@ def _vmap_each(call):
 for _name in ("prune_counts", "thresholds"):
     _call = getattr(torch.ops.pdp, _name)
     torch.library.register_vmap(f"pdp::{_name}", _vmap_lists(_call), lib=_library)
-for _name in ("hard_mask", "hard_mask_nm"):
+for _name in ("hard_mask", "hard_mask_nm", "channel_norms"):
     _call = getattr(torch.ops.pdp, _name)
     torch.library.register_vmap(f"pdp::{_name}", _vmap_each(_call), lib=_library)

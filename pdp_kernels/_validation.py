@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NORMS = ("l2", "rms")
 MAX_GROUP = 32  # members of an N:M group
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
@@ -104,14 +105,25 @@ def check_pattern(n: int, m: int, dim: int) -> None:
         raise ValueError(f"n and m must satisfy 1 <= n < m <= {MAX_GROUP}, got n = {n}, m = {m}")
 
 
-def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
-    shape = tuple(weight.shape)
+def check_dim(name: str, weight: Tensor, dim: int) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
     if not -weight.dim() <= dim < weight.dim():
+        shape = tuple(weight.shape)
         raise ValueError(f"dim must be a dimension of {name}, whose shape is {shape}, got {dim}")
+
+
+def check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm must be {' or '.join(map(repr, NORMS))}, got {norm!r}")
+
+
+def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
+    check_dim(name, weight, dim)
     if weight.shape[dim] % m != 0:
         raise ValueError(
-            f"{name} must have a size along dim that is divisible by m, got shape {shape}, "
-            f"dim = {dim}, m = {m}"
+            f"{name} must have a size along dim that is divisible by m, got shape "
+            f"{tuple(weight.shape)}, dim = {dim}, m = {m}"
         )
 
 

@@ -195,6 +195,80 @@ def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
     return _like(weight, ungroup(kept, dim), torch.bool)
 
 
+def channels(values: Tensor, dim: int) -> Tensor:
+    """The channels along dim as rows, (C, fan-in)."""
+    return values.movedim(dim, 0).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+
+
+def along(values: Tensor, weight: Tensor, dim: int) -> Tensor:
+    """One value per channel, (C,), in a shape that broadcasts over the weight."""
+    return values.view([-1 if d == dim else 1 for d in range(weight.dim())])
+
+
+def fan_in(weight: Tensor, dim: int) -> int:
+    """Weights per channel; 1 where there are none, so that it can divide."""
+    return max(1, weight.numel() // max(1, weight.shape[dim]))
+
+
+def channel_norms(weight: Tensor, dim: int, rms: bool) -> Tensor:
+    """s_c = ||W_c||_2, divided by sqrt(fan-in) if rms: (C,), summed in float64 (section 3.4)."""
+    squares = channels(weight, dim).double().square().sum(1)
+    norms = (squares / fan_in(weight, dim) if rms else squares).sqrt()
+    return norms.to(threshold_dtype([weight]))
+
+
+def soft_mask_channel(
+    weight: Tensor,
+    norms: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    dim: int,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """w_hat_c = m(s_c) W_c, and m: Eq. 1 with a channel's norm in the place of |w|."""
+    out_dtype = out_dtype or weight.dtype
+    mask = torch.sigmoid(mask_exponent(norms, threshold, tau, relative))
+    w_hat = along(mask, weight, dim) * weight.to(threshold.dtype)
+    return _like(weight, w_hat, out_dtype), mask.to(out_dtype)
+
+
+def soft_mask_channel_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    norms: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    dim: int,
+    relative: bool,
+    rms: bool,
+) -> Tensor:
+    """dW_c = m_c g_c + 2/tau m_c (1 - m_c) (<g_c, W_c> + g_m,c) W_c / (fan-in if rms else 1).
+
+    The pull of the norm is put together in float64: 2/tau alone overflows float32 for a relative
+    temperature in a layer of small weights.
+    """
+    z = mask_exponent(norms, threshold, tau, relative)
+    decay = torch.exp(-z.abs())
+    slope = decay / (1 + decay) ** 2
+    scale, tau = scale_and_temperature(threshold, tau, relative)
+    factor = torch.where(slope == 0, 0, 2 * (norms / scale) / tau * slope)
+    through_mask = torch.zeros_like(norms, dtype=torch.float64)
+    grad = torch.zeros_like(weight, dtype=z.dtype)
+    if grad_w_hat is not None:
+        products = channels(grad_w_hat, dim).double() * channels(weight, dim).double()
+        through_mask = through_mask + products.sum(1)
+        grad = along(torch.sigmoid(z), weight, dim) * grad_w_hat.to(z.dtype)
+    if grad_mask is not None:
+        through_mask = through_mask + grad_mask.double()
+    if rms:
+        through_mask = through_mask / fan_in(weight, dim)
+    # A channel of zeros, whose norm has no derivative, gets none through its norm.
+    pull = torch.where(norms == 0, 0, factor.double() * through_mask / scale / norms).to(z.dtype)
+    return _like(weight, grad + along(pull, weight, dim) * weight.to(z.dtype), weight.dtype)
+
+
 def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The 2 largest of every 4 weights of a row, and where they stood, as CUTLASS reads them.
 

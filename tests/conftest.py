@@ -61,10 +61,11 @@ def masking(request):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("with a GPU, Triton compiles")
-    from pdp_kernels.triton_kernels import soft_mask, soft_mask_nm
+    from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
 
     request.getfixturevalue("rounding_interpreter")
-    return SimpleNamespace(device="cpu", **vars(soft_mask) | vars(soft_mask_nm))
+    operators = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
+    return SimpleNamespace(device="cpu", **operators)
 
 
 @pytest.fixture

@@ -1,0 +1,202 @@
+"""Channel pruning: whole channels are masked, by their norms."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pdp_kernels._autograd import MaskedChannels
+from pdp_kernels._validation import (
+    check_dim,
+    check_norm,
+    check_out_dtype,
+    check_threshold,
+    check_weight,
+)
+from pdp_kernels.hard_mask import hard_mask
+from pdp_kernels.reference import threshold_dtype
+from pdp_kernels.soft_mask import autocast_dtype, temperature_of
+from pdp_kernels.threshold import pdp_threshold
+
+CHANNEL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def pdp_mask_channel(
+    weight: Tensor,
+    sparsity: float | Tensor | None = None,
+    *,
+    threshold: Tensor | None = None,
+    dim: int = 0,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    norm: str = "l2",
+    out_dtype: torch.dtype | None = None,
+    return_mask: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The weight with whole channels masked, and the analytic gradient through their norms.
+
+    `pdp_mask` with the norm s_c of a channel W_c in the place of |w| (arXiv 2305.11203, section
+    3.4): t is the midpoint between the k-th and k+1-th of the C norms, k = floor(r C + 1/2), and::
+
+        m_c = sigmoid((s_c^2 - t^2) / tau)                                     (Eq. 1)
+        w_hat_c = m_c W_c
+        dW_c = m_c g_c + 2/tau m_c (1 - m_c) <g_c, W_c> W_c                    (Eq. 2)
+
+    (the second term over the fan-in for norm="rms"). t is a constant. The weight is read once for
+    the norms and once for w_hat; the backward reads gradient and weight at most twice. Only the
+    weight, its C norms and two scalars are kept between.
+
+    Shapes and dtypes:
+        weight: any shape with at least one dimension; float64, float32, bfloat16 or float16. Dense
+            layouts are walked in place whatever dim is, others copied once.
+        sparsity: the share of channels to prune, a number in [0, 1] or a 0-d tensor.
+        threshold: t, shape (), in units of the norm: `pdp_threshold(channel_norms(weight), r)`, or
+            an element of `pdp_thresholds` of the norms of many layers.
+        dim: the dimension the channels are along: 0 for outputs, 1 for inputs of Linear and
+            convolution layers.
+        tau, relative_tau: as in `pdp_mask`, tau in units of the norm squared.
+        norm: "l2", or "rms", which is l2 / sqrt(fan-in), so that one tau suits layers of any size.
+        out_dtype: the dtype of w_hat (and mask), as in `pdp_mask`.
+        return_mask: also return m, (C,).
+
+    Returns:
+        w_hat, of the weight's shape and (for dense layouts) strides; with return_mask
+        (w_hat, m), differentiable through both. It cannot be differentiated twice. A channel of
+        zeros gets no gradient through its norm. A NaN or inf makes its whole channel NaN or inf.
+
+    Raises:
+        TypeError: a weight, threshold, ratio, temperature or out_dtype of the wrong type or dtype;
+            dim no int.
+        ValueError: as `pdp_mask`; no such dim; an unknown norm.
+
+    Example:
+        >>> weight = torch.tensor([[3.0, 4.0], [0.3, 0.4], [6.0, 8.0]])
+        >>> pdp_mask_channel(weight, 1 / 3)
+        tensor([[3., 4.],
+                [0., 0.],
+                [6., 8.]])
+    """
+    check_weight("weight", weight)
+    check_dim("weight", weight, dim)
+    check_norm(norm)
+    check_out_dtype(out_dtype)
+    if (sparsity is None) == (threshold is None):
+        given = "neither" if sparsity is None else "both"
+        raise ValueError(f"exactly one of sparsity and threshold must be given, got {given}")
+    temperature, relative = temperature_of(weight, tau, relative_tau)
+    if threshold is not None:
+        check_threshold(threshold, threshold_dtype([weight]), weight.device)
+    norms = channel_norms(weight, dim, norm)
+    if threshold is None:
+        threshold = pdp_threshold(norms, sparsity)
+    if out_dtype is None:
+        out_dtype = autocast_dtype(weight)
+    w_hat, mask = MaskedChannels.apply(
+        weight,
+        norms,
+        threshold,
+        temperature,
+        dim % weight.dim(),
+        relative,
+        norm == "rms",
+        out_dtype,
+    )
+    return (w_hat, mask) if return_mask else w_hat
+
+
+def channel_norms(weight: Tensor, dim: int = 0, norm: str = "l2") -> Tensor:
+    """The norm of every channel along dim, in one read of the weight.
+
+    s_c = sqrt(sum of w^2 over the channel), divided by sqrt(fan-in) for "rms". Squares are summed
+    in float64, so that no float32 weight over- or underflows (arXiv 2305.11203, section 3.4).
+
+    Shapes and dtypes:
+        weight, dim, norm: as in `pdp_mask_channel`.
+
+    Returns:
+        (C,), float64 for float64 weights, else float32; constants for autograd.
+
+    Raises:
+        TypeError, ValueError: as `pdp_mask_channel`.
+
+    Example:
+        >>> channel_norms(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+        tensor([5.0000, 0.5000])
+    """
+    check_weight("weight", weight)
+    check_dim("weight", weight, dim)
+    check_norm(norm)
+    return torch.ops.pdp.channel_norms(weight.detach(), dim % weight.dim(), norm == "rms")
+
+
+def hard_mask_channel(
+    weight: Tensor, sparsity: float | Tensor, dim: int = 0, norm: str = "l2"
+) -> Tensor:
+    """The mask that keeps all but exactly k = floor(r C + 1/2) channels of least norm.
+
+    Of equal norms the lowest index is pruned first; NaN counts as the largest norm. The masked
+    weight is ``weight * mask.view(-1, 1, 1, 1)`` for a convolution's output channels.
+
+    Shapes and dtypes:
+        weight, sparsity, dim, norm: as in `pdp_mask_channel`.
+
+    Returns:
+        mask: bool, (C,); True where the channel is kept.
+
+    Raises:
+        TypeError, ValueError: as `pdp_mask_channel`.
+
+    Example:
+        >>> hard_mask_channel(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 5.0]]), 2 / 3)
+        tensor([False, False,  True])
+    """
+    return hard_mask(channel_norms(weight, dim, norm), sparsity)
+
+
+class ChannelReport(NamedTuple):
+    """Which output channels of one layer are dead.
+
+    biased: those of the dead whose bias is not zero. They still put out a constant, which removing
+    them would drop.
+    """
+
+    name: str
+    channels: int
+    dead: list[int]
+    biased: list[int]
+
+
+def channel_report(model: nn.Module) -> list[ChannelReport]:
+    """The dead output channels of every Linear and convolution layer: those whose weights are zero.
+
+    What a structural pruning library needs to remove them for good. Reads the weights back to the
+    host.
+
+    Returns:
+        One report per layer, in the order of `model.named_modules()`; weights that layers share
+        are reported for each.
+
+    Raises:
+        TypeError: model is no torch.nn.Module.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 3, bias=False)
+        >>> layer.weight.data[1] = 0
+        >>> channel_report(layer)
+        [ChannelReport(name='', channels=3, dead=[1], biased=[])]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(_channel_reports(model))
+
+
+def _channel_reports(model: nn.Module) -> Iterator[ChannelReport]:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, CHANNEL_LAYERS):
+            continue
+        live = layer.weight.detach().flatten(1).count_nonzero(1)
+        dead = (live == 0).nonzero().flatten().tolist()
+        bias = [] if layer.bias is None else layer.bias.detach().tolist()
+        biased = [channel for channel in dead if bias and bias[channel] != 0]
+        yield ChannelReport(name, len(live), dead, biased)

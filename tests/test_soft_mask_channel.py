@@ -1,0 +1,295 @@
+"""Channel masks: norms, masks and gradients within the error budget, on every layout and device."""
+
+import math
+
+import pytest
+import torch
+from cases import DTYPES, assert_within_budget, doubled, on_device, weight_of, with_special_values
+from torch.func import grad, vmap
+
+from pdp_kernels import (
+    channel_norms,
+    channel_report,
+    hard_mask_channel,
+    pdp_mask,
+    pdp_mask_channel,
+    pdp_threshold,
+    pdp_thresholds,
+    reference,
+)
+
+# (shape, dim): rows, columns, the inside of a kernel.
+SHAPES = [((33, 70), 0), ((9, 70), 1), ((4, 20, 3, 3), 1)]
+# One channel, one weight a channel; channels too long for a program's registers; more channels than
+# a tile has.
+UNUSUAL_SHAPES = [((5, 4, 7), 2), ((1, 50), 0), ((50, 1), 1), ((1300,), 0), ((2, 17_001), 0)]
+# For backends that are not interpreted: several pieces of runs, of rows, and threads to share them.
+LARGE_SHAPES = [((70, 40_001), 0), ((3, 200_003), 0), ((300, 1100), 1), ((500, 40, 3, 3), 1)]
+REAL = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES}
+
+
+def scalar(value, dtype):
+    return torch.tensor(value, dtype=REAL[dtype])
+
+
+def check(masking, weight, dim, relative, rms, out_dtype=None, tau=0.1):
+    """Norms, forward with mask and backward through both results, against the reference."""
+    out_dtype = out_dtype or weight.dtype
+    norms = masking.channel_norms(weight.to(masking.device), dim, rms).cpu()
+    exact = reference.channel_norms(weight.double(), dim, rms)
+    assert_within_budget(norms, exact, reference.channel_norms(weight, dim, rms))
+
+    t = pdp_threshold(norms, 0.5)
+    if not t.isfinite():
+        t = norms.max()  # of one channel
+    size = norms.square().mean().item() or 1.0
+    rest = (norms, t, scalar(tau if relative else tau * size, weight.dtype), dim, relative)
+    actual = masking.soft_mask_channel(*on_device(masking, weight, *rest), out_dtype)
+    exact = reference.soft_mask_channel(*doubled(weight, *rest), None)
+    rounded = reference.soft_mask_channel(weight, *rest, out_dtype)
+    for result in range(2):
+        assert_within_budget(actual[result], exact[result], rounded[result])
+
+    grads = torch.randn(weight.shape).to(out_dtype), torch.randn(len(norms)).to(out_dtype)
+    for chosen in ([grads[0], None], [None, grads[1]], grads):
+        assert_within_budget(
+            masking.soft_mask_channel_backward(*on_device(masking, *chosen, weight, *rest), rms),
+            reference.soft_mask_channel_backward(*doubled(*chosen, weight, *rest), rms),
+            reference.soft_mask_channel_backward(*chosen, weight, *rest, rms),
+        )
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, dim", SHAPES, ids=str)
+def test_within_budget(masking, shape, dim, dtype, relative):
+    check(masking, torch.randn(shape).to(dtype), dim, relative, rms=relative)
+
+
+@pytest.mark.parametrize("shape, dim", UNUSUAL_SHAPES, ids=str)
+def test_unusual_shapes(masking, shape, dim):
+    check(masking, torch.randn(shape), dim, True, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, dim", LARGE_SHAPES, ids=str)
+def test_large_weights(selection, shape, dim, dtype):
+    check(selection, torch.randn(shape).to(dtype), dim, True, True)
+
+
+@pytest.mark.parametrize("rms", [False, True], ids=["l2", "rms"])
+@pytest.mark.parametrize("distribution", ["heavy-tailed", "few distinct", "all equal"])
+def test_distributions(masking, distribution, rms):
+    for dim in (0, 1):
+        weight = weight_of(distribution, 12 * 35, torch.float32).view(12, 35)
+        check(masking, weight, dim, True, rms)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norms_do_not_leave_the_range_of_float32(masking, scale):
+    """Squares would: 1e-30 squared is 0, 1e30 squared is inf."""
+    check(masking, torch.randn(20, 31) * scale, 0, True, False)
+    norms = masking.channel_norms(torch.full((2, 4), scale).to(masking.device), 0, False)
+    assert norms.tolist() == pytest.approx([2 * scale] * 2, rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_are_walked_in_place_or_copied(masking, dtype):
+    base = torch.randn(3, 8, 2, 4).to(dtype)
+    layouts = [
+        base.to(memory_format=torch.channels_last),
+        base.transpose(0, 1),
+        base.permute(3, 1, 2, 0),
+        base[:, ::2],
+        base[:1].expand(4, -1, -1, -1),
+    ]
+    for weight in layouts:
+        for dim in (0, 1):
+            check(masking, weight, dim, False, False)
+    for weight in layouts[:3]:
+        given = on_device(masking, weight, torch.ones(8), torch.ones(()), torch.ones(()))
+        given = [*given[:1], *(x.to(REAL[dtype]) for x in given[1:])]
+        w_hat, _ = masking.soft_mask_channel(*given, 1, False, None)
+        back = masking.soft_mask_channel_backward(
+            given[0].contiguous(), None, *given, 1, False, False
+        )
+        assert w_hat.stride() == back.stride() == weight.stride()
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_dtype(masking, dtype, out_dtype):
+    check(masking, torch.randn(9, 30).to(dtype), 0, True, False, out_dtype)
+
+
+def test_results_are_bitwise_repeatable_on_any_number_of_threads(masking):
+    weight, gradient = torch.randn(2, 70, 1001)
+    for dim in (0, 1):
+        runs = []
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            given = on_device(masking, weight, *(torch.tensor(1.0),) * 2)
+            norms = masking.channel_norms(given[0], dim, False)
+            rest = (given[0], norms, *given[1:], dim, True)
+            back = masking.soft_mask_channel_backward(
+                gradient.to(masking.device), None, *rest, False
+            )
+            runs.append((norms, back))
+        torch.set_num_threads(2)
+        for norms, back in runs[1:]:
+            assert torch.equal(norms, runs[0][0]) and torch.equal(back, runs[0][1])
+
+
+def test_a_channel_that_is_not_finite_keeps_to_itself(masking):
+    weight = torch.randn(9, 40)
+    weight[2] = with_special_values(40, torch.float32)
+    weight[5, 3] = math.nan
+    rest = on_device(masking, weight, torch.tensor(1.0), torch.tensor(0.1))
+    norms = masking.channel_norms(rest[0], 0, False)
+    w_hat, mask = masking.soft_mask_channel(rest[0], norms, *rest[1:], 0, True, None)
+    clean = torch.tensor([i for i in range(9) if i not in (2, 5)])
+    assert norms.isfinite().cpu().nonzero().flatten().tolist() == clean.tolist()
+    assert w_hat.cpu()[clean].isfinite().all()
+    assert w_hat[5].isnan().all() and mask[5].isnan()
+
+
+def test_channels_of_zeros_get_no_gradient_through_their_norm(device):
+    weight = torch.zeros(4, 3, device=device)
+    weight[1:] = torch.randn(3, 3)
+    weight.requires_grad_()
+    for temperature in ({"tau": 0.1}, {"relative_tau": 0.3}):
+        w_hat, mask = pdp_mask_channel(weight, 0.25, return_mask=True, **temperature)
+        (own,) = torch.autograd.grad(w_hat.sum() + mask.sum(), weight)
+        assert own.isfinite().all()
+        assert torch.equal(own[0], mask[0].detach().expand(3))
+
+
+def test_empty_weights(device):
+    for shape, dim in (((0, 3), 0), ((3, 0), 0), ((0,), 0)):
+        weight = torch.empty(shape, device=device, requires_grad=True)
+        w_hat, mask = pdp_mask_channel(weight, 0.5, dim=dim, norm="rms", return_mask=True)
+        w_hat.sum().backward()
+        assert w_hat.shape == weight.grad.shape == shape
+        assert mask.shape == channel_norms(weight, dim).shape == shape[dim : dim + 1]
+        assert not mask.isnan().any()
+
+
+def test_hand_computed():
+    weight = torch.tensor([[3.0, 4.0], [0.3, 0.4], [6.0, 8.0], [0.0, 1.0]], dtype=torch.float64)
+    assert channel_norms(weight).tolist() == pytest.approx([5, 0.5, 10, 1], rel=1e-15)
+    assert channel_norms(weight, norm="rms")[0].item() == pytest.approx(5 / math.sqrt(2))
+    # Half of the channels: t is 3. m = sigmoid((s^2 - 9) / 8), at s = 1 that is sigmoid(-1).
+    weight.requires_grad_()
+    w_hat, mask = pdp_mask_channel(weight, 0.5, tau=8.0, return_mask=True)
+    m = 1 / (1 + math.e)
+    assert mask[3].item() == pytest.approx(m, rel=1e-14)
+    assert w_hat[3].tolist() == pytest.approx([0, m], rel=1e-14)
+    gradient = torch.zeros(4, 2, dtype=torch.float64)
+    gradient[3] = torch.tensor([2.0, 3.0])
+    (own,) = torch.autograd.grad(w_hat, weight, gradient)
+    # m g + 2/8 m (1 - m) <g, W> W with <g, W> = 3 and W = (0, 1).
+    assert own[3].tolist() == pytest.approx([2 * m, 3 * m + 0.25 * m * (1 - m) * 3], rel=1e-14)
+
+
+def test_a_channel_of_one_weight_is_masked_as_a_weight(device):
+    weight = torch.randn(40, device=device, dtype=torch.float64, requires_grad=True)
+    t = pdp_threshold(weight, 0.5)
+    own, plain = (
+        torch.autograd.grad(call(weight, threshold=t, tau=0.3).square().sum(), weight)[0]
+        for call in (pdp_mask_channel, pdp_mask)
+    )
+    torch.testing.assert_close(own, plain, rtol=1e-12, atol=0)
+
+
+def test_hard_mask_keeps_all_but_k_channels(device):
+    weight = torch.randn(30, 5, 2, device=device)
+    weight[10:20] = weight[:10]  # ties, of which the lower index goes first
+    for dim, sparsity in ((0, 0.5), (0, 0.9), (1, 0.4), (-1, 1.0), (0, 0.0)):
+        kept = hard_mask_channel(weight, sparsity, dim)
+        count = weight.shape[dim]
+        order = channel_norms(weight, dim).cpu().sort(stable=True).indices
+        expected = torch.ones(count, dtype=torch.bool)
+        expected[order[: math.floor(sparsity * count + 0.5)]] = False
+        assert torch.equal(kept.cpu(), expected)
+
+
+def test_hard_mask_is_where_the_soft_mask_exceeds_one_half(device):
+    weight = torch.randn(64, 20, device=device)
+    for norm in ("l2", "rms"):
+        _, mask = pdp_mask_channel(weight, 0.7, norm=norm, return_mask=True)
+        assert torch.equal(hard_mask_channel(weight, 0.7, norm=norm), mask > 0.5)
+
+
+def test_rms_is_l2_with_a_temperature_of_the_fan_in(device):
+    weight = torch.randn(16, 25, device=device, dtype=torch.float64)
+    rms = pdp_mask_channel(weight, 0.5, tau=0.01, norm="rms")
+    torch.testing.assert_close(rms, pdp_mask_channel(weight, 0.5, tau=0.25), rtol=1e-12, atol=0)
+
+
+def test_thresholds_of_many_layers_at_once(device):
+    layers = [torch.randn(shape, device=device) for shape in ((8, 5), (30, 3, 3), (4, 100))]
+    thresholds = pdp_thresholds([channel_norms(layer) for layer in layers], [0.5, 0.9, 0.25])
+    for layer, t, sparsity in zip(layers, thresholds, [0.5, 0.9, 0.25], strict=True):
+        assert torch.equal(pdp_mask_channel(layer, threshold=t), pdp_mask_channel(layer, sparsity))
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms"])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_gradcheck_goes_through_the_norm(device, dim, norm):
+    weight = torch.randn(4, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    t = torch.tensor(1.5, dtype=torch.float64, device=device)
+    for temperature in ({"tau": 0.5}, {"relative_tau": 0.3}):
+        for return_mask in (False, True):
+            assert torch.autograd.gradcheck(
+                lambda w, chosen=temperature | {"return_mask": return_mask}: pdp_mask_channel(
+                    w, threshold=t, dim=dim, norm=norm, **chosen
+                ),
+                weight,
+            )
+
+
+def test_differentiating_twice_is_an_error(device):
+    weight = torch.randn(4, 3, device=device, requires_grad=True)
+    (first,) = torch.autograd.grad(pdp_mask_channel(weight, 0.5).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        first.sum().backward()
+
+
+def test_vmap_and_func_grad(device):
+    weights = torch.randn(3, 6, 4, dtype=torch.float64, device=device)
+
+    def loss(weight):
+        return pdp_mask_channel(weight, 0.5, relative_tau=0.3).pow(3).sum()
+
+    expected = torch.stack([grad(loss)(weight) for weight in weights])
+    assert torch.equal(vmap(grad(loss))(weights), expected)
+    norms = vmap(lambda w: channel_norms(w, 1))(weights)
+    assert torch.equal(norms, torch.stack([channel_norms(w, 1) for w in weights]))
+
+
+def test_autocast(device):
+    weight = torch.randn(8, 5, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        w_hat, mask = pdp_mask_channel(weight, 0.5, return_mask=True)
+    assert w_hat.dtype == mask.dtype == torch.bfloat16
+    assert torch.autograd.grad(w_hat.sum(), weight)[0].dtype == torch.float32
+
+
+def test_saves_the_weight_its_norms_and_two_scalars():
+    weight = torch.randn(30, 20, requires_grad=True)
+    w_hat = pdp_mask_channel(weight, 0.5)
+    saved = w_hat.grad_fn.saved_tensors
+    assert saved[0] is weight
+    assert [tuple(tensor.shape) for tensor in saved[1:]] == [(30,), (), ()]
+
+
+def test_report_names_dead_channels():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Linear(5, 6))
+    with torch.no_grad():
+        model[0].weight[[1, 3]] = 0
+        model[0].bias[3] = 0
+    first, second = channel_report(model)
+    assert first == ("0", 4, [1, 3], [1])
+    assert second == ("2", 6, [], [])
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
+        channel_report(torch.ones(3, 3))
