@@ -38,7 +38,8 @@ export TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1
 
 # A small matrix of every kernel: each tool runs it some 10 to 50 times slower than it is.
 SANITIZED=(tests/test_threshold.py tests/test_hard_mask.py tests/test_soft_mask.py tests/test_soft_mask_nm.py
-  -k "gpu and (mixed or special or tiles or layouts or out_dtype)")
+  tests/test_soft_mask_channel.py
+  -k "gpu and (mixed or special or tiles or layouts or out_dtype or unusual)")
 
 part environment environment
 part build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable .

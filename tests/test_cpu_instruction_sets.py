@@ -14,6 +14,8 @@ import pytest
 import test_compress
 import test_hard_mask
 import test_soft_mask
+import test_soft_mask_channel
+import test_soft_mask_nm
 import test_threshold
 import torch
 from cases import DTYPES, denormals, weight_of, with_special_values
@@ -21,6 +23,9 @@ from cases import DTYPES, denormals, weight_of, with_special_values
 from pdp_kernels import pdp_threshold, reference
 
 SOURCE = Path(__file__).parent / "host_cpu" / "variants.cpp"
+CPU_KERNELS = Path(__file__).parent.parent / "csrc" / "cpu"
+# Compiled beside SOURCE, which includes the others: these use names of theirs again.
+SEPARATE_SOURCES = [CPU_KERNELS / "soft_mask_nm.cpp", CPU_KERNELS / "soft_mask_channel.cpp"]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4}
 GATHERS = {"portable": 1, "avx2": 3, "avx512": 4}  # each with the level it needs
@@ -47,7 +52,9 @@ class Kernels:
         flags = f"-march={level} -DPDP_MULTIVERSION= -O3 -std=c++17"
         flags += " -fvisibility=hidden -fPIC -shared -pthread"
         run = subprocess.run(
-            [COMPILER, *flags.split(), str(SOURCE), "-o", str(path)], capture_output=True, text=True
+            [COMPILER, *flags.split(), SOURCE, *SEPARATE_SOURCES, "-o", path],
+            capture_output=True,
+            text=True,
         )
         assert run.returncode == 0, run.stderr
         self.library = ctypes.CDLL(str(path))
@@ -97,6 +104,54 @@ class Kernels:
         grad_dtype = (grad_mask if grad_w_hat is None else grad_w_hat).dtype
         given = (grad_w_hat, grad_mask, grad_dtype, weight, weight.dtype, threshold, tau, relative)
         self.call("soft_mask_backward", *given, grad, weight.numel())
+        return grad
+
+    def soft_mask_nm(self, weight, tau, m, pruned, dim, relative, out_dtype, return_mask):
+        w_hat = torch.empty_like(weight, dtype=out_dtype)
+        mask = torch.empty_like(w_hat) if return_mask else None
+        given = (weight, weight.dtype, tau, m, weight.stride(dim), pruned, relative)
+        self.call("soft_mask_nm", *given, w_hat, mask, w_hat.dtype, weight.numel())
+        return w_hat, mask
+
+    def soft_mask_nm_backward(self, grad_w_hat, grad_mask, weight, tau, m, pruned, dim, relative):
+        grad = torch.empty_like(weight)
+        grads = (grad_w_hat, grad_mask, (grad_mask if grad_w_hat is None else grad_w_hat).dtype)
+        given = (weight, weight.dtype, tau, m, weight.stride(dim), pruned, relative)
+        self.call("soft_mask_nm_backward", *grads, *given, grad, weight.numel())
+        return grad
+
+    def hard_mask_nm(self, weight, m, pruned, dim):
+        kept = torch.empty_like(weight, dtype=torch.bool)
+        given = (weight, weight.dtype, m, weight.stride(dim), pruned)
+        self.call("hard_mask_nm", *given, kept, weight.numel())
+        return kept
+
+    def channel_layout(self, weight, dim):
+        channels, inner = weight.shape[dim], weight.stride(dim)
+        return weight.numel() // (channels * inner), channels, inner
+
+    def channel_norms(self, weight, dim, rms):
+        norms = torch.empty(weight.shape[dim], dtype=reference.threshold_dtype([weight]))
+        layout = self.channel_layout(weight, dim)
+        self.call("channel_norms", weight, weight.dtype, *layout, rms, norms)
+        return norms
+
+    def soft_mask_channel(self, weight, norms, threshold, tau, dim, relative, out_dtype):
+        w_hat = torch.empty_like(weight, dtype=out_dtype)
+        mask = w_hat.new_empty(weight.shape[dim])
+        given = (weight, weight.dtype, norms, threshold, tau, relative)
+        layout = self.channel_layout(weight, dim)
+        self.call("soft_mask_channel", *given, *layout, w_hat, mask, w_hat.dtype)
+        return w_hat, mask
+
+    def soft_mask_channel_backward(
+        self, grad_w_hat, grad_mask, weight, norms, threshold, tau, dim, relative, rms
+    ):
+        grad = torch.empty_like(weight)
+        grads = (grad_w_hat, grad_mask, (grad_mask if grad_w_hat is None else grad_w_hat).dtype)
+        given = (weight, weight.dtype, norms, threshold, tau, relative, rms)
+        layout = self.channel_layout(weight, dim)
+        self.call("soft_mask_channel_backward", *grads, *given, *layout, grad)
         return grad
 
     def compress_2to4(self, weight):
@@ -250,6 +305,24 @@ def test_soft_masks_and_gradients_stay_within_budget(kernels, dtype, relative):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_masks_stay_within_budget_in_every_output_type(kernels, dtype, out_dtype):
     test_soft_mask.check(kernels, torch.randn(1033).to(dtype), 0.7, 0.1, False, out_dtype)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_are_masked_within_budget_and_hard_masks_are_exact(kernels, dtype, relative):
+    for n, m in ((2, 4), (4, 8), (3, 5), (31, 32)):
+        for dim in (0, 1):
+            weight = torch.randn(test_soft_mask_nm.shape_for(m, dim)).to(dtype)
+            test_soft_mask_nm.check(kernels, weight, m, m - n, dim, relative)
+            test_soft_mask_nm.check_hard(kernels, weight.round(), m, m - n, dim)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_are_masked_within_budget(kernels, dtype, relative):
+    for shape, dim in [*test_soft_mask_channel.SHAPES, *test_soft_mask_channel.LARGE_SHAPES]:
+        weight = torch.randn(shape).to(dtype)
+        test_soft_mask_channel.check(kernels, weight, dim, relative, relative)
 
 
 @pytest.mark.parametrize("dtype", test_compress.COMPRESSED_DTYPES, ids=str)

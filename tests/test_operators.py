@@ -6,7 +6,14 @@ import pytest
 import torch
 from cases import DTYPES
 
-from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, pdp_thresholds
+from pdp_kernels import (
+    hard_mask,
+    hard_mask_channel,
+    pdp_mask,
+    pdp_mask_channel,
+    pdp_threshold,
+    pdp_thresholds,
+)
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -27,6 +34,12 @@ def sample_inputs(device):
             yield "soft_mask", (layout, t, tau, True, torch.bfloat16, True)
             yield "soft_mask_backward", (grad, None, layout, t, tau, True)
             yield "soft_mask_backward", (grad.float(), grad, layout, t, tau, False)
+            norms = torch.rand(layout.shape[1], device=device).to(real)
+            grad_mask = torch.randn(layout.shape[1], device=device).to(dtype)
+            yield "channel_norms", (layout, 1, True)
+            yield "soft_mask_channel", (layout, norms, t, tau, 1, True, torch.bfloat16)
+            given = (layout, norms, t, tau, 1, False, True)
+            yield "soft_mask_channel_backward", (grad.contiguous(), grad_mask, *given)
 
 
 def test_opcheck(device):
@@ -47,6 +60,8 @@ CALLS = {
     "hard_mask": lambda w: hard_mask(w, 0.6),
     "mask": lambda w: pdp_mask(w, 0.6, tau=0.1),
     "mask, relative, with mask": lambda w: pdp_mask(w, 0.6, relative_tau=0.3, return_mask=True),
+    "hard_mask_channel": lambda w: hard_mask_channel(w, 0.6, 1),
+    "mask_channel": lambda w: pdp_mask_channel(w, 0.6, relative_tau=0.3, return_mask=True),
     "mask, bfloat16": lambda w: pdp_mask(w, 0.6, out_dtype=torch.bfloat16).float(),
 }
 

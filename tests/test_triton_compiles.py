@@ -30,26 +30,31 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pdp_kernels.triton_kernels import soft_mask, soft_mask_nm
+from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
 
 def compile_kernel(kernel, pointers, constants, architecture):
     module = soft_mask_nm if "_nm_" in kernel else soft_mask
+    module = soft_mask_channel if "channel" in kernel or "products" in kernel else module
     kernel = getattr(module, kernel)
     names = kernel.arg_names
     if module is soft_mask:
         constants = constants | {"BLOCK": module.BLOCK}
     signature = {name: pointers.get(name, "constexpr") for name in names} | {"numel": "i64"}
+    signature = {name: signature[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if name.endswith("_ptr") or name == "numel"}
     constants = {name: constants[name] for name in names if name in constants}
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", architecture, 32)
-    options = {"num_warps": module.NUM_WARPS}
+    options = {"num_warps": getattr(module, "NUM_WARPS", 4)}
     return triton.compile(source, target=target, options=options).asm["ptx"]
 
 print(json.dumps([compile_kernel(*arguments) for arguments in json.load(sys.stdin)]))
 """
 
+
+# Channels x neighbours of a tile: whole channels, short ones, columns; and of how many tiles.
+TILES = [(1, 8192), (64, 16), (1024, 1)]
 
 # (M, pruned, stride): 2:4 along the last dimension, and along one that is not; a padded group.
 GROUPS = [(4, 2, 1), (8, 4, "i64"), (5, 2, 1)]
@@ -68,6 +73,22 @@ def specialisations():
         constants |= {"FROM_W_HAT": True, "FROM_MASK": True}
         yield "_soft_mask_fwd_kernel", forward, constants, architecture
         yield "_soft_mask_bwd_kernel", backward, constants, architecture
+        sizes = {"channels": "i32", "inner": "i32"}
+        for channels, inner in TILES:
+            tile = constants | {"CHANNELS": channels, "INNER": inner, "TILES": 16}
+            norms = sizes | {"norms_ptr": f"*{real}", "products_ptr": "*fp64"}
+            whole = {"WHOLE": inner == 8192}
+            yield "_soft_mask_channel_fwd_kernel", forward | norms, tile, architecture
+            yield (
+                "_soft_mask_channel_bwd_kernel",
+                backward | norms | {"divisor": "fp32"},
+                tile | whole,
+                architecture,
+            )
+            if not relative:
+                products = {"left_ptr": f"*{result}", "right_ptr": f"*{weight}"}
+                products |= sizes | {"sums_ptr": "*fp64", "tiles": "i32"}
+                yield "_products_kernel", products, tile, architecture
         if relative:
             continue
         for m, pruned, stride in GROUPS:
@@ -105,8 +126,8 @@ def test_every_specialisation_compiles(compiled):
 
 def test_all_accesses_but_those_of_the_scalars_are_16_bytes_wide(compiled):
     for specialisation, ptx in compiled:
-        if "_nm_" in specialisation[0]:
-            continue  # a group of 4 is 8 bytes of bfloat16, and a strided one is no vector
+        if specialisation[0] not in ("_soft_mask_fwd_kernel", "_soft_mask_bwd_kernel"):
+            continue  # groups of 4 are 8 bytes of bfloat16, and strided members are no vector
         accesses = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
         wide = [line for line in accesses if ".v4.b32" in line or ".v2.b64" in line]
         assert wide, specialisation

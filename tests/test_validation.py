@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, pdp_thresholds
+from pdp_kernels import (
+    hard_mask,
+    hard_mask_channel,
+    pdp_mask,
+    pdp_mask_channel,
+    pdp_threshold,
+    pdp_thresholds,
+)
 
 WEIGHT = torch.linspace(-1, 1, 12)
 META = torch.empty(3, device="meta")
@@ -146,6 +153,38 @@ def test_both_temperatures():
 def test_out_dtype(dtype):
     with pytest.raises(TypeError, match="out_dtype must be"):
         pdp_mask(WEIGHT, 0.5, out_dtype=dtype)
+
+
+@pytest.mark.parametrize("call", [pdp_mask_channel, hard_mask_channel])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"dim": 2}, ValueError, r"dim must be a dimension of weight.*\(4, 3\), got 2"),
+        ({"dim": -3}, ValueError, r"dim must be a dimension of weight.*got -3"),
+        ({"dim": 0.0}, TypeError, "dim must be an int, got float"),
+        ({"dim": True}, TypeError, "dim must be an int, got bool"),
+        ({"norm": "l1"}, ValueError, "norm must be 'l2' or 'rms', got 'l1'"),
+        ({"norm": 2}, ValueError, "norm must be 'l2' or 'rms', got 2"),
+        ({"sparsity": 1.5}, ValueError, "sparsity must be in"),
+        ({"weight": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "weight must have dtype"),
+        ({"weight": torch.tensor(1.0)}, ValueError, r"dim must be a dimension of weight.*\(\)"),
+    ],
+)
+def test_channels(call, arguments, error, message):
+    with pytest.raises(error, match=message):
+        call(**{"weight": torch.randn(4, 3), "sparsity": 0.5} | arguments)
+
+
+def test_channel_mask_takes_what_pdp_mask_takes():
+    weight = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"exactly one of sparsity and threshold.*both"):
+        pdp_mask_channel(weight, 0.5, threshold=ANYWHERE)
+    with pytest.raises(TypeError, match=r"threshold must have dtype torch\.float32"):
+        pdp_mask_channel(weight, threshold=ANYWHERE.double())
+    with pytest.raises(ValueError, match="at most one of tau and relative_tau"):
+        pdp_mask_channel(weight, 0.5, tau=0.1, relative_tau=0.1)
+    with pytest.raises(TypeError, match="out_dtype must be"):
+        pdp_mask_channel(weight, 0.5, out_dtype=torch.int32)
 
 
 def test_nothing_of_the_callers_changes():

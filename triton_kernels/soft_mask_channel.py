@@ -86,8 +86,9 @@ def _channels(channels, CHANNELS: tl.constexpr):
 def _offsets(tile, channel, exists, channels, inner, INNER: tl.constexpr):
     """Where the elements of a tile lie, (CHANNELS, INNER), and which of them exist."""
     inner_tiles = tl.cdiv(inner, INNER)
+    tile = tile.to(tl.int64)
     column = (tile % inner_tiles) * INNER + tl.arange(0, INNER)
-    run = (tile // inner_tiles).to(tl.int64) * channels + channel
+    run = (tile // inner_tiles) * channels + channel
     offsets = run[:, None] * inner + column[None, :]
     return offsets, exists[:, None] & (column < inner)[None, :]
 

@@ -35,6 +35,8 @@ constexpr bool compiled_for(std::string_view feature) {
 #include "../../csrc/cpu/hard_mask.cpp"
 #include "../../csrc/cpu/radix_select.cpp"
 #include "../../csrc/cpu/soft_mask.cpp"
+#include "../../csrc/cpu/soft_mask_channel.h"
+#include "../../csrc/cpu/soft_mask_nm.h"
 
 namespace {
 
@@ -105,6 +107,52 @@ void soft_mask_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, vo
   pdp::cpu::soft_mask_backward(array(grad_w_hat, grad_type), array(grad_mask, grad_type),
                                array(weight, type), threshold, tau, relative, array(grad, type),
                                numel, two_ranges);
+}
+
+void soft_mask_nm(void* weight, int64_t type, const void* tau, int64_t members, int64_t stride,
+                  int64_t pruned, int64_t relative, void* w_hat, void* mask, int64_t out_type,
+                  int64_t numel) {
+  pdp::cpu::soft_mask_nm(array(weight, type), tau, {static_cast<int>(members), stride},
+                         static_cast<int>(pruned), relative, array(w_hat, out_type),
+                         array(mask, out_type), numel, two_ranges);
+}
+
+void soft_mask_nm_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, void* weight,
+                           int64_t type, const void* tau, int64_t members, int64_t stride,
+                           int64_t pruned, int64_t relative, void* grad, int64_t numel) {
+  pdp::cpu::soft_mask_nm_backward(array(grad_w_hat, grad_type), array(grad_mask, grad_type),
+                                  array(weight, type), tau, {static_cast<int>(members), stride},
+                                  static_cast<int>(pruned), relative, array(grad, type), numel,
+                                  two_ranges);
+}
+
+void hard_mask_nm(void* weight, int64_t type, int64_t members, int64_t stride, int64_t pruned,
+                  bool* kept, int64_t numel) {
+  pdp::cpu::hard_mask_nm(array(weight, type), {static_cast<int>(members), stride},
+                         static_cast<int>(pruned), kept, numel, two_ranges);
+}
+
+void channel_norms(void* weight, int64_t type, int64_t outer, int64_t channels, int64_t inner,
+                   int64_t rms, void* norms) {
+  pdp::cpu::channel_norms(array(weight, type), {outer, channels, inner}, rms, norms, two_ranges);
+}
+
+void soft_mask_channel(void* weight, int64_t type, const void* norms, const void* threshold,
+                       const void* tau, int64_t relative, int64_t outer, int64_t channels,
+                       int64_t inner, void* w_hat, void* mask, int64_t out_type) {
+  pdp::cpu::soft_mask_channel(array(weight, type), {norms, threshold, tau, relative != 0},
+                              {outer, channels, inner}, array(w_hat, out_type),
+                              array(mask, out_type), two_ranges);
+}
+
+void soft_mask_channel_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, void* weight,
+                                int64_t type, const void* norms, const void* threshold,
+                                const void* tau, int64_t relative, int64_t rms, int64_t outer,
+                                int64_t channels, int64_t inner, void* grad) {
+  pdp::cpu::soft_mask_channel_backward(array(grad_w_hat, grad_type), array(grad_mask, grad_type),
+                                       array(weight, type), {norms, threshold, tau, relative != 0},
+                                       {outer, channels, inner}, rms, array(grad, type),
+                                       two_ranges);
 }
 
 void compress_2to4(const void* weight, int64_t type, int64_t rows, int64_t cols, void* values,
