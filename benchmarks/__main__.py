@@ -28,7 +28,7 @@ INPUTS_QUICK = ["65536", "2359296", "resnet50"]
 INPUTS_ON_CPU = ["4096", "65536", "2359296", "digits", "resnet50", "gpt2"]
 INPUTS_ON_GPU = [
     *("4096", "65536", "1048576", "2359296", "16777216", "100000000"),
-    *("digits", *NETWORKS),
+    *("digits", "resnet50", "mobilenet-v1", "bert-base", "gpt2"),
 ]
 # On a CPU these are no better than the eager providers, and cost most of the time of a run.
 PROVIDERS_ON_GPU_ONLY = {"one-topk", "sort"}

@@ -57,6 +57,8 @@ part benchmark "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
   --out "$OUT" --plot "$OUT/benchmark.png"
 part benchmark-2to4 "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
   --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4 --out "$OUT/2to4"
+part benchmark-channel "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
+  --inputs conv-1x1 conv-3x3 100663296 resnet50 --steps copy mask-channel --out "$OUT/channel"
 part sparse-linear "$PYTHON" -m benchmarks.sparse_linear --out "$OUT/sparse_linear.json"
 
 if ((${#failed[@]})); then

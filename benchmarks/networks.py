@@ -67,6 +67,11 @@ def gpt2() -> Iterator[Layer]:
         yield (3072, 768), residual
 
 
+def convolution(*shape: int) -> Iterator[Layer]:
+    """One layer alone, with its shape: what a plain number of weights does not have."""
+    yield shape, partial(nn.init.kaiming_normal_, mode="fan_in", nonlinearity="linear")
+
+
 def _truncated_normal(std: float) -> Callable[..., Tensor]:
     return partial(nn.init.trunc_normal_, std=std, a=-2 * std, b=2 * std)
 
@@ -76,6 +81,8 @@ NETWORKS: dict[str, Callable[[], Iterator[Layer]]] = {
     "mobilenet-v1": mobilenet_v1,
     "bert-base": bert_base,
     "gpt2": gpt2,
+    "conv-1x1": partial(convolution, 2048, 1024, 1, 1),
+    "conv-3x3": partial(convolution, 512, 512, 3, 3),
 }
 
 
