@@ -4,6 +4,7 @@ from pdp_kernels._build_info import build_info
 from pdp_kernels._version import __version__
 from pdp_kernels.compress import compress_2to4
 from pdp_kernels.hard_mask import hard_mask
+from pdp_kernels.pq_index import pq_index
 from pdp_kernels.semi_structured import (
     GroupCheck,
     SemiStructuredReport,
@@ -27,5 +28,6 @@ __all__ = [
     "pdp_mask_nm",
     "pdp_threshold",
     "pdp_thresholds",
+    "pq_index",
     "to_semi_structured",
 ]

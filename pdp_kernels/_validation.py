@@ -9,6 +9,7 @@ from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUP = 32  # members of an N:M group
+SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
 
@@ -120,3 +121,41 @@ def check_pruned(pruned: int, n: int, m: int) -> None:
         raise TypeError(f"pruned must be an int, got {type(pruned).__name__}")
     if not 0 <= pruned <= m - n:
         raise ValueError(f"pruned must be in [0, m - n] = [0, {m - n}], got {pruned}")
+
+
+def check_exponents(p: float, q: float) -> None:
+    for name, value in (("p", p), ("q", q)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < p < q < math.inf:
+        raise ValueError(f"p and q must satisfy 0 < p < q < inf, got p = {p}, q = {q}")
+
+
+def check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f'scope must be "neuron", "layer" or "global", got {scope!r}')
+
+
+def check_has_rows(name: str, weight: Tensor) -> None:
+    if weight.dim() == 0:
+        raise ValueError(f'{name} must have a dimension 0 for scope = "neuron", got shape ()')
+
+
+def check_kept(name: str, mask: Tensor | None, weight: Tensor) -> None:
+    """A mask of what is unpruned, or None."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be None or a torch.Tensor, got {type(mask).__name__}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {mask.layout}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"{name} must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.device != weight.device:
+        raise ValueError(
+            f"{name} must be on the weight's device {weight.device}, got {mask.device}"
+        )
