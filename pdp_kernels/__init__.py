@@ -5,6 +5,7 @@ from pdp_kernels._version import __version__
 from pdp_kernels.compress import compress_2to4
 from pdp_kernels.hard_mask import hard_mask
 from pdp_kernels.pq_index import pq_index
+from pdp_kernels.sap import SAPPruner, SAPRound, sap_prune_counts
 from pdp_kernels.semi_structured import (
     GroupCheck,
     SemiStructuredReport,
@@ -17,6 +18,8 @@ from pdp_kernels.threshold import pdp_threshold, pdp_thresholds
 
 __all__ = [
     "GroupCheck",
+    "SAPPruner",
+    "SAPRound",
     "SemiStructuredReport",
     "__version__",
     "build_info",
@@ -29,5 +32,6 @@ __all__ = [
     "pdp_threshold",
     "pdp_thresholds",
     "pq_index",
+    "sap_prune_counts",
     "to_semi_structured",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MAX_GROUP = 32  # members of an N:M group
 SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
@@ -159,3 +160,39 @@ def check_kept(name: str, mask: Tensor | None, weight: Tensor) -> None:
         raise ValueError(
             f"{name} must be on the weight's device {weight.device}, got {mask.device}"
         )
+
+
+def check_index(index: Tensor) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.float64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index must be a torch.float64 tensor, got {got}")
+
+
+def check_kept_counts(kept: int | Tensor, index: Tensor) -> None:
+    """How many weights are kept in each group of an index; tensors are not looked into."""
+    if isinstance(kept, int) and not isinstance(kept, bool):
+        if kept < 0:
+            raise ValueError(f"kept must be at least 0, got {kept}")
+        return
+    if not isinstance(kept, Tensor) or kept.dtype not in COUNT_DTYPES:
+        got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+        raise TypeError(f"kept must be an int or an integer torch.Tensor, got {got}")
+    if kept.shape != index.shape:
+        raise ValueError(
+            f"kept must have the index's shape {tuple(index.shape)}, got {tuple(kept.shape)}"
+        )
+    if kept.device != index.device:
+        raise ValueError(f"kept must be on the index's device {index.device}, got {kept.device}")
+
+
+def check_sap_settings(p: float, q: float, eta: float, gamma: float, beta: float) -> None:
+    check_exponents(p, q)
+    for name, value in (("eta", eta), ("gamma", gamma), ("beta", beta)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta must be at least 0 and finite, got {eta}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be positive and finite, got {gamma}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
