@@ -65,7 +65,7 @@ def pq_index(
             "neuron" for a weight of shape ().
 
     Example:
-        >>> pq_index(torch.tensor([0.0, 0.0, 0.0, 3.0])).item()  # 1 - 4^(1 - 2)
+        >>> pq_index(torch.tensor([0.0, 0.0, 0.0, 4.0])).item()  # 1 - 4^(1 - 2)
         0.75
     """
     single = not isinstance(weight, (list, tuple))
