@@ -212,7 +212,7 @@ def plot_accuracy(rows: list[Row], path: Path) -> None:
         axes.plot(remaining, accuracy, "o-", markersize=3, label=method)
     axes.set(xscale="log", xlabel="remaining weights", ylabel="test accuracy")
     axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.legend()
