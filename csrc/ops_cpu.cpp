@@ -210,7 +210,7 @@ Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>
     groups += tensors.back().rows;
   }
   Tensor sums = torch::stable::empty({groups, 3}, ScalarType::Double);
-  cpu::power_sums(tensors, p, q, static_cast<cpu::PowerSums*>(sums.data_ptr()), parallel_for);
+  cpu::power_sums(tensors, p, q, static_cast<pdp::PowerSums*>(sums.data_ptr()), parallel_for);
   return sums;
 }
 

@@ -18,27 +18,6 @@ constexpr int kBlock = 1024;
 // Independent sums, for the vectors of every instruction set and the latency of an addition.
 constexpr int kLanes = 32;
 
-// The pairs p < q that need no pow.
-enum class Norms { kHalfOne, kHalfTwo, kOneTwo, kAny };
-
-Norms norms_of(double p, double q) {
-  if (p == 0.5 && q == 1) return Norms::kHalfOne;
-  if (p == 0.5 && q == 2) return Norms::kHalfTwo;
-  if (p == 1 && q == 2) return Norms::kOneTwo;
-  return Norms::kAny;
-}
-
-// A float's own root has a float's digits, and equal weights would all miss the same ones: one
-// Newton step in double, sqrt(x) = s + (x - s^2) / 2s, leaves 1e-14. The square root in double
-// takes twice as long. An infinite weight gives NaN.
-PDP_INLINE double square_root(float x) {
-  constexpr float kNotZero = 1e-30f;  // no root of a weight but 0 is near it
-  const float root = std::sqrt(x);
-  const double wide = root;
-  return wide + (x - wide * wide) * (0.5f / (root + kNotZero));
-}
-PDP_INLINE double square_root(double x) { return std::sqrt(x); }
-
 PDP_INLINE double add_lanes(double* lanes) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
@@ -47,35 +26,18 @@ PDP_INLINE double add_lanes(double* lanes) {
 }
 
 template <Norms kNorms, typename Real>
-PDP_INLINE double power_p(Real magnitude, double p) {
-  if (kNorms == Norms::kAny) return std::pow(static_cast<double>(magnitude), p);
-  return kNorms == Norms::kOneTwo ? static_cast<double>(magnitude) : square_root(magnitude);
-}
-
-// In double a float's square always fits.
-template <Norms kNorms, typename Real>
-PDP_INLINE double power_q(Real magnitude, double q) {
-  const double wide = magnitude;
-  if (kNorms == Norms::kAny) return std::pow(wide, q);
-  return kNorms == Norms::kHalfOne ? wide : wide * wide;
-}
-
-template <Norms kNorms, typename Real>
 PDP_INLINE void add_block(const Real* values, int count, double p, double q, PowerSums& sums) {
   double p_lanes[kLanes] = {}, q_lanes[kLanes] = {};
-  const int rest = count % kLanes;
-  for (int i = 0; i < count - rest; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const Real magnitude = std::fabs(values[i + j]);
-      p_lanes[j] += power_p<kNorms>(magnitude, p);
-      q_lanes[j] += power_q<kNorms>(magnitude, q);
-    }
+  const auto add = [&](int lane, Real value) PDP_LAMBDA {
+    const Real magnitude = std::fabs(value);
+    p_lanes[lane] += power_p<kNorms>(magnitude, p);
+    q_lanes[lane] += power_q<kNorms>(magnitude, q);
+  };
+  const Real* end = values + count;
+  for (; end - values >= kLanes; values += kLanes) {
+    for (int j = 0; j < kLanes; ++j) add(j, values[j]);
   }
-  for (int j = 0; j < rest; ++j) {
-    const Real magnitude = std::fabs(values[count - rest + j]);
-    p_lanes[j] += power_p<kNorms>(magnitude, p);
-    q_lanes[j] += power_q<kNorms>(magnitude, q);
-  }
+  for (int j = 0; values < end; ++j, ++values) add(j, *values);
   sums.p += add_lanes(p_lanes);
   sums.q += add_lanes(q_lanes);
 }
@@ -223,7 +185,7 @@ void power_sums(const std::vector<Rows>& tensors, double p, double q, PowerSums*
     for (int64_t row = 0; row < tensors[i].rows; ++row) {
       PowerSums total{};
       for (int64_t tile = 0; tile < cuts[i].units_per_row; ++tile, ++part) {
-        total = {total.count + part->count, total.p + part->p, total.q + part->q};
+        total = total + *part;
       }
       results[cuts[i].first_group + row] = total;
     }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../powers.h"
 #include "array.h"
 #include "parallel.h"
 
@@ -15,11 +16,6 @@ struct Rows {
   const bool* kept;  // null: no weight is pruned
   int64_t rows;
   int64_t numel;
-};
-
-// p and q are not finite where an unpruned weight is not.
-struct PowerSums {
-  double count, p, q;
 };
 
 // Writes the sums of every group, in order. The same bits whatever the number of threads.
