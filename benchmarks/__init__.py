@@ -3,8 +3,9 @@
 Steps: `threshold` (selection over one weight or a network's list), `forward`, `backward` and `mask`
 (both) at a given threshold, `step` (threshold + mask: what pruning adds to a training step),
 `copy`, the roof, and by name alone `mask-2:4` (the N:M mask, forward and backward), `pack-2:4`
-(pruning and packing for sparse tensor cores) and `mask-channel` (norms, their threshold and the
-channel mask, forward and backward).
+(pruning and packing for sparse tensor cores), `mask-channel` (norms, their threshold and the
+channel mask, forward and backward) and `pq-index` (the PQ Index of each weight; `sum` is PyTorch's
+plain sum of it).
 
 Providers: `eager-kthvalue` (two torch.kthvalue calls, then Eq. 1 with autograd's own backward: the
 base of the ratios), `eager-topk` (Algorithm 1 as printed, with two torch.topk calls), `one-topk`

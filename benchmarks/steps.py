@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import channels, eager, groups, truth
+from benchmarks import channels, eager, groups, sparsity, truth
 from benchmarks.batches import Batch
 from pdp_kernels import pdp_mask, pdp_threshold, pdp_thresholds
 
@@ -148,4 +148,5 @@ STEPS = {
     "mask-2:4": Step(5, groups.MASKS, groups.check_masks, base="eager"),
     "mask-channel": Step(6, channels.MASKS, channels.check_masks, base="eager"),
     "pack-2:4": Step(3, groups.PACKERS, groups.check_packed, base="eager"),
+    "pq-index": Step(1, sparsity.PROVIDERS, sparsity.check, base="eager"),
 }

@@ -9,7 +9,7 @@
 #ifdef __CUDACC__
 #define PDP_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define PDP_HOST_DEVICE inline
+#define PDP_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace pdp {

@@ -12,6 +12,7 @@
 
 #include "cpu/compress.h"
 #include "cpu/hard_mask.h"
+#include "cpu/power_sums.h"
 #include "cpu/radix_select.h"
 #include "cpu/soft_mask.h"
 #include "cpu/soft_mask_channel.h"
@@ -253,6 +254,21 @@ std::tuple<Tensor, Tensor> compress_2to4(Tensor weight) {
   return {values, metadata};
 }
 
+Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> masks, double p,
+                  double q, bool per_row) {
+  std::vector<cpu::Rows> tensors;
+  int64_t groups = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    pdp::bring_in_order(weights[i], masks[i], per_row);
+    tensors.push_back({array(weights[i]), masks[i] ? masks[i]->const_data_ptr<bool>() : nullptr,
+                       per_row ? weights[i].size(0) : 1, weights[i].numel()});
+    groups += tensors.back().rows;
+  }
+  Tensor sums = torch::stable::empty({groups, 3}, ScalarType::Double);
+  cpu::power_sums(tensors, p, q, static_cast<pdp::PowerSums*>(sums.data_ptr()), parallel_for);
+  return sums;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
@@ -268,6 +284,7 @@ STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
   m.impl("channel_norms", TORCH_BOX(&channel_norms));
   m.impl("soft_mask_channel", TORCH_BOX(&soft_mask_channel));
   m.impl("soft_mask_channel_backward", TORCH_BOX(&soft_mask_channel_backward));
+  m.impl("power_sums", TORCH_BOX(&power_sums));
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

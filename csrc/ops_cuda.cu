@@ -10,9 +10,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cuda/hard_mask.cuh"
+#include "cuda/power_sums.cuh"
 #include "cuda/prune_counts.cuh"
 #include "cuda/thresholds.cuh"
 #include "tensors.h"
@@ -100,10 +102,38 @@ Tensor hard_mask(Tensor weight, Tensor prune_count) {
   return kept;
 }
 
+Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> masks, double p,
+                  double q, bool per_row) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  STD_TORCH_CHECK(weights.size() == masks.size(), "weights and masks differ in length");
+  const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
+  pdp::PowerSumsRequest request = {};
+  int64_t groups = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    pdp::bring_in_order(weights[i], masks[i], per_row);
+    request.tensors.push_back(
+        {weights[i].const_data_ptr(), masks[i] ? masks[i]->const_data_ptr<bool>() : nullptr,
+         per_row ? weights[i].size(0) : 1, weights[i].numel(), pdp::weight_type(weights[i])});
+    groups += request.tensors.back().rows;
+  }
+  const Tensor sums =
+      torch::stable::empty({groups, 3}, ScalarType::Double, std::nullopt, weights[0].device());
+  request.p = p;
+  request.q = q;
+  request.results = static_cast<pdp::PowerSums*>(sums.mutable_data_ptr());
+  request.limits = device_limits(sums);
+  const Tensor workspace = empty_on(
+      sums, static_cast<int64_t>(pdp::power_sums_workspace_bytes(request)), ScalarType::Byte);
+  STD_CUDA_CHECK(
+      pdp::launch_power_sums(request, workspace.mutable_data_ptr(), current_stream(sums)));
+  return sums;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pdp, CUDA, m) {
   m.impl("prune_counts", TORCH_BOX(&prune_counts));
   m.impl("thresholds", TORCH_BOX(&thresholds));
   m.impl("hard_mask", TORCH_BOX(&hard_mask));
+  m.impl("power_sums", TORCH_BOX(&power_sums));
 }

@@ -1,10 +1,12 @@
 // What the bindings of both devices ask of a torch tensor.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -44,6 +46,28 @@ inline bool is_dense(const torch::stable::Tensor& tensor) {
     expected *= size;
   }
   return true;
+}
+
+// Whether the elements of two tensors of one shape lie in memory in the same order. The stride of a
+// dimension of size 1 says nothing.
+inline bool same_order(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+  }
+  return true;
+}
+
+// Makes a weight and its mask dense and of one order, so that pairs of elements can be visited as
+// they lie in memory. With rows_apart the rows of dimension 0 lie one after another.
+inline void bring_in_order(torch::stable::Tensor& weight,
+                           std::optional<torch::stable::Tensor>& mask, bool rows_apart) {
+  bool in_order = is_dense(weight) && (!mask || same_order(weight, *mask));
+  if (rows_apart && weight.size(0) > 1) {
+    in_order &= weight.stride(0) == weight.numel() / weight.size(0);
+  }
+  if (in_order) return;
+  weight = torch::stable::contiguous(weight);
+  if (mask) mask = torch::stable::contiguous(*mask);
 }
 
 }  // namespace pdp

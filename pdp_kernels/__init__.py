@@ -4,6 +4,8 @@ from pdp_kernels._build_info import build_info
 from pdp_kernels._version import __version__
 from pdp_kernels.compress import compress_2to4
 from pdp_kernels.hard_mask import hard_mask
+from pdp_kernels.pq_index import pq_index
+from pdp_kernels.sap import SAPPruner, SAPRound, sap_prune_counts
 from pdp_kernels.semi_structured import (
     GroupCheck,
     SemiStructuredReport,
@@ -24,6 +26,8 @@ from pdp_kernels.threshold import pdp_threshold, pdp_thresholds
 __all__ = [
     "ChannelReport",
     "GroupCheck",
+    "SAPPruner",
+    "SAPRound",
     "SemiStructuredReport",
     "__version__",
     "build_info",
@@ -39,5 +43,7 @@ __all__ = [
     "pdp_mask_nm",
     "pdp_threshold",
     "pdp_thresholds",
+    "pq_index",
+    "sap_prune_counts",
     "to_semi_structured",
 ]

@@ -46,6 +46,7 @@ SCHEMAS = {
         "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor norms, Tensor threshold, "
         "Tensor tau, int dim, bool relative, bool rms) -> Tensor"
     ),
+    "power_sums": ("(Tensor[] weights, Tensor?[] masks, float p, float q, bool per_row) -> Tensor"),
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -159,6 +160,12 @@ def _(grad_w_hat, grad_mask, weight, norms, threshold, tau, dim, relative, rms):
     return torch.empty_like(weight)
 
 
+@torch.library.register_fake("pdp::power_sums", lib=_library)
+def _(weights, masks, p, q, per_row):
+    groups = sum(weight.shape[0] for weight in weights) if per_row else len(weights)
+    return weights[0].new_empty(groups, 3, dtype=torch.float64)
+
+
 def map_over_batch(call, batch_size, in_dims, args):
     """vmap of a call: each example is a layer of its own, so the call runs once for each.
 
@@ -202,6 +209,23 @@ def _vmap_lists(call):
     return rule
 
 
+def _vmap_power_sums(info, in_dims, weights, masks, p, q, per_row):
+    """The vmap rule of power_sums: the examples of all weights form one longer list here too."""
+
+    def examples(tensors, dims):
+        return [
+            _example(tensor, dim, index)
+            for index in range(info.batch_size)
+            for tensor, dim in zip(tensors, dims, strict=True)
+        ]
+
+    weight_dims, mask_dims = in_dims[:2]
+    sums = torch.ops.pdp.power_sums(
+        examples(weights, weight_dims), examples(masks, mask_dims), p, q, per_row
+    )
+    return sums.unflatten(0, (info.batch_size, -1)), 0
+
+
 def _vmap_each(call):
     """The vmap rule of an operator on one weight."""
     return lambda info, in_dims, *args: map_over_batch(call, info.batch_size, in_dims, args)
@@ -213,3 +237,4 @@ for _name in ("prune_counts", "thresholds"):
 for _name in ("hard_mask", "hard_mask_nm", "channel_norms"):
     _call = getattr(torch.ops.pdp, _name)
     torch.library.register_vmap(f"pdp::{_name}", _vmap_each(_call), lib=_library)
+torch.library.register_vmap("pdp::power_sums", _vmap_power_sums, lib=_library)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("l2", "rms")
+COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MAX_GROUP = 32  # members of an N:M group
+SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
 
@@ -132,3 +134,77 @@ def check_pruned(pruned: int, n: int, m: int) -> None:
         raise TypeError(f"pruned must be an int, got {type(pruned).__name__}")
     if not 0 <= pruned <= m - n:
         raise ValueError(f"pruned must be in [0, m - n] = [0, {m - n}], got {pruned}")
+
+
+def check_exponents(p: float, q: float) -> None:
+    for name, value in (("p", p), ("q", q)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < p < q < math.inf:
+        raise ValueError(f"p and q must satisfy 0 < p < q < inf, got p = {p}, q = {q}")
+
+
+def check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f'scope must be "neuron", "layer" or "global", got {scope!r}')
+
+
+def check_has_rows(name: str, weight: Tensor) -> None:
+    if weight.dim() == 0:
+        raise ValueError(f'{name} must have a dimension 0 for scope = "neuron", got shape ()')
+
+
+def check_kept(name: str, mask: Tensor | None, weight: Tensor) -> None:
+    """A mask of what is unpruned, or None."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be None or a torch.Tensor, got {type(mask).__name__}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {mask.layout}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must have dtype torch.bool, got {mask.dtype}")
+    if mask.shape != weight.shape:
+        raise ValueError(
+            f"{name} must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+        )
+    if mask.device != weight.device:
+        raise ValueError(
+            f"{name} must be on the weight's device {weight.device}, got {mask.device}"
+        )
+
+
+def check_index(index: Tensor) -> None:
+    if not isinstance(index, Tensor) or index.dtype != torch.float64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index must be a torch.float64 tensor, got {got}")
+
+
+def check_kept_counts(kept: int | Tensor, index: Tensor) -> None:
+    """How many weights are kept in each group of an index; tensors are not looked into."""
+    if isinstance(kept, int) and not isinstance(kept, bool):
+        if kept < 0:
+            raise ValueError(f"kept must be at least 0, got {kept}")
+        return
+    if not isinstance(kept, Tensor) or kept.dtype not in COUNT_DTYPES:
+        got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+        raise TypeError(f"kept must be an int or an integer torch.Tensor, got {got}")
+    if kept.shape != index.shape:
+        raise ValueError(
+            f"kept must have the index's shape {tuple(index.shape)}, got {tuple(kept.shape)}"
+        )
+    if kept.device != index.device:
+        raise ValueError(f"kept must be on the index's device {index.device}, got {kept.device}")
+
+
+def check_sap_settings(p: float, q: float, eta: float, gamma: float, beta: float) -> None:
+    check_exponents(p, q)
+    for name, value in (("eta", eta), ("gamma", gamma), ("beta", beta)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta must be at least 0 and finite, got {eta}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be positive and finite, got {gamma}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")

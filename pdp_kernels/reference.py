@@ -289,6 +289,27 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, blocks.permute(4, 0, 3, 1, 5, 2).reshape(words.shape)
 
 
+def power_sums(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    p: float,
+    q: float,
+    per_row: bool,
+) -> Tensor:
+    """(d, sum |w|^p, sum |w|^q) over the d unpruned weights of each group, float64 (groups, 3).
+
+    A group is a tensor, or with per_row a row of its dimension 0.
+    """
+    sums = []
+    for weight, mask in zip(weights, masks, strict=True):
+        kept = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+        magnitude = torch.where(kept, weight, 0).double().abs()
+        terms = torch.stack([kept.double(), magnitude**p, magnitude**q], dim=-1)
+        terms = terms if per_row else terms.unsqueeze(0)
+        sums.append(terms.flatten(1, -2).sum(1) if terms.dim() > 2 else terms)
+    return torch.cat(sums)
+
+
 def _like(weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values in the given dtype and in the memory layout every backend gives its results."""
     return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(values)

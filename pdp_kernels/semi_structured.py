@@ -79,7 +79,7 @@ def check_nm(model_or_tensor, n=2, m=4, dim=-1):
         return _check_groups("", model_or_tensor, n, m, dim)
     checks = [
         _check_groups(names[0], weight, n, m, dim)
-        for names, weight, _ in _weights(model_or_tensor, GROUPED_LAYERS)
+        for names, weight, _ in layer_weights(model_or_tensor, GROUPED_LAYERS)
         if not isinstance(weight, SparseSemiStructuredTensor) and _divisible(weight, m, dim)
     ]
     if not checks:
@@ -127,7 +127,7 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
     backend = _backend()
     report = SemiStructuredReport([], {})
     convertible = []
-    for names, weight, layers in _weights(model, nn.Linear):
+    for names, weight, layers in layer_weights(model, nn.Linear):
         obstacle = _obstacle(weight, layers, backend)
         if obstacle is None:
             convertible.append((weight, layers))
@@ -144,7 +144,7 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
     return report
 
 
-def _weights(model: nn.Module, kinds) -> Iterator[tuple[list[str], Tensor, list[nn.Module]]]:
+def layer_weights(model: nn.Module, kinds) -> Iterator[tuple[list[str], Tensor, list[nn.Module]]]:
     """The weights of all layers of these kinds, each once: its names, itself, its layers."""
     owners = {}
     for name, layer in model.named_modules():

@@ -47,6 +47,9 @@ def pdp_mask_channel(
     the norms and once for w_hat; the backward reads gradient and weight at most twice. Only the
     weight, its C norms and two scalars are kept between.
 
+    Where batch norm follows a layer, mask the inputs of the layer after it (dim=1): batch norm
+    would scale a masked output up again.
+
     Shapes and dtypes:
         weight: any shape with at least one dimension; float64, float32, bfloat16 or float16. Dense
             layouts are walked in place whatever dim is, others copied once.
@@ -155,10 +158,10 @@ def hard_mask_channel(
 
 
 class ChannelReport(NamedTuple):
-    """Which output channels of one layer are dead.
+    """Which channels of one layer are dead.
 
-    biased: those of the dead whose bias is not zero. They still put out a constant, which removing
-    them would drop.
+    biased: those dead output channels whose bias is not zero. They still put out a constant, which
+    removing them would drop.
     """
 
     name: str
@@ -167,11 +170,15 @@ class ChannelReport(NamedTuple):
     biased: list[int]
 
 
-def channel_report(model: nn.Module) -> list[ChannelReport]:
-    """The dead output channels of every Linear and convolution layer: those whose weights are zero.
+def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
+    """The dead channels of every Linear and convolution layer: those whose weights are zero.
 
     What a structural pruning library needs to remove them for good. Reads the weights back to the
     host.
+
+    Arguments:
+        dim: 0 for output channels, 1 for input channels, which the layer does not read: whatever
+            makes them can go. Grouped convolutions are left out of the latter.
 
     Returns:
         One report per layer, in the order of `model.named_modules()`; weights that layers share
@@ -179,6 +186,7 @@ def channel_report(model: nn.Module) -> list[ChannelReport]:
 
     Raises:
         TypeError: model is no torch.nn.Module.
+        ValueError: dim is neither 0 nor 1.
 
     Example:
         >>> layer = torch.nn.Linear(2, 3, bias=False)
@@ -188,15 +196,17 @@ def channel_report(model: nn.Module) -> list[ChannelReport]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return list(_channel_reports(model))
+    if isinstance(dim, bool) or dim not in (0, 1):
+        raise ValueError(f"dim must be 0 (outputs) or 1 (inputs), got {dim!r}")
+    return list(_channel_reports(model, dim))
 
 
-def _channel_reports(model: nn.Module) -> Iterator[ChannelReport]:
+def _channel_reports(model: nn.Module, dim: int) -> Iterator[ChannelReport]:
     for name, layer in model.named_modules():
-        if not isinstance(layer, CHANNEL_LAYERS):
+        if not isinstance(layer, CHANNEL_LAYERS) or (dim == 1 and getattr(layer, "groups", 1) > 1):
             continue
-        live = layer.weight.detach().flatten(1).count_nonzero(1)
+        live = layer.weight.detach().transpose(0, dim).flatten(1).count_nonzero(1)
         dead = (live == 0).nonzero().flatten().tolist()
-        bias = [] if layer.bias is None else layer.bias.detach().tolist()
-        biased = [channel for channel in dead if bias and bias[channel] != 0]
-        yield ChannelReport(name, len(live), dead, biased)
+        has_bias = dim == 0 and layer.bias is not None
+        bias = layer.bias.detach().tolist() if has_bias else [0.0] * len(live)
+        yield ChannelReport(name, len(live), dead, [c for c in dead if bias[c] != 0])

@@ -50,14 +50,14 @@ def selection(request):
 
     The host build of the CUDA kernels is tested in test_cuda_host_build.py.
     """
-    return _dispatched(request.param)
+    return dispatched(request.param)
 
 
 @pytest.fixture(params=["native", "triton-interpreter", GPU])
 def masking(request):
     """The mask operators of a backend, and the device it serves."""
     if request.param != "triton-interpreter":
-        return _dispatched(request.param)
+        return dispatched(request.param)
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("with a GPU, Triton compiles")
@@ -88,7 +88,7 @@ def rounding_interpreter(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", convert_as_a_gpu_does)
 
 
-def _dispatched(name):
+def dispatched(name):
     device = "cuda" if name == "gpu" else "cpu"
     return SimpleNamespace(
         device=device, **{name: getattr(torch.ops.pdp, name) for name in _ops.SCHEMAS}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import test_compress
 import test_hard_mask
+import test_pq_index
 import test_soft_mask
 import test_soft_mask_channel
 import test_soft_mask_nm
@@ -160,6 +161,20 @@ class Kernels:
         metadata = weight.new_empty(rows, cols // 16, dtype=torch.int16)
         self.call("compress_2to4", weight, weight.dtype, rows, cols, values, metadata)
         return values, metadata
+
+    def power_sums(self, weights, masks, p, q, per_row):
+        rows = [weight.shape[0] if per_row else 1 for weight in weights]
+        columns = [
+            torch.tensor([weight.data_ptr() for weight in weights]),
+            torch.tensor([0 if mask is None else mask.data_ptr() for mask in masks]),
+            torch.tensor(rows),
+            torch.tensor([weight.numel() for weight in weights]),
+            torch.tensor([DTYPES.index(weight.dtype) for weight in weights]),
+            torch.tensor([p, q], dtype=torch.float64),
+        ]
+        results = torch.empty(sum(rows), 3, dtype=torch.float64)
+        self.call("power_sums", len(weights), *columns, results)
+        return results
 
 
 def as_c(argument):
@@ -329,3 +344,17 @@ def test_channels_are_masked_within_budget(kernels, dtype, relative):
 def test_compression_equals_torchs(kernels, dtype):
     test_compress.assert_equals_torch(kernels.compress_2to4, test_compress.every_group(dtype))
     test_compress.assert_equals_torch(kernels.compress_2to4, torch.randn(96, 1088).to(dtype))
+
+
+@pytest.mark.parametrize("norms", test_pq_index.NORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_power_sums_equal_the_formula(kernels, dtype, norms):
+    test_pq_index.test_sums_are_right_for_every_size_and_mask(kernels.power_sums, dtype, norms)
+    test_pq_index.test_sums_of_inf_nan_and_of_the_ends_of_the_range(
+        kernels.power_sums, dtype, norms
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_power_sums_of_rows_equal_the_formula(kernels, dtype):
+    test_pq_index.test_sums_of_rows(kernels.power_sums, dtype)

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_pq_index
 import torch
 
 HERE = Path(__file__).parent
@@ -23,7 +24,7 @@ class HostBuild:
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
-        for name in ("thresholds", "hard_mask", "prune_counts", "mistake"):
+        for name in ("thresholds", "hard_mask", "prune_counts", "power_sums", "mistake"):
             getattr(self.library, f"host_{name}").restype = ctypes.c_char_p
         self.library.host_launches.restype = ctypes.c_int64
         self.device()
@@ -81,6 +82,29 @@ class HostBuild:
         )
         assert error is None, error
         return counts.tolist()
+
+    def power_sums(self, weights, masks, p, q, per_row):
+        """Of contiguous weights and masks."""
+        rows = [weight.shape[0] if per_row else 1 for weight in weights]
+        guard = 8
+        result = torch.full((sum(rows) + guard, 3), float("nan"), dtype=torch.float64)
+        result[sum(rows) :] = -7
+        count = len(weights)
+        kept = [None if mask is None else mask.data_ptr() for mask in masks]
+        error = self.library.host_power_sums(
+            ctypes.c_int64(count),
+            (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights)),
+            (ctypes.c_void_p * count)(*kept),
+            (ctypes.c_int64 * count)(*rows),
+            (ctypes.c_int64 * count)(*(weight.numel() for weight in weights)),
+            (ctypes.c_int32 * count)(*(TYPES[weight.dtype] for weight in weights)),
+            ctypes.c_double(p),
+            ctypes.c_double(q),
+            ctypes.c_void_p(result.data_ptr()),
+        )
+        assert error is None, error
+        assert (result[sum(rows) :] == -7).all()
+        return result[: sum(rows)]
 
     def mistake(self, name):
         value = ctypes.c_ubyte()
@@ -364,6 +388,64 @@ def test_prune_counts_round_half_up_and_stay_in_range(host, tensors):
     sparsities = [(i % 101) / 100 for i in range(tensors)]
     expected = [min(n, int(r * n + 0.5)) for n, r in zip(sizes, sparsities, strict=True)]
     assert host.prune_counts(sizes, sparsities) == expected
+
+
+@pytest.mark.parametrize("norms", test_pq_index.NORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_power_sums_of_every_size_mask_and_norm(host, dtype, norms):
+    sizes = (0, 1, 31, 33, 4095, 4097, 40009)
+    weights = [torch.randn(size).to(dtype) for size in sizes]
+    for kept in (0.0, 0.5, 1.0):
+        masks = [None if i == 1 else torch.rand(n) < kept for i, n in enumerate(sizes)]
+        test_pq_index.check_sums(host.power_sums, weights, masks, *norms)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_power_sums_of_every_distribution(host, distribution):
+    for dtype in DTYPES:
+        weight = DISTRIBUTIONS[distribution](5003).to(dtype)
+        test_pq_index.check_sums(host.power_sums, [weight], [None], 0.5, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_power_sums_of_rows(host, dtype):
+    shapes = test_pq_index.ROWS
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+    masks = [torch.rand(shape) < 0.5 if i % 2 else None for i, shape in enumerate(shapes)]
+    test_pq_index.check_sums(host.power_sums, weights, masks, 0.5, 1.0, per_row=True)
+
+
+def test_power_sums_of_misaligned_weights(host):
+    for dtype in DTYPES:
+        weight = torch.randn(9001).to(dtype)[1:]
+        mask = (torch.rand(9003) < 0.5)[3:]
+        test_pq_index.check_sums(host.power_sums, [weight], [mask], 1.0, 2.0)
+
+
+def test_power_sums_are_the_same_for_any_grid_and_block_order(host):
+    weights = [torch.randn(size) for size in (50021, 3, 0, 20011, 9000)]
+    masks = [torch.rand(len(weight)) < 0.5 for weight in weights]
+    first = host.power_sums(weights, masks, 0.5, 1.0, False)
+    for multiprocessors in (1, 3, 40):
+        for seed in range(3):
+            host.device(multiprocessors=multiprocessors, seed=seed)
+            assert torch.equal(host.power_sums(weights, masks, 0.5, 1.0, False), first)
+
+
+@pytest.mark.parametrize(("size", "launches"), [(50, 2), (4097, 3)])
+def test_power_sums_take_as_many_launches_for_any_list(host, size, launches):
+    for tensors in (1, 2, 40, 300):
+        weights = [torch.randn(size).to(DTYPES[i % 4]) for i in range(tensors)]
+        found = host.power_sums(weights, [None] * tensors, 0.5, 1.0, False)
+        assert host.launches() == launches
+        assert (found[:, 0] == size).all()
+
+
+def test_power_sums_of_a_list_longer_than_a_chunk_of_the_table(host):
+    weights = [torch.full((1 + i % 7,), 4.0) for i in range(1000)]
+    found = host.power_sums(weights, [None] * 1000, 0.5, 1.0, False)
+    sizes = torch.tensor([float(len(weight)) for weight in weights]).double()
+    assert torch.equal(found, torch.stack([sizes, 2 * sizes, 4 * sizes], dim=1))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from pdp_kernels import build_info, hard_mask, pdp_mask, pdp_threshold, pdp_thresholds
+from pdp_kernels import (
+    build_info,
+    hard_mask,
+    pdp_mask,
+    pdp_threshold,
+    pdp_thresholds,
+    pq_index,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +57,16 @@ def test_graph_of_a_hard_mask_follows_the_weight():
         weight.copy_(torch.randint(-3, 4, (50_021,), device="cuda"))
         graph.replay()
         assert torch.equal(kept, hard_mask(weight, 0.6))
+
+
+def test_graph_of_a_pq_index_follows_the_weights():
+    weights = layers()
+    graph, index = captured(lambda: pq_index(weights))
+    for _ in range(3):
+        for weight in weights:
+            weight.copy_(torch.randn_like(weight))
+        graph.replay()
+        assert torch.equal(index, pq_index(weights))
 
 
 def test_graph_of_a_training_step_follows_weight_ratio_and_temperature():
@@ -105,6 +122,8 @@ def test_nothing_waits_for_the_device():
         pdp_thresholds(weights, [0.1, 0.5, 0.9])
         hard_mask(weights[0], 0.5)
         pdp_mask(weights[0], 0.5).sum().backward()
+        pq_index(weights, mask=[weights[0] > 0, None, None])
+        pq_index(weights, 0.3, 1.7, scope="neuron")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -120,7 +139,8 @@ def launches(call):
 def test_launches_do_not_grow_with_the_list():
     few = [torch.randn(5000, device="cuda") for _ in range(2)]
     many = [torch.randn(5000, device="cuda") for _ in range(300)]
-    assert launches(lambda: pdp_thresholds(many, 0.9)) == launches(lambda: pdp_thresholds(few, 0.9))
+    for call in (lambda weights: pdp_thresholds(weights, 0.9), pq_index):
+        assert launches(lambda call=call: call(many)) == launches(lambda call=call: call(few))
 
 
 def test_mask_at_more_than_2_to_31_elements():
@@ -130,6 +150,13 @@ def test_mask_at_more_than_2_to_31_elements():
     w_hat = pdp_mask(weight, threshold=torch.tensor(0.5, device="cuda"))
     assert w_hat[-2:].tolist() == [1, 0]
     assert not w_hat[:-2].any()
+
+
+def test_pq_index_of_more_than_2_to_31_elements():
+    size = 2**31 + 5
+    weight = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    weight[-2:] = torch.tensor([1.0, 0.25])
+    assert pq_index(weight).item() == pytest.approx(1 - 1.5**2 / 1.25 / size, rel=1e-12)
 
 
 def test_a_second_device_is_served_where_there_is_one():

@@ -13,6 +13,7 @@ from pdp_kernels import (
     pdp_mask_channel,
     pdp_threshold,
     pdp_thresholds,
+    pq_index,
 )
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -28,6 +29,9 @@ def sample_inputs(device):
         yield "prune_counts", ([weight, weight[0]], [0.3, 1.0])
         yield "thresholds", ([weight, weight[:, ::2]], counts)
         yield "hard_mask", (weight.to(memory_format=torch.channels_last), counts[:1])
+        mask = torch.rand(4, 6, 2, 2, device=device) < 0.5
+        for per_row in (False, True):
+            yield "power_sums", ([weight, weight[:, ::2]], [mask, None], 0.5, 1.0, per_row)
         for layout in (weight.to(memory_format=torch.channels_last), weight[:, ::2]):
             grad = torch.randn_like(layout)
             yield "soft_mask", (layout, t, tau, False, None, False)
@@ -58,6 +62,8 @@ CALLS = {
     "threshold": lambda w: pdp_threshold(w, 0.6),
     "thresholds": lambda w: pdp_thresholds([w, w[0]], [0.6, 0.1]),
     "hard_mask": lambda w: hard_mask(w, 0.6),
+    "PQ Index": lambda w: pq_index([w, w[0]], mask=[w > 0, None]),
+    "PQ Index of neurons": lambda w: pq_index(w, 0.3, 1.7, scope="neuron"),
     "mask": lambda w: pdp_mask(w, 0.6, tau=0.1),
     "mask, relative, with mask": lambda w: pdp_mask(w, 0.6, relative_tau=0.3, return_mask=True),
     "hard_mask_channel": lambda w: hard_mask_channel(w, 0.6, 1),

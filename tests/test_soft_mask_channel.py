@@ -284,12 +284,16 @@ def test_saves_the_weight_its_norms_and_two_scalars():
 
 
 def test_report_names_dead_channels():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Linear(5, 6))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 1, groups=2), torch.nn.Linear(5, 6)
+    )
     with torch.no_grad():
         model[0].weight[[1, 3]] = 0
         model[0].bias[3] = 0
-    first, second = channel_report(model)
-    assert first == ("0", 4, [1, 3], [1])
-    assert second == ("2", 6, [], [])
+        model[0].weight[:, 2] = 0
+    assert channel_report(model) == [("0", 4, [1, 3], [1]), ("1", 4, [], []), ("2", 6, [], [])]
+    assert channel_report(model, dim=1) == [("0", 3, [2], []), ("2", 5, [], [])]
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
         channel_report(torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"dim must be 0 \(outputs\) or 1 \(inputs\), got 2"):
+        channel_report(model, dim=2)

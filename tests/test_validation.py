@@ -12,6 +12,7 @@ from pdp_kernels import (
     pdp_mask_channel,
     pdp_threshold,
     pdp_thresholds,
+    pq_index,
 )
 
 WEIGHT = torch.linspace(-1, 1, 12)
@@ -187,12 +188,85 @@ def test_channel_mask_takes_what_pdp_mask_takes():
         pdp_mask_channel(weight, 0.5, out_dtype=torch.int32)
 
 
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_weight_of_the_pq_index(case):
+    weight, message = BAD_WEIGHTS[case]
+    with pytest.raises(TypeError, match=r"weight\[1\].*" + message):
+        pq_index([WEIGHT, weight])
+    if not isinstance(weight, list):
+        with pytest.raises(TypeError, match="weight.*" + message):
+            pq_index(weight)
+
+
+@pytest.mark.parametrize("p, q", [(0, 1), (-0.5, 1), (1, 1), (2, 1), (1, math.inf), (math.nan, 1)])
+def test_norms_out_of_order(p, q):
+    with pytest.raises(ValueError, match=rf"0 < p < q < inf, got p = {p}, q = {q}"):
+        pq_index(WEIGHT, p, q)
+
+
+@pytest.mark.parametrize("value", ["1", None, True, 1j, torch.tensor(0.7)])
+def test_norms_of_another_type(value):
+    with pytest.raises(TypeError, match="p must be a number, got"):
+        pq_index(WEIGHT, value)
+    with pytest.raises(TypeError, match="q must be a number, got"):
+        pq_index(WEIGHT, 0.5, value)
+
+
+@pytest.mark.parametrize("scope", ["model", "", None, 0])
+def test_scope(scope):
+    with pytest.raises(ValueError, match=r'scope must be "neuron", "layer" or "global", got'):
+        pq_index(WEIGHT, scope=scope)
+
+
+def test_neurons_of_a_weight_without_rows():
+    with pytest.raises(ValueError, match=r"weight must have a dimension 0.*got shape \(\)"):
+        pq_index(torch.tensor(1.0), scope="neuron")
+    with pytest.raises(ValueError, match=r"weight\[1\] must have a dimension 0"):
+        pq_index([WEIGHT, torch.tensor(1.0)], scope="neuron")
+
+
+KEPT = torch.ones(12, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        ([True] * 12, TypeError, "None or a torch.Tensor, got list"),
+        (torch.ones(12), TypeError, "dtype torch.bool, got torch.float32"),
+        (KEPT.to_sparse(), TypeError, "got layout torch.sparse_coo"),
+        (KEPT[:3], ValueError, r"shape \(12,\), got \(3,\)"),
+        (KEPT.to("meta"), ValueError, "device cpu, got meta"),
+    ],
+)
+def test_mask_of_unpruned_weights(mask, error, message):
+    with pytest.raises(error, match="mask must.*" + message):
+        pq_index(WEIGHT, mask=mask)
+    with pytest.raises(error, match=r"mask\[1\] must.*" + message):
+        pq_index([WEIGHT, WEIGHT], mask=[None, mask])
+
+
+@pytest.mark.parametrize(
+    "weights, mask, error, message",
+    [
+        ([], None, ValueError, "weight must hold at least one tensor"),
+        ([WEIGHT, META], None, ValueError, r"one device, got cpu for weight\[0\] and meta"),
+        ([WEIGHT], KEPT, TypeError, "list of masks for a list of weights, got Tensor"),
+        ([WEIGHT], [], ValueError, "one mask for each of the 1 weights, got 0"),
+        ([WEIGHT], [KEPT, KEPT], ValueError, "one mask for each of the 1 weights, got 2"),
+    ],
+)
+def test_lists_of_masks(weights, mask, error, message):
+    with pytest.raises(error, match=message):
+        pq_index(weights, mask=mask)
+
+
 def test_nothing_of_the_callers_changes():
     weight = torch.randn(100).requires_grad_()
     before, version = weight.detach().clone(), weight._version
     w_hat = pdp_mask(weight, 0.5)
     w_hat.sum().backward()
     hard_mask(weight, 0.5)
+    pq_index(weight)
     with pytest.raises(ValueError):
         pdp_mask(weight, 1.5)
     assert torch.equal(weight.detach(), before)

@@ -33,6 +33,7 @@ constexpr bool compiled_for(std::string_view feature) {
 #include "../../csrc/cpu/compress.cpp"
 #include "../../csrc/cpu/gather.cpp"
 #include "../../csrc/cpu/hard_mask.cpp"
+#include "../../csrc/cpu/power_sums.cpp"
 #include "../../csrc/cpu/radix_select.cpp"
 #include "../../csrc/cpu/soft_mask.cpp"
 #include "../../csrc/cpu/soft_mask_channel.h"
@@ -159,6 +160,16 @@ void compress_2to4(const void* weight, int64_t type, int64_t rows, int64_t cols,
                    uint16_t* metadata) {
   pdp::cpu::compress_2to4(weight, static_cast<WeightType>(type), rows, cols, values, metadata,
                           two_ranges);
+}
+
+void power_sums(int64_t tensors, void* const* data, const bool* const* kept, const int64_t* rows,
+                const int64_t* numel, const int64_t* types, const double* norms,
+                pdp::PowerSums* results) {
+  std::vector<Rows> all;
+  for (int64_t i = 0; i < tensors; ++i) {
+    all.push_back({array(data[i], types[i]), kept[i], rows[i], numel[i]});
+  }
+  pdp::cpu::power_sums(all, norms[0], norms[1], results, two_ranges);
 }
 
 }  // extern "C"

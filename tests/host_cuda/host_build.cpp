@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/hard_mask.cuh"
+#include "../../csrc/cuda/power_sums.cuh"
 #include "../../csrc/cuda/prune_counts.cuh"
 #include "../../csrc/cuda/thresholds.cuh"
 
@@ -134,6 +135,22 @@ const char* host_prune_counts(int64_t tensors, const int64_t* sizes, const doubl
       values.push_back(pdp::prune_count(sparsities[i], sizes[i]));
     }
     pdp::launch_prune_counts(values, counts, nullptr);
+  });
+}
+
+const char* host_power_sums(int64_t tensors, const void* const* data, const bool* const* kept,
+                            const int64_t* rows, const int64_t* sizes, const int32_t* types,
+                            double p, double q, double* results) {
+  return report([&] {
+    pdp::PowerSumsRequest request = {
+        {}, p, q, reinterpret_cast<pdp::PowerSums*>(results), limits()};
+    for (int64_t i = 0; i < tensors; ++i) {
+      request.tensors.push_back(
+          {data[i], kept[i], rows[i], sizes[i], static_cast<pdp::WeightType>(types[i])});
+    }
+    NoisyWorkspace workspace(pdp::power_sums_workspace_bytes(request));
+    pdp::launch_power_sums(request, workspace.data(), nullptr);
+    workspace.check();
   });
 }
 

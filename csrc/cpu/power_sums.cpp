@@ -1,0 +1,195 @@
+#include "power_sums.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+namespace pdp::cpu {
+namespace {
+
+// Weights summed by one call: the unit of work, and of the order in which sums are added up. Of
+// short rows a unit has as many as fit in.
+constexpr int64_t kTile = 16384;
+
+// Weights added up in lanes before the lanes are added: few enough that a lane loses nothing.
+constexpr int kBlock = 1024;
+
+// Independent sums, for the vectors of every instruction set and the latency of an addition.
+constexpr int kLanes = 32;
+
+PDP_INLINE double add_lanes(double* lanes) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return lanes[0];
+}
+
+template <Norms kNorms, typename Real>
+PDP_INLINE void add_block(const Real* values, int count, double p, double q, PowerSums& sums) {
+  double p_lanes[kLanes] = {}, q_lanes[kLanes] = {};
+  const auto add = [&](int lane, Real value) PDP_LAMBDA {
+    const Real magnitude = std::fabs(value);
+    p_lanes[lane] += power_p<kNorms>(magnitude, p);
+    q_lanes[lane] += power_q<kNorms>(magnitude, q);
+  };
+  const Real* end = values + count;
+  for (; end - values >= kLanes; values += kLanes) {
+    for (int j = 0; j < kLanes; ++j) add(j, values[j]);
+  }
+  for (int j = 0; values < end; ++j, ++values) add(j, *values);
+  sums.p += add_lanes(p_lanes);
+  sums.q += add_lanes(q_lanes);
+}
+
+template <typename Real>
+PDP_INLINE void add_block(Norms norms, const Real* values, int count, double p, double q,
+                          PowerSums& sums) {
+  switch (norms) {
+    case Norms::kHalfOne:
+      return add_block<Norms::kHalfOne>(values, count, p, q, sums);
+    case Norms::kHalfTwo:
+      return add_block<Norms::kHalfTwo>(values, count, p, q, sums);
+    case Norms::kOneTwo:
+      return add_block<Norms::kOneTwo>(values, count, p, q, sums);
+    case Norms::kAny:
+      return add_block<Norms::kAny>(values, count, p, q, sums);
+  }
+}
+
+// The block's weights with 0 for those pruned, which adds nothing; and how many are not.
+template <typename Real>
+PDP_INLINE int load_kept(Array weight, const bool* kept, int64_t offset, int count, Real* buffer) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(kept + offset);
+  visit(weight.data, weight.type, [&](const auto* data) PDP_LAMBDA {
+    for (int i = 0; i < count; ++i) {
+      const Real value = static_cast<Real>(widen(data[offset + i]));
+      buffer[i] = bytes[i] != 0 ? value : Real(0);
+    }
+  });
+  int unpruned = 0;
+  for (int i = 0; i < count; ++i) unpruned += bytes[i] != 0;
+  return unpruned;
+}
+
+struct Request {
+  Norms norms;
+  double p, q;
+};
+
+template <typename Real>
+PDP_INLINE PowerSums sum_range(const Request& request, const Rows& tensor, int64_t begin,
+                               int64_t end) {
+  PowerSums sums{};
+  Real buffer[kBlock];
+  for (int64_t offset = begin; offset < end; offset += kBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - offset));
+    const Real* values = buffer;
+    if (tensor.kept != nullptr) {
+      sums.count += load_kept(tensor.weight, tensor.kept, offset, count, buffer);
+    } else {
+      sums.count += count;
+      values = load(tensor.weight, offset, count, buffer);
+    }
+    add_block(request.norms, values, count, request.p, request.q, sums);
+  }
+  return sums;
+}
+
+// target_clones takes functions, not templates.
+PDP_MULTIVERSION PowerSums sum_float(const Request& request, const Rows& tensor, int64_t begin,
+                                     int64_t end) {
+  return sum_range<float>(request, tensor, begin, end);
+}
+PDP_MULTIVERSION PowerSums sum_double(const Request& request, const Rows& tensor, int64_t begin,
+                                      int64_t end) {
+  return sum_range<double>(request, tensor, begin, end);
+}
+
+PowerSums sum(const Request& request, const Rows& tensor, int64_t begin, int64_t end) {
+  const bool is_double = tensor.weight.type == WeightType::kFloat64;
+  return (is_double ? sum_double : sum_float)(request, tensor, begin, end);
+}
+
+// How a tensor is cut into units: a long row into tiles, whose sums come into `parts`; short rows
+// are taken several at a time.
+struct Cut {
+  int64_t row_size;
+  int64_t rows_per_unit;
+  int64_t units_per_row;
+  int64_t first_unit;  // among those of all tensors
+  int64_t first_group;
+
+  int64_t units(int64_t rows) const {
+    return units_per_row > 1 ? rows * units_per_row : (rows + rows_per_unit - 1) / rows_per_unit;
+  }
+};
+
+std::vector<Cut> cut(const std::vector<Rows>& tensors) {
+  std::vector<Cut> cuts;
+  int64_t units = 0, groups = 0;
+  for (const Rows& tensor : tensors) {
+    const int64_t row_size = tensor.rows > 0 ? tensor.numel / tensor.rows : 0;
+    cuts.push_back({row_size, std::max<int64_t>(1, kTile / std::max<int64_t>(1, row_size)),
+                    (row_size + kTile - 1) / kTile, units, groups});
+    units += cuts.back().units(tensor.rows);
+    groups += tensor.rows;
+  }
+  cuts.push_back({0, 1, 0, units, groups});
+  return cuts;
+}
+
+}  // namespace
+
+void power_sums(const std::vector<Rows>& tensors, double p, double q, PowerSums* results,
+                ParallelFor parallel_for) {
+  const Request request{norms_of(p, q), p, q};
+  const std::vector<Cut> cuts = cut(tensors);
+  const int64_t units = cuts.back().first_unit;
+  std::vector<PowerSums> parts(units);
+
+  const auto run_unit = [&](size_t i, int64_t unit) {
+    const Rows& tensor = tensors[i];
+    const Cut& cut = cuts[i];
+    if (cut.units_per_row > 1) {
+      const int64_t row = unit / cut.units_per_row, tile = unit % cut.units_per_row;
+      const int64_t begin = row * cut.row_size + tile * kTile;
+      const int64_t end = std::min(begin + kTile, (row + 1) * cut.row_size);
+      parts[cut.first_unit + unit] = sum(request, tensor, begin, end);
+      return;
+    }
+    const int64_t first = unit * cut.rows_per_unit;
+    const int64_t last = std::min(first + cut.rows_per_unit, tensor.rows);
+    for (int64_t row = first; row < last; ++row) {
+      results[cut.first_group + row] =
+          sum(request, tensor, row * cut.row_size, (row + 1) * cut.row_size);
+    }
+  };
+
+  int64_t numel = 0;
+  for (const Rows& tensor : tensors) numel += tensor.numel;
+  // What one unit could hold is not worth a second thread.
+  const int64_t grain = numel <= kTile ? std::max<int64_t>(1, units) : 1;
+  parallel_for(units, grain, [&](int64_t begin, int64_t end) {
+    const auto after = [](int64_t unit, const Cut& cut) { return unit < cut.first_unit; };
+    size_t i = std::upper_bound(cuts.begin(), cuts.end(), begin, after) - cuts.begin() - 1;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      while (unit >= cuts[i + 1].first_unit) ++i;
+      run_unit(i, unit - cuts[i].first_unit);
+    }
+  });
+
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (cuts[i].units_per_row <= 1) continue;
+    const PowerSums* part = &parts[cuts[i].first_unit];
+    for (int64_t row = 0; row < tensors[i].rows; ++row) {
+      PowerSums total{};
+      for (int64_t tile = 0; tile < cuts[i].units_per_row; ++tile, ++part) {
+        total = total + *part;
+      }
+      results[cuts[i].first_group + row] = total;
+    }
+  }
+}
+
+}  // namespace pdp::cpu
