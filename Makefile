@@ -41,7 +41,8 @@ gpu:
 $(VENV)/tools: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
-	$(VENV)/bin/pip install --quiet "$(TORCH)" --group build --group test --group bench --group lint
+	$(VENV)/bin/pip install --quiet "$(TORCH)" --group build --group test --group bench --group examples \
+		--group lint
 	touch $@
 
 $(VENV)/built: $(VENV)/tools $(SOURCES)

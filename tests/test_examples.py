@@ -35,3 +35,15 @@ def test_sap_mnist(tmp_path):
     for picture in ("accuracy.png", "pq_index.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert "accuracy at equal remaining weights" in output
+
+
+def test_remove_dead_channels():
+    for package in ("sklearn", "torch_pruning", "tqdm"):
+        pytest.importorskip(package)
+    output = run_example("remove_dead_channels.py", "--epochs", 1, "--sparsity", 0.5)
+    masked, smaller, difference = output.strip().splitlines()[-3:]
+    weights = [int(line.split()[1].replace(",", "")) for line in (masked, smaller)]
+    # Half of the channels between two convolutions of 32 x 64 x 9 weights, in each of 3 blocks.
+    assert weights[0] - weights[1] == 3 * (2 * 32 * 32 * 9 + 2 * 32)
+    assert masked.split("accuracy")[1] == smaller.split("accuracy")[1]
+    assert float(difference.split(":")[1]) < 1e-4
