@@ -100,15 +100,14 @@ def index_of(power_sums: Tensor, p: float, q: float) -> Tensor:
 
     Written as 1 - (S_p / S_q^(p/q) d^(p/q - 1))^(1/p): the quotient of the norms to the power p
     lies between 1 and d^(1 - p/q), so that no step overflows however many or large the weights, and
-    there is no logarithm to lose digits of a result near 0.
+    there is no logarithm to lose digits of a result near 0. One of equal weights is 0 to 1e-14.
     """
     count, sum_p, sum_q = power_sums.unbind(-1)
-    ratio = sum_p / sum_q ** (p / q) * count ** (p / q - 1)
-    # A denormal power has lost digits; |w| itself, and its roots, have not.
-    smallest = torch.finfo(torch.float64).tiny if q > 1 else 0.0
-    lost = (sum_q < smallest) | sum_q.isinf()
-    index = torch.where(lost, math.nan, 1 - ratio ** (1 / p))
-    return torch.where(sum_p == 0, 0.0, index)
+    index = 1 - (sum_p / sum_q ** (p / q) * count ** (p / q - 1)) ** (1 / p)
+    index = index.masked_fill(sum_q == math.inf, math.nan)
+    if q > 1:  # a denormal power has lost digits; |w| itself, and its roots, have not
+        index = index.masked_fill(sum_q < torch.finfo(torch.float64).tiny, math.nan)
+    return index.masked_fill(sum_p == 0, 0.0)
 
 
 def _list_of_masks(mask: Sequence[Tensor | None] | None, count: int) -> list[Tensor | None]:

@@ -10,16 +10,21 @@ namespace {
 
 // Weights summed by one call: the unit of work, and of the order in which sums are added up. Of
 // short rows a unit has as many as fit in.
-constexpr int64_t kTile = 16384;
+constexpr int64_t kSumTile = 16384;
 
 // Weights added up in lanes before the lanes are added: few enough that a lane loses nothing.
-constexpr int kBlock = 1024;
+constexpr int kSumBlock = 1024;
 
 // Independent sums, for the vectors of every instruction set and the latency of an addition.
-constexpr int kLanes = 32;
+constexpr int kSumLanes = 32;
+
+// Bytes ahead that weights are asked for, since the CPU's own prefetching stops at each page: of 25
+// million float32 weights each takes 0.50 ns with it and 0.69 ns without.
+constexpr int kPrefetchAhead = 8192;
+constexpr int kCacheLine = 64;
 
 PDP_INLINE double add_lanes(double* lanes) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+  for (int half = kSumLanes / 2; half > 0; half /= 2) {
     for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
   }
   return lanes[0];
@@ -27,15 +32,18 @@ PDP_INLINE double add_lanes(double* lanes) {
 
 template <Norms kNorms, typename Real>
 PDP_INLINE void add_block(const Real* values, int count, double p, double q, PowerSums& sums) {
-  double p_lanes[kLanes] = {}, q_lanes[kLanes] = {};
+  double p_lanes[kSumLanes] = {}, q_lanes[kSumLanes] = {};
   const auto add = [&](int lane, Real value) PDP_LAMBDA {
     const Real magnitude = std::fabs(value);
     p_lanes[lane] += power_p<kNorms>(magnitude, p);
     q_lanes[lane] += power_q<kNorms>(magnitude, q);
   };
   const Real* end = values + count;
-  for (; end - values >= kLanes; values += kLanes) {
-    for (int j = 0; j < kLanes; ++j) add(j, values[j]);
+  for (; end - values >= kSumLanes; values += kSumLanes) {
+    const char* ahead = reinterpret_cast<const char*>(values) + kPrefetchAhead;
+    constexpr int kBytes = kSumLanes * sizeof(Real);
+    for (int byte = 0; byte < kBytes; byte += kCacheLine) __builtin_prefetch(ahead + byte);
+    for (int j = 0; j < kSumLanes; ++j) add(j, values[j]);
   }
   for (int j = 0; values < end; ++j, ++values) add(j, *values);
   sums.p += add_lanes(p_lanes);
@@ -81,9 +89,9 @@ template <typename Real>
 PDP_INLINE PowerSums sum_range(const Request& request, const Rows& tensor, int64_t begin,
                                int64_t end) {
   PowerSums sums{};
-  Real buffer[kBlock];
-  for (int64_t offset = begin; offset < end; offset += kBlock) {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, end - offset));
+  Real buffer[kSumBlock];
+  for (int64_t offset = begin; offset < end; offset += kSumBlock) {
+    const int count = static_cast<int>(std::min<int64_t>(kSumBlock, end - offset));
     const Real* values = buffer;
     if (tensor.kept != nullptr) {
       sums.count += load_kept(tensor.weight, tensor.kept, offset, count, buffer);
@@ -130,8 +138,8 @@ std::vector<Cut> cut(const std::vector<Rows>& tensors) {
   int64_t units = 0, groups = 0;
   for (const Rows& tensor : tensors) {
     const int64_t row_size = tensor.rows > 0 ? tensor.numel / tensor.rows : 0;
-    cuts.push_back({row_size, std::max<int64_t>(1, kTile / std::max<int64_t>(1, row_size)),
-                    (row_size + kTile - 1) / kTile, units, groups});
+    cuts.push_back({row_size, std::max<int64_t>(1, kSumTile / std::max<int64_t>(1, row_size)),
+                    (row_size + kSumTile - 1) / kSumTile, units, groups});
     units += cuts.back().units(tensor.rows);
     groups += tensor.rows;
   }
@@ -153,8 +161,8 @@ void power_sums(const std::vector<Rows>& tensors, double p, double q, PowerSums*
     const Cut& cut = cuts[i];
     if (cut.units_per_row > 1) {
       const int64_t row = unit / cut.units_per_row, tile = unit % cut.units_per_row;
-      const int64_t begin = row * cut.row_size + tile * kTile;
-      const int64_t end = std::min(begin + kTile, (row + 1) * cut.row_size);
+      const int64_t begin = row * cut.row_size + tile * kSumTile;
+      const int64_t end = std::min(begin + kSumTile, (row + 1) * cut.row_size);
       parts[cut.first_unit + unit] = sum(request, tensor, begin, end);
       return;
     }
@@ -169,7 +177,7 @@ void power_sums(const std::vector<Rows>& tensors, double p, double q, PowerSums*
   int64_t numel = 0;
   for (const Rows& tensor : tensors) numel += tensor.numel;
   // What one unit could hold is not worth a second thread.
-  const int64_t grain = numel <= kTile ? std::max<int64_t>(1, units) : 1;
+  const int64_t grain = numel <= kSumTile ? std::max<int64_t>(1, units) : 1;
   parallel_for(units, grain, [&](int64_t begin, int64_t end) {
     const auto after = [](int64_t unit, const Cut& cut) { return unit < cut.first_unit; };
     size_t i = std::upper_bound(cuts.begin(), cuts.end(), begin, after) - cuts.begin() - 1;
