@@ -35,6 +35,8 @@ PDP_INLINE double dot(const Real* a, const Real* b, int count) {
   double lanes[kLanes] = {};
   int i = 0;
   for (; i + kLanes <= count; i += kLanes) {
+    prefetch_ahead(a + i, kLanes);
+    if (a != b) prefetch_ahead(b + i, kLanes);
     for (int lane = 0; lane < kLanes; ++lane) {
       lanes[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
     }

@@ -25,7 +25,9 @@ PDP_INLINE void find_thresholds(const GroupSelection& selection, Array weight, G
   GroupBlock<typename Magnitude<Real>::Key> keys;
   if (layout.members == 4 && layout.stride == 1) {
     Real buffer[4 * kGroups];
-    sort_fours(load(weight, 4 * first, 4 * count, buffer), count, keys);
+    const Real* values = load(weight, 4 * first, 4 * count, buffer);
+    prefetch_ahead(values, 4 * count);
+    sort_fours(values, count, keys);
   } else {
     GroupBlock<Real> weights;
     read_block(weight, layout, first, count, weights);
@@ -128,6 +130,7 @@ struct Backward {
       Real* __restrict results = destination(grad, offset, buffers[1]);
       if (grad_w_hat.data != nullptr) {
         const Real* gradients = load(grad_w_hat, offset, length, buffers[2]);
+        prefetch_ahead(gradients, length);
         for (int i = 0; i < length; ++i) {
           const Mask<Real, kRelative> at(thresholds[i], tau);
           results[i] = gradients[i] * at.weight_gradient(values[i]);
