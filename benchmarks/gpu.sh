@@ -38,7 +38,7 @@ export TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1
 
 # A small matrix of every kernel: each tool runs it some 10 to 50 times slower than it is.
 SANITIZED=(tests/test_threshold.py tests/test_hard_mask.py tests/test_soft_mask.py tests/test_soft_mask_nm.py
-  tests/test_soft_mask_channel.py
+  tests/test_soft_mask_channel.py tests/test_pq_index.py
   -k "gpu and (mixed or special or tiles or layouts or out_dtype or unusual)")
 
 part environment environment
@@ -59,6 +59,8 @@ part benchmark-2to4 "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloa
   --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4 --out "$OUT/2to4"
 part benchmark-channel "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
   --inputs conv-1x1 conv-3x3 100663296 resnet50 --steps copy mask-channel --out "$OUT/channel"
+part benchmark-pq-index "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
+  --inputs 100663296 resnet50 gpt2 --steps copy pq-index --out "$OUT/pq-index"
 part sparse-linear "$PYTHON" -m benchmarks.sparse_linear --out "$OUT/sparse_linear.json"
 
 if ((${#failed[@]})); then

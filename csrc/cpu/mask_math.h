@@ -10,15 +10,15 @@
 namespace pdp::cpu {
 
 // e^-x for x >= 0, to one unit in the last place: e^-x = 2^n e^r with |r| <= ln(2) / 2, e^r by its
-// Taylor series (the next term is below 6e-9), 2^n in two factors, so that denormal results are
-// reached.
+// Taylor series (the next term is below 6e-9). Below the smallest normal number it is 0: some CPUs
+// take a hundred times as long over denormals, which made the mask of ResNet-50 3 times as slow.
 PDP_INLINE float exp_negative(float x) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High =
       0.693145752f;  // ln 2 with 9 zero bits at the end: n * kLn2High is exact
   constexpr float kLn2Low = 1.42860677e-6f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer below
-  constexpr float kUnderflow = 104.0f;   // e^-104 rounds to 0
+  constexpr float kUnderflow = 87.33f;   // e^-87.33 is 2^-126 (1 + 1e-3)
   const float y = x > kUnderflow ? -kUnderflow : -x;
   const float shifted = y * kLog2E + kRound;
   const float n = shifted - kRound;
@@ -32,8 +32,8 @@ PDP_INLINE float exp_negative(float x) {
   series = series * r + 1.0f;
   series = series * r + 1.0f;
   const int32_t power = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(kRound);
-  const int32_t half = power >> 1;
-  return series * bit_cast<float>((half + 127) << 23) * bit_cast<float>((power - half + 127) << 23);
+  const float result = series * bit_cast<float>((power + 127) << 23);
+  return x > kUnderflow ? 0.0f : result;
 }
 
 PDP_INLINE double exp_negative(double x) { return std::exp(-x); }

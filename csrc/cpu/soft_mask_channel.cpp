@@ -21,8 +21,10 @@ constexpr int64_t kPiece = 32768;
 // Of rows of all channels no more: every piece has a sum for each channel.
 constexpr int64_t kMostRowPieces = 64;
 
+// Of a channel's neighbours fewer are a short run: see columns_of.
 constexpr int64_t kShortRun = 64;
 
+// Independent sums, for the latency of an addition.
 constexpr int kLanes = 16;
 
 // From this many channels on they are shared out among threads whole.
