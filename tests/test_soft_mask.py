@@ -195,6 +195,16 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
             assert w_hat.stride() == mask.stride() == back.stride() == weight.stride()
 
 
+def test_native_masks_are_never_denormal():
+    """Some CPUs take a hundred times as long over denormals."""
+    weight = torch.linspace(0, 1, 10_001)
+    t, tau = scalars(weight, 1.0, 1 / 110)  # z from -110 to 0
+    mask = torch.ops.pdp.soft_mask(weight, t, tau, False, None, True)[1]
+    assert mask[0] == 0
+    assert ((mask == 0) | (mask >= torch.finfo(torch.float32).tiny)).all()
+    assert 0 < mask[mask > 0].min() < 1e-37
+
+
 def test_misaligned_pointers(masking):
     base = torch.randn(1001)
     t, tau = scalars(base, 0.7, 0.1)
