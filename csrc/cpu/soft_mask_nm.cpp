@@ -26,7 +26,6 @@ PDP_INLINE void find_thresholds(const GroupSelection& selection, Array weight, G
   if (layout.members == 4 && layout.stride == 1) {
     Real buffer[4 * kGroups];
     const Real* values = load(weight, 4 * first, 4 * count, buffer);
-    prefetch_ahead(values, 4 * count);
     sort_fours(values, count, keys);
   } else {
     GroupBlock<Real> weights;
@@ -93,6 +92,16 @@ PDP_INLINE void for_each_run(const GroupSelection& selection, Array weight, Grou
   });
 }
 
+// Chunks between which the next weights are asked for: the sorting of a block would wait for them,
+// and has nothing to do meanwhile.
+constexpr int kChunk = 128;
+
+template <typename Body>
+PDP_INLINE void for_each_chunk(int length, const Body& body) {
+  for (int begin = 0; begin < length; begin += kChunk)
+    body(begin, std::min(begin + kChunk, length));
+}
+
 struct Forward {
   GroupSelection selection;
   GroupLayout layout;
@@ -105,11 +114,14 @@ struct Forward {
       const Real* values = load(weight, offset, length, buffers[0]);
       Real* __restrict w_hats = destination(w_hat, offset, buffers[1]);
       Real* __restrict masks = destination(mask, offset, buffers[2]);
-      for (int i = 0; i < length; ++i) {
-        const Real m = Mask<Real, kRelative>(thresholds[i], tau).value(values[i]);
-        w_hats[i] = m * values[i];
-        masks[i] = m;
-      }
+      for_each_chunk(length, [&](int begin, int end) PDP_LAMBDA {
+        prefetch_ahead(values + begin, end - begin);
+        for (int i = begin; i < end; ++i) {
+          const Real m = Mask<Real, kRelative>(thresholds[i], tau).value(values[i]);
+          w_hats[i] = m * values[i];
+          masks[i] = m;
+        }
+      });
       store(w_hats, buffers[1], w_hat, offset, length);
       store(masks, buffers[2], mask, offset, length);
     };
@@ -130,11 +142,14 @@ struct Backward {
       Real* __restrict results = destination(grad, offset, buffers[1]);
       if (grad_w_hat.data != nullptr) {
         const Real* gradients = load(grad_w_hat, offset, length, buffers[2]);
-        prefetch_ahead(gradients, length);
-        for (int i = 0; i < length; ++i) {
-          const Mask<Real, kRelative> at(thresholds[i], tau);
-          results[i] = gradients[i] * at.weight_gradient(values[i]);
-        }
+        for_each_chunk(length, [&](int begin, int end) PDP_LAMBDA {
+          prefetch_ahead(values + begin, end - begin);
+          prefetch_ahead(gradients + begin, end - begin);
+          for (int i = begin; i < end; ++i) {
+            const Mask<Real, kRelative> at(thresholds[i], tau);
+            results[i] = gradients[i] * at.weight_gradient(values[i]);
+          }
+        });
       } else {
         std::fill_n(results, length, Real(0));
       }
