@@ -4,18 +4,14 @@ Channels are those of dim 0; a weight of one dimension is taken as rows of 3,072
 allows, and as one row otherwise. Providers find the threshold of the norms too.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from benchmarks.batches import Batch, prune_count
 from benchmarks.eager import kthvalue_threshold
-from benchmarks.groups import as_matrix
+from benchmarks.groups import as_matrix, forward_backward
 from benchmarks.truth import TOLERANCE
 from pdp_kernels import pdp_mask_channel
-
-SoftMask = Callable[[Tensor, float], Tensor]
 
 # In units of the norm squared, which is near 1: of 1,000 weights of 0.03, say.
 TAU = 1e-2
@@ -58,25 +54,10 @@ def our_mask(weight: Tensor, sparsity: float) -> Tensor:
     return pdp_mask_channel(weight, sparsity, tau=TAU)
 
 
-def forward_backward(mask: SoftMask):
-    """Provider of (masked weights, gradients)."""
-
-    def prepare(batch: Batch):
-        grads = [with_channels(grad) for grad in batch.grads]
-
-        def run():
-            masked = [mask(with_channels(weight), batch.sparsity) for weight in batch.weights]
-            return masked, torch.autograd.grad(masked, batch.weights, grads)
-
-        return run
-
-    return prepare
-
-
 MASKS = {
-    "eager": forward_backward(eager_mask),
-    "compiled": forward_backward(compiled_mask),
-    "ours": forward_backward(our_mask),
+    "eager": forward_backward(eager_mask, with_channels),
+    "compiled": forward_backward(compiled_mask, with_channels),
+    "ours": forward_backward(our_mask, with_channels),
 }
 
 

@@ -43,14 +43,17 @@ def our_mask(weight: Tensor) -> Tensor:
     return pdp_mask_nm(weight, 2, 4)
 
 
-def forward_backward(mask: Callable[[Tensor], Tensor]):
-    """Provider of (masked weights, gradients)."""
+def forward_backward(
+    mask: Callable[[Tensor, float], Tensor], view: Callable[[Tensor], Tensor] = as_matrix
+):
+    """Provider of (masked weights, gradients): mask(weight, sparsity), with weights seen through
+    `view`."""
 
     def prepare(batch: Batch):
-        grads = [as_matrix(grad) for grad in batch.grads]
+        grads = [view(grad) for grad in batch.grads]
 
         def run():
-            masked = [mask(as_matrix(weight)) for weight in batch.weights]
+            masked = [mask(view(weight), batch.sparsity) for weight in batch.weights]
             return masked, torch.autograd.grad(masked, batch.weights, grads)
 
         return run
@@ -77,9 +80,10 @@ def eager_pack(matrix: Tensor) -> Packed:
 
 PACKERS = {"eager": pack(eager_pack), "ours": pack(compress_2to4)}
 MASKS = {
-    "eager": forward_backward(eager_mask),
-    "compiled": forward_backward(compiled_mask),
-    "ours": forward_backward(our_mask),
+    # The pattern is the sparsity.
+    "eager": forward_backward(lambda weight, _: eager_mask(weight)),
+    "compiled": forward_backward(lambda weight, _: compiled_mask(weight)),
+    "ours": forward_backward(lambda weight, _: our_mask(weight)),
 }
 
 

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/version.h>
 
-#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -41,15 +40,10 @@ Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   return Tensor(result);
 }
 
-bool same_strides(const Tensor& a, const Tensor& b) {
-  const auto left = a.strides(), right = b.strides();
-  return std::equal(left.begin(), left.end(), right.begin(), right.end());
-}
-
 // The values in the memory order of `layout`, which empty_like() made: the tensor itself where it
 // lies so already (every dense layout does), else a copy.
 Tensor in_order_of(const Tensor& layout, const Tensor& values) {
-  if (same_strides(layout, values)) return values;
+  if (pdp::same_order(layout, values)) return values;
   Tensor copy = empty_like(layout, values.scalar_type());
   torch::stable::copy_(copy, values);
   return copy;

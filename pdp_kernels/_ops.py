@@ -185,6 +185,15 @@ def _example(arg, dim, index):
     return arg.select(dim, index) if isinstance(dim, int) else arg
 
 
+def _examples(tensors, dims, batch_size):
+    """Those of a list of tensors as one longer list: all of the first example, then the next."""
+    return [
+        _example(tensor, dim, index)
+        for index in range(batch_size)
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+
+
 def _vmap_lists(call):
     """The vmap rule of an operator whose first argument is a list of weights.
 
@@ -193,11 +202,7 @@ def _vmap_lists(call):
 
     def rule(info, in_dims, weights, values):
         weight_dims, value_dims = in_dims
-        examples = [
-            _example(weight, dim, index)
-            for index in range(info.batch_size)
-            for weight, dim in zip(weights, weight_dims, strict=True)
-        ]
+        examples = _examples(weights, weight_dims, info.batch_size)
         if isinstance(values, Tensor):
             values = torch.cat(
                 [_example(values, value_dims, index) for index in range(info.batch_size)]
@@ -211,18 +216,11 @@ def _vmap_lists(call):
 
 def _vmap_power_sums(info, in_dims, weights, masks, p, q, per_row):
     """The vmap rule of power_sums: the examples of all weights form one longer list here too."""
-
-    def examples(tensors, dims):
-        return [
-            _example(tensor, dim, index)
-            for index in range(info.batch_size)
-            for tensor, dim in zip(tensors, dims, strict=True)
-        ]
-
-    weight_dims, mask_dims = in_dims[:2]
-    sums = torch.ops.pdp.power_sums(
-        examples(weights, weight_dims), examples(masks, mask_dims), p, q, per_row
+    weights, masks = (
+        _examples(tensors, dims, info.batch_size)
+        for tensors, dims in zip((weights, masks), in_dims[:2], strict=True)
     )
+    sums = torch.ops.pdp.power_sums(weights, masks, p, q, per_row)
     return sums.unflatten(0, (info.batch_size, -1)), 0
 
 

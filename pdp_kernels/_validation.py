@@ -66,6 +66,12 @@ def check_constant(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must not require a gradient: it is a constant; detach it")
 
 
+def check_one_given(sparsity: float | Tensor | None, threshold: Tensor | None) -> None:
+    if (sparsity is None) == (threshold is None):
+        given = "neither" if sparsity is None else "both"
+        raise ValueError(f"exactly one of sparsity and threshold must be given, got {given}")
+
+
 def check_threshold(threshold: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(threshold, Tensor):
         raise TypeError(f"threshold must be a 0-d torch.Tensor, got {type(threshold).__name__}")
@@ -136,10 +142,14 @@ def check_pruned(pruned: int, n: int, m: int) -> None:
         raise ValueError(f"pruned must be in [0, m - n] = [0, {m - n}], got {pruned}")
 
 
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def check_exponents(p: float, q: float) -> None:
     for name, value in (("p", p), ("q", q)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        check_number(name, value)
     if not 0 < p < q < math.inf:
         raise ValueError(f"p and q must satisfy 0 < p < q < inf, got p = {p}, q = {q}")
 
@@ -200,8 +210,7 @@ def check_kept_counts(kept: int | Tensor, index: Tensor) -> None:
 def check_sap_settings(p: float, q: float, eta: float, gamma: float, beta: float) -> None:
     check_exponents(p, q)
     for name, value in (("eta", eta), ("gamma", gamma), ("beta", beta)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        check_number(name, value)
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta must be at least 0 and finite, got {eta}")
     if not 0 < gamma < math.inf:

@@ -93,6 +93,12 @@ def mask_exponent(weight: Tensor, threshold: Tensor, tau: Tensor, relative: bool
     return ((magnitude - threshold) / scale) * ((magnitude + threshold.abs()) / scale) / tau
 
 
+def sigmoid_slope(z: Tensor) -> Tensor:
+    """m (1 - m), without the cancellation of m - m^2."""
+    decay = torch.exp(-z.abs())
+    return decay / (1 + decay) ** 2
+
+
 def soft_mask(
     weight: Tensor,
     threshold: Tensor,
@@ -118,8 +124,7 @@ def soft_mask_backward(
 ) -> Tensor:
     """dw = g (m + 2 w^2/tau m(1-m)) + g_m 2 w/tau m(1-m) (Eq. 2, and through the mask itself)."""
     z = mask_exponent(weight, threshold, tau, relative)
-    decay = torch.exp(-z.abs())
-    slope = decay / (1 + decay) ** 2  # m (1 - m), without the cancellation of m - m^2
+    slope = sigmoid_slope(z)
     scale, tau = scale_and_temperature(threshold, tau, relative)
     scaled = weight.to(threshold.dtype) / scale
     grad = torch.zeros_like(z)
@@ -250,8 +255,7 @@ def soft_mask_channel_backward(
     temperature in a layer of small weights.
     """
     z = mask_exponent(norms, threshold, tau, relative)
-    decay = torch.exp(-z.abs())
-    slope = decay / (1 + decay) ** 2
+    slope = sigmoid_slope(z)
     scale, tau = scale_and_temperature(threshold, tau, relative)
     factor = torch.where(slope == 0, 0, 2 * (norms / scale) / tau * slope)
     through_mask = torch.zeros_like(norms, dtype=torch.float64)

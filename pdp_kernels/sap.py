@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pdp_kernels._layers import layer_weights
 from pdp_kernels._validation import (
     check_index,
     check_kept_counts,
@@ -19,7 +20,6 @@ from pdp_kernels._validation import (
     check_weight,
 )
 from pdp_kernels.pq_index import pq_index
-from pdp_kernels.semi_structured import GROUPED_LAYERS, layer_weights
 
 # Bounds the rounding error of a PQ Index: the largest measured was 1e-13, with up to 10^7 equal
 # weights among zeros (p = 0.1, q = 1). Of a group of 10^10 weights it is still less than one.
@@ -159,7 +159,6 @@ class SAPPruner:
             "p": float(p), "q": float(q), "eta": float(eta), "gamma": float(gamma),
             "beta": float(beta), "scope": scope, "rewind": rewind,
         }  # fmt: skip
-        self._scope = scope
         self._masks = [
             torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
             for weight in self._weights.values()
@@ -197,10 +196,14 @@ class SAPPruner:
             raise TypeError(f"accuracy must be a number or None, got {type(accuracy).__name__}")
         weights = [weight.detach() for weight in self._weights.values()]
         p, q = self._settings["p"], self._settings["q"]
-        overall = float(pq_index(weights, p, q, mask=self._masks, scope="global"))
+        together = pq_index(weights, p, q, mask=self._masks, scope="global")
+        overall = float(together)
         if not math.isfinite(overall):
             raise ValueError(f"model must have finite weights, got a PQ Index of {overall}")
-        indices = pq_index(weights, p, q, mask=self._masks, scope=self._scope)
+        scope = self._settings["scope"]
+        indices = together
+        if scope != "global":
+            indices = pq_index(weights, p, q, mask=self._masks, scope=scope)
         kept_before, sparsity_before = _kept_counts(self._masks), self.sparsity
 
         self._masks = self._pruned(weights, indices)
@@ -319,10 +322,11 @@ class SAPPruner:
         """The masks after a round."""
         settings = {name: self._settings[name] for name in ("p", "q", "eta", "gamma", "beta")}
         masks = self._masks
-        if self._scope == "global":
+        scope = self._settings["scope"]
+        if scope == "global":
             count = sap_prune_counts(indices, sum(_kept_counts(masks)), **settings)
             return _prune_group(weights, masks, count)
-        if self._scope == "layer":
+        if scope == "layer":
             kept = torch.stack([mask.sum() for mask in masks])
             counts = sap_prune_counts(indices, kept, **settings)
             return [
@@ -337,7 +341,7 @@ class SAPPruner:
         return pruned
 
     def _summary(self, indices: Tensor | list[Tensor]) -> dict[str, float]:
-        if self._scope == "global":
+        if self._settings["scope"] == "global":
             return {"global": float(indices)}
         means = [float(index.mean()) for index in indices]
         return dict(zip(self._weights, means, strict=True))
@@ -347,7 +351,7 @@ def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of Linear and convolution layers by their first name, each once."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    weights = {names[0]: weight for names, weight, _ in layer_weights(model, GROUPED_LAYERS)}
+    weights = {names[0]: weight for names, weight, _ in layer_weights(model)}
     for name, weight in weights.items():
         if not isinstance(weight, nn.Parameter):
             raise ValueError(

@@ -1,6 +1,5 @@
 """From N:M weights to sparse tensor cores: where the pattern breaks, and the conversion."""
 
-from collections.abc import Iterator
 from typing import NamedTuple, overload
 
 import torch
@@ -11,10 +10,9 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
+from pdp_kernels._layers import layer_weights
 from pdp_kernels._validation import check_divisible, check_pattern, check_weight
 from pdp_kernels.compress import COMPRESSED_DTYPES, compress_2to4
-
-GROUPED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class GroupCheck(NamedTuple):
@@ -79,7 +77,7 @@ def check_nm(model_or_tensor, n=2, m=4, dim=-1):
         return _check_groups("", model_or_tensor, n, m, dim)
     checks = [
         _check_groups(names[0], weight, n, m, dim)
-        for names, weight, _ in layer_weights(model_or_tensor, GROUPED_LAYERS)
+        for names, weight, _ in layer_weights(model_or_tensor)
         if not isinstance(weight, SparseSemiStructuredTensor) and _divisible(weight, m, dim)
     ]
     if not checks:
@@ -142,18 +140,6 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
         for layer in layers:
             layer.weight = parameter
     return report
-
-
-def layer_weights(model: nn.Module, kinds) -> Iterator[tuple[list[str], Tensor, list[nn.Module]]]:
-    """The weights of all layers of these kinds, each once: its names, itself, its layers."""
-    owners = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, kinds):
-            weight = layer.weight
-            names, _, layers = owners.setdefault(id(weight), ([], weight, []))
-            names.append(f"{name}.weight" if name else "weight")
-            layers.append(layer)
-    yield from owners.values()
 
 
 def _backend() -> type[SparseSemiStructuredTensor]:

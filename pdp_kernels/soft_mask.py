@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pdp_kernels._autograd import MaskedWeight
 from pdp_kernels._validation import (
+    check_one_given,
     check_out_dtype,
     check_temperature,
     check_threshold,
@@ -76,9 +77,7 @@ def pdp_mask(
     """
     check_weight("weight", weight)
     check_out_dtype(out_dtype)
-    if (sparsity is None) == (threshold is None):
-        given = "neither" if sparsity is None else "both"
-        raise ValueError(f"exactly one of sparsity and threshold must be given, got {given}")
+    check_one_given(sparsity, threshold)
     dtype = threshold_dtype([weight])
     temperature, relative = temperature_of(weight, tau, relative_tau)
     if threshold is None:

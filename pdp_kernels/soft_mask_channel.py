@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from pdp_kernels._autograd import MaskedChannels
+from pdp_kernels._layers import PRUNABLE_LAYERS
 from pdp_kernels._validation import (
     check_dim,
     check_norm,
+    check_one_given,
     check_out_dtype,
     check_threshold,
     check_weight,
@@ -18,8 +20,6 @@ from pdp_kernels.hard_mask import hard_mask
 from pdp_kernels.reference import threshold_dtype
 from pdp_kernels.soft_mask import autocast_dtype, temperature_of
 from pdp_kernels.threshold import pdp_threshold
-
-CHANNEL_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def pdp_mask_channel(
@@ -84,9 +84,7 @@ def pdp_mask_channel(
     check_dim("weight", weight, dim)
     check_norm(norm)
     check_out_dtype(out_dtype)
-    if (sparsity is None) == (threshold is None):
-        given = "neither" if sparsity is None else "both"
-        raise ValueError(f"exactly one of sparsity and threshold must be given, got {given}")
+    check_one_given(sparsity, threshold)
     temperature, relative = temperature_of(weight, tau, relative_tau)
     if threshold is not None:
         check_threshold(threshold, threshold_dtype([weight]), weight.device)
@@ -203,7 +201,7 @@ def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
 
 def _channel_reports(model: nn.Module, dim: int) -> Iterator[ChannelReport]:
     for name, layer in model.named_modules():
-        if not isinstance(layer, CHANNEL_LAYERS) or (dim == 1 and getattr(layer, "groups", 1) > 1):
+        if not isinstance(layer, PRUNABLE_LAYERS) or (dim == 1 and getattr(layer, "groups", 1) > 1):
             continue
         live = layer.weight.detach().transpose(0, dim).flatten(1).count_nonzero(1)
         dead = (live == 0).nonzero().flatten().tolist()

@@ -37,6 +37,13 @@ def mask_exponent(w, t, scale, tau, RELATIVE: tl.constexpr):
 
 
 @triton.jit
+def mask_and_slope(z):
+    """m = sigmoid(z), and m (1 - m) without the cancellation of m - m^2"""
+    decay = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0, 1.0, decay) / (1 + decay), decay / ((1 + decay) * (1 + decay))
+
+
+@triton.jit
 def soft_mask_value(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
     """m = sigmoid(z)"""
     scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
@@ -50,9 +57,7 @@ def soft_mask_slopes(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
     """(m + 2 w^2/tau m(1-m), 2 w/tau m(1-m)): the derivatives of w_hat and of m."""
     scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
     z = mask_exponent(w, t, scale, tau, RELATIVE)
-    decay = tl.exp(-tl.abs(z))
-    m = tl.where(z >= 0, 1.0, decay) / (1 + decay)
-    slope = decay / ((1 + decay) * (1 + decay))  # m (1 - m)
+    m, slope = mask_and_slope(z)
     scaled = w / scale if RELATIVE else w
     factor = scaled / scale if RELATIVE else w
     # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from pdp_kernels.triton_kernels.soft_mask import (
     in_order_of,
+    mask_and_slope,
     mask_exponent,
     scale_and_temperature,
     soft_mask_value,
@@ -76,10 +77,11 @@ class Layout(NamedTuple):
 
 
 @triton.jit
-def _channels(channels, CHANNELS: tl.constexpr):
-    """The channels of this program, and which of them exist."""
-    channel = (tl.program_id(0) % tl.cdiv(channels, CHANNELS)) * CHANNELS + tl.arange(0, CHANNELS)
-    return channel.to(tl.int64), channel < channels
+def _place(channels, CHANNELS: tl.constexpr):
+    """The number of this program's tile or piece; its channels, and which of them exist."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    channel = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
+    return tl.program_id(0) // blocks, channel.to(tl.int64), channel < channels
 
 
 @triton.jit
@@ -107,8 +109,7 @@ def _products_kernel(
 ):
     """sums[piece, channel] of left * right, in float64: products of two float32 numbers are exact
     in it, and no square leaves its range."""
-    channel, exists = _channels(channels, CHANNELS)
-    piece = tl.program_id(0) // tl.cdiv(channels, CHANNELS)
+    piece, channel, exists = _place(channels, CHANNELS)
     sums = tl.zeros((CHANNELS, INNER), tl.float64)
     for index in range(TILES):
         tile = piece * TILES + index
@@ -135,8 +136,7 @@ def _soft_mask_channel_fwd_kernel(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    channel, exists = _channels(channels, CHANNELS)
-    tile = tl.program_id(0) // tl.cdiv(channels, CHANNELS)
+    tile, channel, exists = _place(channels, CHANNELS)
     t = tl.load(threshold_ptr)
     norm = tl.load(norms_ptr + channel, mask=exists, other=0)
     m = soft_mask_value(norm, t, tl.load(tau_ptr), RELATIVE, TINY)
@@ -169,17 +169,14 @@ def _soft_mask_channel_bwd_kernel(
     INNER: tl.constexpr,
 ):
     """dW = m g + pull W. WHOLE: a tile holds whole channels, and <g, W> is found here."""
-    channel, exists = _channels(channels, CHANNELS)
-    tile = tl.program_id(0) // tl.cdiv(channels, CHANNELS)
+    tile, channel, exists = _place(channels, CHANNELS)
     offsets, inside = _offsets(tile, channel, exists, channels, inner, INNER)
     t, tau = tl.load(threshold_ptr), tl.load(tau_ptr)
     w = tl.load(weight_ptr + offsets, mask=inside, other=0).to(t.dtype)
     norm = tl.load(norms_ptr + channel, mask=exists, other=0)
     scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
     z = mask_exponent(norm, t, scale, tau, RELATIVE)
-    decay = tl.exp(-tl.abs(z))
-    m = tl.where(z >= 0, 1.0, decay) / (1 + decay)
-    slope = decay / ((1 + decay) * (1 + decay))  # m (1 - m)
+    m, slope = mask_and_slope(z)
     # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
     ratio = norm / scale if RELATIVE else norm
     factor = tl.where(slope == 0, 0.0, 2 * ratio / tau * slope).to(tl.float64)

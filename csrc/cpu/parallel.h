@@ -43,4 +43,13 @@ PDP_INLINE void prefetch_ahead(const Value* values, int count) {
   }
 }
 
+// The sum of independent sums, a power of two of them.
+template <int kLanes>
+PDP_INLINE double add_lanes(double (&lanes)[kLanes]) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
 }  // namespace pdp::cpu

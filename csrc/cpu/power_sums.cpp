@@ -18,13 +18,6 @@ constexpr int kSumBlock = 1024;
 // Independent sums, for the vectors of every instruction set and the latency of an addition.
 constexpr int kSumLanes = 32;
 
-PDP_INLINE double add_lanes(double* lanes) {
-  for (int half = kSumLanes / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  }
-  return lanes[0];
-}
-
 template <Norms kNorms, typename Real>
 PDP_INLINE void add_block(const Real* values, int count, double p, double q, PowerSums& sums) {
   double p_lanes[kSumLanes] = {}, q_lanes[kSumLanes] = {};

@@ -45,10 +45,7 @@ PDP_INLINE double dot(const Real* a, const Real* b, int count) {
   }
   double sum = 0;
   for (; i < count; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0] + sum;
+  return add_lanes(lanes) + sum;
 }
 
 // Calls body(offset in memory, channel, length) for the stretches of [begin, end) of the storage:

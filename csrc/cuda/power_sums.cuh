@@ -15,6 +15,7 @@
 #include "block.cuh"
 #include "launch.cuh"
 #include "thresholds.cuh"
+#include "upload.cuh"
 
 namespace pdp {
 
@@ -63,21 +64,8 @@ struct SumPlan {
   int64_t longs;
 };
 
-// As the table of weight_table.cuh, the entries travel as a kernel argument of at most 32,764
-// bytes.
 constexpr int kSmallSumChunk = 16;
 constexpr int kLargeSumChunk = 480;
-
-template <int kCapacity>
-struct SumChunk {
-  SumEntry entries[kCapacity];
-};
-
-template <int kCapacity>
-__global__ void write_entries_kernel(const __grid_constant__ SumChunk<kCapacity> chunk, int count,
-                                     SumEntry* entries) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) entries[i] = chunk.entries[i];
-}
 
 // The last entry that begins at or before `place`: the one that holds it, since entries that hold
 // nothing begin where the next one does.
@@ -209,19 +197,6 @@ inline size_t power_sums_workspace_bytes(const PowerSumsRequest& request) {
   return measured.bytes();
 }
 
-template <int kCapacity>
-void launch_write_entries(Launcher& launcher, const std::vector<SumEntry>& table,
-                          SumEntry* entries) {
-  constexpr int kThreads = 128;
-  for (size_t first = 0; first < table.size(); first += kCapacity) {
-    const size_t count = std::min<size_t>(kCapacity, table.size() - first);
-    SumChunk<kCapacity> chunk = {};
-    std::copy_n(table.begin() + static_cast<int64_t>(first), count, chunk.entries);
-    launcher.launch(write_entries_kernel<kCapacity>, 1, kThreads, 0, chunk, static_cast<int>(count),
-                    entries + first);
-  }
-}
-
 template <Norms kNorms>
 void launch_sum_tiles(Launcher& launcher, const SumPlan& plan, const DeviceLimits& limits) {
   constexpr int64_t kWarps = kSumThreads / kWarp;
@@ -240,11 +215,7 @@ inline cudaError_t launch_power_sums(const PowerSumsRequest& request, void* memo
   std::vector<SumEntry> table;
   const SumPlan plan = lay_out_sums(request, workspace, table);
   if (plan.tiles == 0) return cudaSuccess;
-  if (plan.tensors <= kSmallSumChunk) {
-    launch_write_entries<kSmallSumChunk>(launcher, table, plan.entries);
-  } else {
-    launch_write_entries<kLargeSumChunk>(launcher, table, plan.entries);
-  }
+  launch_write<kSmallSumChunk, kLargeSumChunk>(launcher, table, plan.entries);
   switch (norms_of(request.p, request.q)) {
     case Norms::kHalfOne:
       launch_sum_tiles<Norms::kHalfOne>(launcher, plan, request.limits);

@@ -1,5 +1,4 @@
-// prune_counts: numbers the host knows, written to the device by a kernel that has them as an
-// argument, which needs no synchronisation and is kept by value in a captured graph.
+// prune_counts: how many weights of each tensor are to be pruned, from ratios the host knows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "launch.cuh"
+#include "upload.cuh"
 
 namespace pdp {
 
@@ -22,37 +22,10 @@ inline int64_t prune_count(double sparsity, int64_t size) {
 constexpr int kSmallCountChunk = 32;
 constexpr int kLargeCountChunk = 2048;
 
-template <int kCapacity>
-struct CountChunk {
-  int64_t counts[kCapacity];
-};
-
-template <int kCapacity>
-__global__ void write_counts_kernel(const __grid_constant__ CountChunk<kCapacity> chunk, int count,
-                                    int64_t* counts) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) counts[i] = chunk.counts[i];
-}
-
-template <int kCapacity>
-void launch_write_counts(Launcher& launcher, const std::vector<int64_t>& values, int64_t* counts) {
-  constexpr int kThreads = 256;
-  for (size_t first = 0; first < values.size(); first += kCapacity) {
-    const size_t count = std::min<size_t>(kCapacity, values.size() - first);
-    CountChunk<kCapacity> chunk = {};
-    std::copy_n(values.begin() + static_cast<int64_t>(first), count, chunk.counts);
-    launcher.launch(write_counts_kernel<kCapacity>, 1, kThreads, 0, chunk, static_cast<int>(count),
-                    counts + first);
-  }
-}
-
 inline cudaError_t launch_prune_counts(const std::vector<int64_t>& values, int64_t* counts,
                                        cudaStream_t stream) {
   Launcher launcher(stream);
-  if (values.size() <= kSmallCountChunk) {
-    launch_write_counts<kSmallCountChunk>(launcher, values, counts);
-  } else {
-    launch_write_counts<kLargeCountChunk>(launcher, values, counts);
-  }
+  launch_write<kSmallCountChunk, kLargeCountChunk>(launcher, values, counts);
   return launcher.error();
 }
 
