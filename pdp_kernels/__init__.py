@@ -2,9 +2,14 @@
 
 from pdp_kernels._build_info import build_info
 from pdp_kernels._version import __version__
+from pdp_kernels.allocation import global_prune_counts
 from pdp_kernels.compress import compress_2to4
+from pdp_kernels.config import PDPConfig
+from pdp_kernels.freeze import FrozenZeros, freeze_zeros
 from pdp_kernels.hard_mask import hard_mask
 from pdp_kernels.pq_index import pq_index
+from pdp_kernels.pruner import PDPPruner
+from pdp_kernels.pruning_report import LayerReport, PruningReport
 from pdp_kernels.sap import SAPPruner, SAPRound, sap_prune_counts
 from pdp_kernels.semi_structured import (
     GroupCheck,
@@ -25,7 +30,12 @@ from pdp_kernels.threshold import pdp_threshold, pdp_thresholds
 
 __all__ = [
     "ChannelReport",
+    "FrozenZeros",
     "GroupCheck",
+    "LayerReport",
+    "PDPConfig",
+    "PDPPruner",
+    "PruningReport",
     "SAPPruner",
     "SAPRound",
     "SemiStructuredReport",
@@ -35,6 +45,8 @@ __all__ = [
     "channel_report",
     "check_nm",
     "compress_2to4",
+    "freeze_zeros",
+    "global_prune_counts",
     "hard_mask",
     "hard_mask_channel",
     "hard_mask_nm",

@@ -24,14 +24,14 @@ def check_weight(name: str, weight: Tensor) -> None:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {weight.dtype}")
 
 
-def check_weights(name: str, weights: Sequence[Tensor]) -> None:
+def check_weights(name: str, weights: Sequence[Tensor], one_device: bool = True) -> None:
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
         raise TypeError(f"{name} must be a list or tuple of tensors, got {type(weights).__name__}")
     if not weights:
         raise ValueError(f"{name} must hold at least one tensor, got an empty list")
     for index, weight in enumerate(weights):
         check_weight(f"{name}[{index}]", weight)
-        if weight.device != weights[0].device:
+        if one_device and weight.device != weights[0].device:
             raise ValueError(
                 f"{name} must be on one device, got {weights[0].device} for {name}[0] and "
                 f"{weight.device} for {name}[{index}]"

@@ -1,0 +1,91 @@
+"""Fine-tuning a pruned model: what is zero stays zero."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class FrozenZeros:
+    """The zeros that an optimizer keeps, until `remove`. One byte per weight is kept for them."""
+
+    def __init__(self, weights: list[Tensor], optimizer: Optimizer):
+        self._zeros = [(weight, weight.detach() == 0) for weight in weights]
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self.mask_gradients()),
+            optimizer.register_step_post_hook(lambda *_: self._mask_weights()),
+        ]
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Sets the gradients of the zeros to 0. Done before each step of the optimizer.
+
+        Call it earlier to keep them out of what is computed from gradients, as
+        torch.nn.utils.clip_grad_norm_ does.
+        """
+        for weight, zeros in self._zeros:
+            if weight.grad is not None:
+                weight.grad.masked_fill_(zeros, 0)
+
+    def remove(self) -> None:
+        """Lets the weights grow again."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _mask_weights(self) -> None:
+        # An optimizer that mixes the elements of a gradient moves zeros of gradient 0 too.
+        for weight, zeros in self._zeros:
+            weight.masked_fill_(zeros, 0)
+
+
+@torch.no_grad()
+def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros:
+    """Keeps the weights that are zero now at zero while an optimizer trains the others.
+
+    Their gradients are set to 0 before each step, their part of the optimizer's state (momentum and
+    the like) once, now, and the weights themselves after each step: nothing revives them. With a
+    GradScaler and with gradient clipping the order of calls stays the usual one.
+
+    Arguments:
+        weights: parameters of the optimizer.
+        optimizer: any torch.optim.Optimizer.
+
+    Returns:
+        The `FrozenZeros`, whose remove() ends it.
+
+    Raises:
+        TypeError: optimizer is no torch.optim.Optimizer; a weight is no tensor.
+        ValueError: a weight is not one of the optimizer's.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([0.0, 2.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> frozen = freeze_zeros([weight], optimizer)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> weight.tolist()
+        [0.0, 1.5]
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    weights = list(weights)
+    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for index, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(
+                f"weights[{index}] must be a torch.nn.Parameter, got {type(weight).__name__}"
+            )
+        if id(weight) not in trained:
+            raise ValueError(
+                f"weights[{index}] must be a parameter of the optimizer, got one of shape "
+                f"{tuple(weight.shape)} that it does not have"
+            )
+    for weight in weights:
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                value.masked_fill_(weight == 0, 0)
+    return FrozenZeros(weights, optimizer)
