@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdp_kernels._selection import Holder, Selected
@@ -37,9 +38,9 @@ def count_macs(model: nn.Module, entries: list[Selected], inputs: Any) -> tuple[
             for holder in entry.holders:
                 count_calls(index, holder)
         model.eval()
-        # Attention in one call would neither be counted nor call its parts.
+        # Attention in one call would not call its parts, nor would all its kernels be counted.
         torch.backends.mha.set_fastpath_enabled(False)
-        with FlopCounterMode(display=False) as flops:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
             model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(one_call)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pdp_kernels._autograd import MaskedChannels, MaskedWeight
 from pdp_kernels._layers import parts_read
+from pdp_kernels.config import LayerPlan
 from pdp_kernels.reference import threshold_dtype
 from pdp_kernels.soft_mask import autocast_dtype
 
@@ -119,7 +120,7 @@ class GroupWeightMask(WeightMask):
 
 
 class MaskedLayer(nn.Module):
-    """What the class of a masked layer is mixed with; made by `mask_layer`.
+    """What the class of a masked layer is mixed with; made by `mask_model`.
 
     pdp_masks: by name, the masks of the layer's own weights.
     pdp_shown: by name, the masked weight while a forward runs that reads it, else None.
@@ -156,17 +157,37 @@ class MaskedLayer(nn.Module):
         return _new, (original_class(cls), tuple(self.pdp_masks), *others), *rest
 
 
-def mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
-    """Makes a layer compute with these masks of its weights."""
+def new_mask(plan: LayerPlan, dim: int, rms: bool) -> WeightMask:
+    """The mask of one weight; dim and rms are those of channels, or dim that of groups."""
+    if plan.pattern.kind == "channel":
+        return ChannelWeightMask(plan.relative, dim, rms)
+    if plan.pattern.kind == "nm":
+        return GroupWeightMask(plan.relative, plan.pattern.m, dim)
+    return WeightMask(plan.relative)
+
+
+def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) -> None:
+    """Makes layers compute with masks of their weights, and those that read these for them too."""
+    for layer, own in masks.items():
+        _mask_layer(layer, own)
+    for layer in model.modules():
+        parts = parts_read(layer, training=False)
+        if layer not in masks and any(isinstance(part, MaskedLayer) for part in parts):
+            _mask_layer(layer, {})
+
+
+def unmask_model(model: nn.Module) -> None:
+    """Makes the layers of a model what they were before `mask_model`."""
+    for layer in model.modules():
+        if isinstance(layer, MaskedLayer):
+            layer.__class__ = original_class(type(layer))
+            del layer.pdp_masks, layer.pdp_shown
+
+
+def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
     layer.pdp_masks = masks
     layer.pdp_shown = dict.fromkeys(masks)
     layer.__class__ = _masked_class(type(layer), tuple(masks))
-
-
-def unmask_layer(layer: MaskedLayer) -> None:
-    """Makes a layer what it was before `mask_layer`."""
-    layer.__class__ = original_class(type(layer))
-    del layer.pdp_masks, layer.pdp_shown
 
 
 def original_class(cls: type) -> type:

@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pdp_kernels._layers import parts_read
+from pdp_kernels._device_table import DeviceTable
 from pdp_kernels._macs import count_macs
 from pdp_kernels._masked_layer import (
-    ChannelWeightMask,
     GroupWeightMask,
-    MaskedLayer,
     WeightMask,
-    mask_layer,
-    unmask_layer,
+    mask_model,
+    new_mask,
+    unmask_model,
 )
 from pdp_kernels._selection import Selected, select_weights
 from pdp_kernels._validation import check_number
@@ -91,8 +90,11 @@ class PDPPruner:
         self.model = model
         self.progress = 0.0
         self.prune_counts: dict[str, int] | None = None
-        self._masks = [_new_mask(entry, config) for entry in self._weights]
-        self._tables: list[_Table] = []
+        self._masks = [
+            new_mask(entry.plan, entry.dim(config), config.channel_norm == "rms")
+            for entry in self._weights
+        ]
+        self._tables: list[DeviceTable] = []
         self._followers: list[tuple[nn.Module, list[Selected]]] = []
         self._finalized = False
         self._history = ReportHistory()
@@ -199,7 +201,7 @@ class PDPPruner:
         for model, entries in ((self.model, self._weights), *self._followers):
             for entry, mask in zip(entries, self._masks, strict=True):
                 entry.weight.masked_fill_(~mask.kept(entry.weight), 0)
-            _take_masks_off(model)
+            unmask_model(model)
         self._followers.clear()
         self._finalized = True
 
@@ -279,16 +281,12 @@ class PDPPruner:
                 mask.threshold.copy_(thresholds[entry.name])
 
     def _put_masks_on(self, model: nn.Module, entries: list[Selected]) -> None:
-        _take_masks_off(model)
         masks: dict[nn.Module, dict[str, WeightMask]] = {}
         for entry, mask in zip(entries, self._masks, strict=True):
             for holder in entry.holders:
                 masks.setdefault(holder.layer, {})[holder.slot.name] = mask
-        for layer, own in masks.items():
-            mask_layer(layer, own)
-        for layer in model.modules():
-            if layer not in masks and _reads_masked(layer):
-                mask_layer(layer, {})
+        unmask_model(model)
+        mask_model(model, masks)
 
     def _check_in_charge(self) -> None:
         if self._finalized:
@@ -354,74 +352,6 @@ class PDPPruner:
             places.setdefault((weight.device, threshold_dtype([weight])), []).append(index)
         if places != {table.place: table.members for table in self._tables}:
             self._tables = [
-                _Table(place, members, self._weights, self._masks)
+                DeviceTable(place, members, self._weights, self._masks)
                 for place, members in places.items()
             ]
-
-
-class _Table:
-    """The masks of the weights on one device, as slices of tensors that are written at once."""
-
-    def __init__(self, place: tuple, members: list[int], weights: list[Selected], masks):
-        device, dtype = self.place = place
-        self.members = members
-        self.taus: dict[tuple[float, float], Tensor] = {}
-        for index in members:
-            masks[index].tau = self.taus.setdefault(
-                weights[index].plan.temperatures, torch.empty((), dtype=dtype, device=device)
-            )
-        selected = [index for index in members if not isinstance(masks[index], GroupWeightMask)]
-        self.weights = [weights[index] for index in selected]
-        self.masks = [masks[index] for index in selected]
-        size = len(selected)
-        self.final_counts: Tensor | None = None  # float64, as the ramp scales them
-        self.scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
-        self.prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
-        self.thresholds = torch.full((size,), -math.inf, dtype=dtype, device=device)
-        for index, mask in enumerate(self.masks):
-            mask.threshold = self.thresholds[index]
-            mask.prune_count = self.prune_counts[index : index + 1]
-
-    def set_schedule(
-        self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
-    ) -> None:
-        for temperatures, tau in self.taus.items():
-            tau.fill_(config.temperature_at(temperatures, progress))
-        if final_counts is None:
-            return  # all kept: nothing was allocated yet
-        if self.final_counts is None:
-            self.final_counts = torch.tensor(
-                [final_counts[entry.name] for entry in self.weights],
-                dtype=torch.float64,
-                device=self.prune_counts.device,
-            )
-        torch.mul(self.final_counts, config.ramp_at(progress), out=self.scaled_counts)
-        self.prune_counts.copy_(self.scaled_counts.add_(0.5).floor_())
-
-    def find_thresholds(self) -> None:
-        if self.final_counts is not None and self.masks:
-            magnitudes = [
-                mask.selected_from(entry.weight.detach())
-                for entry, mask in zip(self.weights, self.masks, strict=True)
-            ]
-            self.thresholds.copy_(torch.ops.pdp.thresholds(magnitudes, self.prune_counts))
-
-
-def _new_mask(entry: Selected, config: PDPConfig) -> WeightMask:
-    kind, _, m = entry.plan.pattern
-    relative = entry.plan.relative
-    if kind == "channel":
-        return ChannelWeightMask(relative, entry.dim(config), config.channel_norm == "rms")
-    if kind == "nm":
-        return GroupWeightMask(relative, m, entry.dim(config))
-    return WeightMask(relative)
-
-
-def _reads_masked(layer: nn.Module) -> bool:
-    return any(isinstance(part, MaskedLayer) for part in parts_read(layer, training=False))
-
-
-def _take_masks_off(model: nn.Module) -> None:
-    for layer in list(model.modules()):
-        if isinstance(layer, MaskedLayer):
-            unmask_layer(layer)

@@ -11,6 +11,7 @@ from pdp_kernels._selection import Selected
 
 SOFT_ZONE = (0.1, 0.9)
 _BINS = 20
+_COLUMNS = ("weight", "shape", "pattern", "pruned", "sparsity", "threshold", "soft", "flipped")
 
 
 class LayerReport(NamedTuple):
@@ -75,22 +76,19 @@ class PruningReport(NamedTuple):
         return self._asdict() | {"layers": [layer._asdict() for layer in self.layers]}
 
     def __str__(self) -> str:
-        rows = [
-            ("weight", "shape", "pattern", "pruned", "sparsity", "threshold", "soft", "flipped")
-        ]
+        rows = [_COLUMNS]
         for layer in self.layers:
-            rows.append(
-                (
-                    layer.name,
-                    "x".join(map(str, layer.shape)),
-                    layer.pattern,
-                    f"{layer.pruned:,}",
-                    f"{layer.sparsity:.4%}",
-                    "" if layer.threshold is None else f"{layer.threshold:.4g}",
-                    "" if layer.soft is None else f"{layer.soft:.2%}",
-                    "" if layer.flipped is None else f"{layer.flipped:,}",
-                )
+            row = (
+                layer.name,
+                "x".join(map(str, layer.shape)),
+                layer.pattern,
+                f"{layer.pruned:,}",
+                f"{layer.sparsity:.4%}",
+                "" if layer.threshold is None else f"{layer.threshold:.4g}",
+                "" if layer.soft is None else f"{layer.soft:.2%}",
+                "" if layer.flipped is None else f"{layer.flipped:,}",
             )
+            rows.append(row)
         total = f"{self.pruned:,} of {self.weights:,}"
         rows.append(("total", total, "", f"{self.pruned:,}", f"{self.sparsity:.4%}", "", "", ""))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -198,11 +196,11 @@ class ReportHistory:
         before, self._decisions = self._decisions, decisions
         if not before:
             return []
-        flipped = [
-            int((now != then).sum())
-            * (weight.numel() // torch.broadcast_shapes(now.shape, then.shape).numel())
-            for weight, now, then in zip(weights, decisions, before, strict=True)
-        ]
+        flipped = []
+        for weight, now, then in zip(weights, decisions, before, strict=True):
+            # Of a channel there is one decision, until its weights are plain zeros.
+            changed = now != then
+            flipped.append(int(changed.sum()) * (weight.numel() // changed.numel()))
         total = sum(weight.numel() for weight in weights)
         self._flips.append((progress, sum(flipped) / total))
         return flipped

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../magnitude.h"
 #include "parallel.h"
@@ -38,49 +39,67 @@ PDP_INLINE float exp_negative(float x) {
 
 PDP_INLINE double exp_negative(double x) { return std::exp(-x); }
 
-// tau, or c of tau = c t^2, with 1/tau as the sum of a leading part, rounded down, and a rest > 0.
-// x times the two, with one rounding of the sum, is x / tau to within half a unit in the last
-// place, and an infinite x stays so: in less than half the time of a division.
+// 1/y for y > 0, as the sum of a leading part, rounded down, and a rest > 0. x times the two, with
+// one rounding of the sum, is x / y to within half a unit in the last place, and an infinite x stays
+// so: in less than half the time of a division.
 template <typename Real>
-struct Temperature {
-  Real value;
+struct Reciprocal {
+  Real divisor;
   Real inverse;
   Real rest = 0;
 
-  explicit PDP_INLINE Temperature(Real tau) : value(tau), inverse(1 / tau) {
+  explicit PDP_INLINE Reciprocal(Real y) : divisor(y), inverse(1 / y) {
     constexpr Real kHuge = std::numeric_limits<Real>::max();
     if (inverse > kHuge) inverse = kHuge;
-    if (!(inverse > 0)) return;  // tau is infinite or no number
-    if (std::fma(-inverse, tau, Real(1)) <= 0) {
+    if (!(inverse > 0)) return;  // y is infinite or no number
+    if (std::fma(-inverse, y, Real(1)) <= 0) {
       inverse = bit_cast<Real>(bit_cast<typename Magnitude<Real>::Key>(inverse) - 1);
     }
-    rest = std::fma(-inverse, tau, Real(1)) * inverse;
+    rest = std::fma(-inverse, y, Real(1)) * inverse;
   }
+
+  PDP_INLINE Real times(Real x) const { return x * inverse + x * rest; }
 };
 
+// tau, or c of tau = c t^2.
+template <typename Real>
+using Temperature = Reciprocal<Real>;
+
 // The mask around one threshold: z = ((|w| - t) / q) ((|w| + |t|) / q) / tau', with q and tau' as
-// in reference.scale_and_temperature; q = 1 is not divided by.
-template <typename Real, bool kRelative>
+// in reference.scale_and_temperature; q = 1 is not divided by. kReciprocal: the divisions of a
+// relative temperature are products with reciprocals, which saves 30% of the time where many
+// weights share a threshold.
+template <typename Real, bool kRelative, bool kReciprocal = std::is_same<Real, float>::value>
 struct Mask {
   Real threshold;
   Temperature<Real> temperature;
-  Real scale;
+  Real q = 1;
   Real tau;
+  // 1/q is (1 / (q lift)) lift: q may be so small or large that 1/q is no normal number.
+  Real lift = 1;
+  Reciprocal<Real> lifted{Real(1)};
 
-  PDP_INLINE Mask(Real t, Temperature<Real> temperature)
-      : threshold(t), temperature(temperature), scale(1), tau(temperature.value) {
+  PDP_INLINE Mask(Real t, Temperature<Real> given)
+      : threshold(t), temperature(given), tau(given.divisor) {
     if (!kRelative) return;
     constexpr Real kTiny = std::numeric_limits<Real>::min();
     const Real size = std::fabs(t);
-    scale = size > std::numeric_limits<Real>::max() ? Real(1) : size == 0 ? kTiny : size;
-    tau = size == 0 ? kTiny : temperature.value;
+    q = size > std::numeric_limits<Real>::max() ? Real(1) : size == 0 ? kTiny : size;
+    tau = size == 0 ? kTiny : given.divisor;
+    if (!kReciprocal) return;
+    constexpr Real kLift = 18446744073709551616.0;  // 2^64
+    lift = q < 1 / kLift ? kLift : q > kLift ? 1 / kLift : Real(1);
+    lifted = Reciprocal<Real>(q * lift);
+    temperature = Temperature<Real>(tau);
   }
 
-  PDP_INLINE Real scaled(Real value) const { return kRelative ? value / scale : value; }
+  PDP_INLINE Real scaled(Real value) const {
+    if (!kRelative) return value;
+    return kReciprocal ? lifted.times(value * lift) : value / q;
+  }
 
   PDP_INLINE Real over_tau(Real value) const {
-    if (kRelative) return value / tau;
-    return value * temperature.inverse + value * temperature.rest;
+    return kRelative && !kReciprocal ? value / tau : temperature.times(value);
   }
 
   PDP_INLINE Real exponent(Real weight) const {

@@ -102,6 +102,10 @@ PDP_INLINE void for_each_chunk(int length, const Body& body) {
     body(begin, std::min(begin + kChunk, length));
 }
 
+// Every group has a threshold of its own: a reciprocal would be used four times at most.
+template <typename Real, bool kRelative>
+using GroupMask = Mask<Real, kRelative, /*kReciprocal=*/false>;
+
 struct Forward {
   GroupSelection selection;
   GroupLayout layout;
@@ -117,7 +121,7 @@ struct Forward {
       for_each_chunk(length, [&](int begin, int end) PDP_LAMBDA {
         prefetch_ahead(values + begin, end - begin);
         for (int i = begin; i < end; ++i) {
-          const Real m = Mask<Real, kRelative>(thresholds[i], tau).value(values[i]);
+          const Real m = GroupMask<Real, kRelative>(thresholds[i], tau).value(values[i]);
           w_hats[i] = m * values[i];
           masks[i] = m;
         }
@@ -146,7 +150,7 @@ struct Backward {
           prefetch_ahead(values + begin, end - begin);
           prefetch_ahead(gradients + begin, end - begin);
           for (int i = begin; i < end; ++i) {
-            const Mask<Real, kRelative> at(thresholds[i], tau);
+            const GroupMask<Real, kRelative> at(thresholds[i], tau);
             results[i] = gradients[i] * at.weight_gradient(values[i]);
           }
         });
@@ -156,7 +160,7 @@ struct Backward {
       if (grad_mask.data != nullptr) {
         const Real* gradients = load(grad_mask, offset, length, buffers[2]);
         for (int i = 0; i < length; ++i) {
-          const Mask<Real, kRelative> at(thresholds[i], tau);
+          const GroupMask<Real, kRelative> at(thresholds[i], tau);
           results[i] += gradients[i] * at.mask_gradient(values[i]);
         }
       }

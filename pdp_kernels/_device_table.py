@@ -1,0 +1,69 @@
+"""The constants of all masks on one device, written a whole model at a time."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pdp_kernels._masked_layer import GroupWeightMask, WeightMask
+from pdp_kernels._selection import Selected
+from pdp_kernels.config import PDPConfig
+
+
+class DeviceTable:
+    """Thresholds, temperatures and counts of the masks on one device, as slices of few tensors.
+
+    place: the device, and the dtype of thresholds there.
+    members: the positions of the weights and masks that belong there.
+    """
+
+    def __init__(
+        self,
+        place: tuple[torch.device, torch.dtype],
+        members: list[int],
+        weights: list[Selected],
+        masks: list[WeightMask],
+    ):
+        device, dtype = self.place = place
+        self.members = members
+        self.taus: dict[tuple[float, float], Tensor] = {}
+        for index in members:
+            masks[index].tau = self.taus.setdefault(
+                weights[index].plan.temperatures, torch.empty((), dtype=dtype, device=device)
+            )
+        selected = [index for index in members if not isinstance(masks[index], GroupWeightMask)]
+        self.weights = [weights[index] for index in selected]
+        self.masks = [masks[index] for index in selected]
+        size = len(selected)
+        self.final_counts: Tensor | None = None  # float64, as the ramp scales them
+        self.scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
+        self.prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
+        self.thresholds = torch.full((size,), -math.inf, dtype=dtype, device=device)
+        for index, mask in enumerate(self.masks):
+            mask.threshold = self.thresholds[index]
+            mask.prune_count = self.prune_counts[index : index + 1]
+
+    def set_schedule(
+        self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
+    ) -> None:
+        for temperatures, tau in self.taus.items():
+            tau.fill_(config.temperature_at(temperatures, progress))
+        if final_counts is None:
+            return  # all kept: nothing was allocated yet
+        if self.final_counts is None:
+            self.final_counts = torch.tensor(
+                [final_counts[entry.name] for entry in self.weights],
+                dtype=torch.float64,
+                device=self.prune_counts.device,
+            )
+        torch.mul(self.final_counts, config.ramp_at(progress), out=self.scaled_counts)
+        self.prune_counts.copy_(self.scaled_counts.add_(0.5).floor_())
+
+    def find_thresholds(self) -> None:
+        if self.final_counts is not None and self.masks:
+            magnitudes = [
+                mask.selected_from(entry.weight.detach())
+                for entry, mask in zip(self.weights, self.masks, strict=True)
+            ]
+            self.thresholds.copy_(torch.ops.pdp.thresholds(magnitudes, self.prune_counts))

@@ -1,0 +1,164 @@
+"""A configuration is checked when it is made, and its schedules are pure functions of progress."""
+
+import json
+import math
+
+import pytest
+from torch import nn
+
+from pdp_kernels import PDPConfig
+
+
+def test_the_paper():
+    """s = 16, epsilon = 0.015, tau = 1e-4, linear: Algorithm 1 and section 4.1."""
+    config = PDPConfig.paper(0.9)
+    assert (config.warmup, config.ramp_epochs, config.scope) == (16, 1 / 0.015, "global")
+    assert config.ramp_at(16) == config.ramp_at(3.7) == 0
+    assert config.ramp_at(26) == pytest.approx(0.15, rel=1e-15)
+    assert config.ramp_at(16 + 1 / 0.015) == config.ramp_at(1000) == 1
+    plan = config.plan()
+    assert (plan.relative, plan.temperatures) == (False, (1e-4, 1e-4))
+
+
+def test_linear_and_cubic_ramps():
+    linear = PDPConfig(0.5, warmup=2, ramp=8, ramp_shape="linear")
+    cubic = PDPConfig(0.5, warmup=2, ramp=8)
+    for progress, x in ((0, 0), (2, 0), (4, 0.25), (6, 0.5), (9.5, 0.9375), (10, 1), (11, 1)):
+        assert linear.ramp_at(progress) == x
+        assert cubic.ramp_at(progress) == 1 - (1 - x) ** 3
+
+
+def test_a_ramp_of_no_length_is_a_step_at_the_end_of_the_warm_up():
+    config = PDPConfig(0.5, warmup=2, ramp=0, anneal=0)
+    assert (config.ramp_at(1.999), config.ramp_at(2)) == (0, 1)
+    assert config.temperature_at((1.0, 0.1), 1.999) == 1.0
+    assert config.temperature_at((1.0, 0.1), 2) == 0.1
+
+
+def test_temperatures_are_annealed_geometrically_over_the_ramp_or_their_own_time():
+    config = PDPConfig(0.5, warmup=2, ramp=8)
+    for progress, expected in ((0, 1), (2, 1), (6, 0.1), (10, 0.01), (20, 0.01)):
+        assert config.temperature_at((1.0, 0.01), progress) == pytest.approx(expected, rel=1e-15)
+    config = PDPConfig(0.5, warmup=2, ramp=8, anneal=16)
+    assert config.temperature_at((1.0, 0.01), 10) == pytest.approx(0.1, rel=1e-15)
+    assert config.temperature_at((0.3, 0.3), 7.77) == 0.3
+
+
+def test_for_epochs_leaves_time_to_train_at_the_full_sparsity():
+    config = PDPConfig.for_epochs(0.9, 20)
+    assert (config.warmup, config.ramp_epochs) == (3, 8)
+    assert PDPConfig.for_epochs(0.9, 20, ramp=4).ramp_epochs == 4
+    assert PDPConfig.for_epochs(0.9, 20, epsilon=0.5).ramp_epochs == 2
+
+
+def test_overrides_change_what_they_name():
+    config = PDPConfig(
+        0.9,
+        relative_tau=(1.0, 0.1),
+        overrides={"a": {"sparsity": 0.5}, "b": {"tau": 1e-3}, "c": {"pattern": "2:4"}},
+    )
+    assert config.plan(config.overrides["a"]).sparsity == 0.5
+    plan = config.plan(config.overrides["b"])
+    assert (plan.relative, plan.temperatures, plan.sparsity) == (False, (1e-3, 1e-3), None)
+    plan = config.plan(config.overrides["c"])
+    assert (str(plan.pattern), plan.relative, plan.temperatures) == ("2:4", True, (1.0, 0.1))
+
+
+def test_round_trip_through_plain_data():
+    config = PDPConfig(
+        sparsity={"fc*": 0.5, "Conv2d": 0.25},
+        scope="layer",
+        relative_tau=(1.0, 0.02),
+        include=["fc*", nn.Conv2d],
+        exclude=("head",),
+        overrides={"fc1": None, "fc2": {"tau": (1e-3, 1e-4)}},
+        warmup=1,
+        epsilon=0.1,
+    )
+    read_back = PDPConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert read_back.to_dict() == config.to_dict()
+    assert read_back.relative_tau == (1.0, 0.02)
+    assert read_back.overrides["fc2"] == {"tau": (1e-3, 1e-4)}
+    assert read_back.plan(read_back.overrides["fc2"]) == config.plan(config.overrides["fc2"])
+
+
+BAD = {
+    "sparsity missing": ({"sparsity": None}, ValueError, "sparsity must be given.*unstructured"),
+    "sparsity above 1": ({"sparsity": 1.1}, ValueError, r"sparsity must be in \[0, 1\], got 1.1"),
+    "sparsity of text": ({"sparsity": "0.9"}, TypeError, "sparsity.*got str"),
+    "sparsity NaN": ({"sparsity": math.nan}, ValueError, "sparsity.*got nan"),
+    "shares, global": ({"sparsity": {"fc": 0.5}}, ValueError, 'scope must be "layer".*global'),
+    "no shares": ({"sparsity": {}, "scope": "layer"}, ValueError, "sparsity.*empty mapping"),
+    "a bad share": (
+        {"sparsity": {"fc": 2}, "scope": "layer"},
+        ValueError,
+        r"sparsity\['fc'\] must be in \[0, 1\], got 2",
+    ),
+    "sparsity not of 2:4": ({"pattern": "2:4"}, ValueError, "sparsity.*2:4.*0.5, got 0.9"),
+    "scope": ({"scope": "model"}, ValueError, "scope must be 'global' or 'layer', got 'model'"),
+    "pattern": ({"pattern": "block"}, ValueError, "pattern must be.*got 'block'"),
+    "pattern 4:2": ({"pattern": "4:2"}, ValueError, "pattern must be.*got '4:2'"),
+    "pattern of a number": ({"pattern": 2}, ValueError, "pattern must be.*got 2"),
+    "both temperatures": ({"tau": 1, "relative_tau": 1}, ValueError, "tau and relative_tau.*both"),
+    "tau of 0": ({"tau": 0}, ValueError, "tau must be positive and finite.*got 0"),
+    "tau of three": ({"tau": (1.0, 0.5, 0.1)}, ValueError, r"tau must be a number or \(start, end"),
+    "relative_tau of inf": ({"relative_tau": (math.inf, 1.0)}, ValueError, "relative_tau.*got inf"),
+    "tau of text": ({"tau": "cold"}, TypeError, "tau must be a number, got str"),
+    "warmup": ({"warmup": -1}, ValueError, "warmup must be at least 0 and finite, got -1"),
+    "no warmup": ({"warmup": None}, TypeError, "warmup must be a number, got NoneType"),
+    "ramp": ({"ramp": math.inf}, ValueError, "ramp must be at least 0 and finite, got inf"),
+    "anneal": ({"anneal": -0.5}, ValueError, "anneal must be at least 0 and finite, got -0.5"),
+    "epsilon": ({"epsilon": 0}, ValueError, "epsilon must be positive and finite, got 0"),
+    "ramp and epsilon": ({"ramp": 1, "epsilon": 1}, ValueError, "ramp and epsilon.*both"),
+    "ramp_shape": ({"ramp_shape": "cosine"}, ValueError, "ramp_shape must be.*got 'cosine'"),
+    "max_layer_sparsity": ({"max_layer_sparsity": 2}, ValueError, "max_layer_sparsity.*got 2"),
+    "channel_dim": ({"channel_dim": 0}, ValueError, "channel_dim must be.*got 0"),
+    "channel_norm": ({"channel_norm": "l1"}, ValueError, "norm must be.*got 'l1'"),
+    "include a string": ({"include": "fc*"}, TypeError, "include must be a sequence.*got 'fc"),
+    "include a number": ({"include": [3]}, TypeError, r"include\[0\] must be a glob.*got int"),
+    "exclude a type": ({"exclude": nn.Linear}, TypeError, "exclude must be a sequence"),
+    "overrides a list": ({"overrides": []}, TypeError, "overrides must be a mapping, got list"),
+    "overrides by type": ({"overrides": {nn.Linear: None}}, TypeError, "overrides must have str"),
+    "override a number": ({"overrides": {"a": 0.5}}, TypeError, r"overrides\['a'\].*got float"),
+    "override unknown": (
+        {"overrides": {"a": {"warmup": 1}}},
+        ValueError,
+        r"overrides\['a'\] must have keys among.*got \['warmup'\]",
+    ),
+    "override sparsity": (
+        {"overrides": {"a": {"sparsity": -1}}},
+        ValueError,
+        r"overrides\['a'\]: sparsity.*got -1",
+    ),
+    "override sparsity of 2:4": (
+        {"overrides": {"a": {"sparsity": 0.5, "pattern": "2:4"}}},
+        ValueError,
+        r"overrides\['a'\]: sparsity must be left out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_value_raises_naming_the_field(case):
+    values, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        PDPConfig(**({"sparsity": 0.9} | values))
+
+
+def test_an_override_out_of_n_m_needs_a_sparsity():
+    with pytest.raises(ValueError, match=r"overrides\['a'\]: sparsity must be given"):
+        PDPConfig(pattern="2:4", overrides={"a": {"pattern": "unstructured"}})
+
+
+def test_from_dict_takes_known_keys_only():
+    with pytest.raises(ValueError, match=r"keys among.*'sparsity'.*got \['sparisty'\]"):
+        PDPConfig.from_dict({"sparisty": 0.9})
+    with pytest.raises(TypeError, match="values must be a mapping, got list"):
+        PDPConfig.from_dict([("sparsity", 0.9)])
+
+
+def test_for_epochs_takes_a_positive_number():
+    with pytest.raises(ValueError, match="epochs must be positive and finite, got 0"):
+        PDPConfig.for_epochs(0.9, 0)
+    with pytest.raises(TypeError, match="epochs must be a number, got str"):
+        PDPConfig.for_epochs(0.9, "20")

@@ -1,0 +1,103 @@
+"""What is zero after pruning stays zero while the model is trained further."""
+
+import pytest
+import torch
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, foreach=True),
+    "fused adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True),
+    "muon": lambda parameters: torch.optim.Muon(parameters, lr=0.02),
+}
+
+
+def train(model, optimizer, steps=5):
+    for _ in range(steps):
+        loss = model(torch.randn(16, 24)).sub(1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zeros_stay_with_any_optimizer_and_its_momentum(name):
+    model = nn.Sequential(nn.Linear(24, 32, bias=False), nn.ReLU(), nn.Linear(32, 8, bias=False))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    pruner = PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=0))
+    train(model, optimizer)  # momentum of the weights that are pruned, too
+    pruner.finalize()
+    zeros = [weight == 0 for weight in model.parameters()]
+    before = [weight.detach().clone() for weight in model.parameters()]
+    pruner.freeze(optimizer)
+    for weight, zero in zip(model.parameters(), zeros, strict=True):
+        for value in optimizer.state[weight].values():
+            if value.shape == weight.shape:
+                assert torch.all(value[zero] == 0) and torch.any(value[~zero] != 0)
+    train(model, optimizer)
+    for weight, zero, then in zip(model.parameters(), zeros, before, strict=True):
+        assert torch.equal(weight == 0, zero)
+        assert torch.any(weight.detach() != then)
+
+
+def test_momentum_revives_zeros_without_it():
+    model = nn.Linear(24, 8, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=0))
+    train(model, optimizer)
+    pruner.finalize()
+    train(model, optimizer, steps=1)
+    assert torch.all(model.weight != 0)
+
+
+def test_gradients_of_zeros_can_be_kept_out_of_clipping():
+    weight = nn.Parameter(torch.tensor([0.0, 2.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    frozen = freeze_zeros([weight], optimizer)
+    (weight * torch.tensor([30.0, 4.0])).sum().backward()
+    frozen.mask_gradients()
+    assert torch.nn.utils.clip_grad_norm_([weight], 2.0) == 4
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.0, 0.0]))
+
+
+def test_an_infinite_gradient_of_a_zero_is_dropped():
+    weight = nn.Parameter(torch.tensor([0.0, 2.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+    freeze_zeros([weight], optimizer)
+    weight.grad = torch.tensor([float("inf"), 1.0])
+    optimizer.step()
+    assert weight.tolist() == [0.0, 1.0]
+
+
+def test_remove_lets_them_grow():
+    weight = nn.Parameter(torch.tensor([0.0, 2.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    frozen = freeze_zeros([weight], optimizer)
+    for expected in (0.0, -1.0):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        assert weight[0] == expected
+        frozen.remove()
+
+
+def test_a_weight_without_gradient_is_no_error():
+    weight = nn.Parameter(torch.tensor([0.0, 2.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    freeze_zeros([weight], optimizer)
+    optimizer.step()
+    assert weight.tolist() == [0.0, 2.0]
+
+
+def test_errors():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got list"):
+        freeze_zeros([weight], [])
+    with pytest.raises(TypeError, match=r"weights\[0\] must be a torch.nn.Parameter, got str"):
+        freeze_zeros(["weight"], optimizer)
+    with pytest.raises(ValueError, match=r"weights\[1\] must be a parameter of the optimizer"):
+        freeze_zeros([weight, nn.Parameter(torch.ones(3))], optimizer)

@@ -1,0 +1,569 @@
+"""PDPPruner follows Algorithm 1, prunes what it is told to, and meets the sparsity exactly."""
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import DTYPES
+from torch import nn
+from torch.nn import functional
+
+from pdp_kernels import (
+    PDPConfig,
+    PDPPruner,
+    hard_mask,
+    hard_mask_channel,
+    hard_mask_nm,
+    pdp_mask,
+    pdp_mask_channel,
+    pdp_mask_nm,
+)
+
+AT_ONCE = {"warmup": 0, "ramp": 0}
+
+
+def mlp(dtype=torch.float32, device="cpu"):
+    return nn.Sequential(
+        nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8)
+    ).to(device, dtype)
+
+
+def weights_of(model):
+    return [weight for weight in model.parameters() if weight.dim() >= 2]
+
+
+def zeros_of(model):
+    return [int((weight == 0).sum()) for weight in weights_of(model)]
+
+
+def train(model, pruner, progresses, optimizer=None, seed=1):
+    """A step of training before each progress."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    weight = next(model.parameters())
+    model.train()
+    for progress in progresses:
+        inputs = torch.randn(16, 24, generator=generator).to(weight)
+        targets = torch.randn(16, 8, generator=generator).to(weight)
+        functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step(progress)
+
+
+def test_algorithm_1_step_by_step():
+    """Weights and thresholds are those of a literal transcription in float64."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)).double()
+    layers = [model[0], model[2]]
+    weights = [layer.weight.detach().clone().requires_grad_() for layer in layers]
+    b = [layer.bias.detach().clone().requires_grad_() for layer in layers]
+    s, epsilon, tau, r, epochs, lr = 2, 0.2, 1e-2, 0.8, 9, 0.1
+    config = PDPConfig.paper(r, warmup=s, epsilon=epsilon, tau=tau)
+    pruner = PDPPruner(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    batches = torch.randn(epochs, 3, 16, 24, dtype=torch.float64)
+    targets = torch.randn(epochs, 3, 16, 8, dtype=torch.float64)
+
+    t = [torch.tensor(-math.inf, dtype=torch.float64)] * 2
+    r_i = None
+    for e in range(epochs):
+        for inputs, target in zip(batches[e], targets[e], strict=True):
+            functional.mse_loss(model(inputs), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step(e)
+
+            # Lines 18-25: the forward, the backward and the update.
+            w_hat = [
+                w if threshold == -math.inf else torch.sigmoid((w**2 - threshold**2) / tau) * w
+                for w, threshold in zip(weights, t, strict=True)
+            ]
+            hidden = torch.tanh(inputs @ w_hat[0].T + b[0])
+            loss = ((hidden @ w_hat[1].T + b[1] - target) ** 2).mean()
+            grads = torch.autograd.grad(loss, weights + b)
+            with torch.no_grad():
+                for parameter, grad in zip(weights + b, grads, strict=True):
+                    parameter -= lr * grad
+                if e >= s and r_i is None:  # lines 8-9
+                    every = torch.cat([w.abs().flatten() for w in weights]).sort().values
+                    k = math.floor(r * len(every) + 0.5)
+                    r_i = [float((w.abs() <= every[k - 1]).sum()) / w.numel() for w in weights]
+                t = []
+                for i, w in enumerate(weights):  # lines 10-16
+                    r_hat = min(1, epsilon * (e - s)) * r_i[i] if e >= s else 0
+                    v = w.abs().flatten().sort().values
+                    k = math.floor(r_hat * w.numel() + 0.5)
+                    t.append((v[k - 1] + v[k]) / 2 if k else torch.tensor(-math.inf).double())
+
+            for layer, w, threshold in zip(layers, weights, t, strict=True):
+                torch.testing.assert_close(
+                    layer.weight.detach(), w.detach(), rtol=1e-12, atol=1e-14
+                )
+                mask = layer.pdp_masks["weight"]
+                torch.testing.assert_close(mask.threshold, threshold, rtol=1e-12, atol=0)
+    assert all(0.5 < ratio < 1 for ratio in r_i) and r_i[0] != r_i[1]
+    pruner.finalize()
+    pruned = [float((layer.weight == 0).double().mean()) for layer in layers]
+    assert pruned == r_i
+
+
+PATTERNS = {"unstructured": 0.9, "2:4": None, "1:8": None, "channel": 0.5}
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sparsity_is_met_exactly(dtype, pattern, scope, device):
+    model = mlp(dtype, device)
+    config = PDPConfig(PATTERNS[pattern], scope=scope, pattern=pattern, warmup=1, ramp=2)
+    pruner = PDPPruner(model, config)
+    train(model, pruner, [0.5, 1, 1.5, 2, 2.5, 3, 3.5])
+    pruner.finalize()
+    sizes = [weight.numel() for weight in weights_of(model)]
+    if pattern == "unstructured":
+        expected = [math.floor(0.9 * size + 0.5) for size in sizes]
+        total = math.floor(0.9 * sum(sizes) + 0.5)
+    elif pattern == "channel":
+        dead = [int((weight == 0).all(1).sum()) for weight in weights_of(model)]
+        assert zeros_of(model) == [
+            count * weight.shape[1] for count, weight in zip(dead, weights_of(model), strict=True)
+        ]
+        assert sum(dead) == 28
+        if scope == "layer":
+            assert dead == [16, 8, 4]
+        return
+    else:
+        n, m = map(int, pattern.split(":"))
+        expected = [size // m * (m - n) for size in sizes]
+        total = sum(expected)
+        for weight in weights_of(model):
+            assert torch.all((weight != 0).unflatten(1, (-1, m)).sum(2) == n)
+    assert sum(zeros_of(model)) == total
+    if scope == "layer" or pattern != "unstructured":
+        assert zeros_of(model) == expected
+
+
+def test_ties_do_not_spoil_the_sparsity():
+    model = nn.Linear(10, 10, bias=False)
+    nn.init.constant_(model.weight, 0.5)
+    pruner = PDPPruner(model, PDPConfig(0.37, **AT_ONCE))
+    pruner.finalize()
+    assert zeros_of(model) == [37]
+    assert torch.all(model.weight.flatten()[:37] == 0)
+
+
+def test_training_mode_is_soft_and_evaluation_mode_is_hard(device):
+    model = nn.Linear(64, 32, bias=False, device=device)
+    pruner = PDPPruner(model, PDPConfig(0.7, relative_tau=0.3, **AT_ONCE))
+    inputs = torch.eye(64, device=device)
+    weight = model.weight.detach()
+    threshold = model.pdp_masks["weight"].threshold
+    soft = pdp_mask(weight, threshold=threshold, relative_tau=0.3)
+    hard = weight * hard_mask(weight, 0.7)
+    model.train()
+    assert torch.equal(model(inputs), functional.linear(inputs, soft))
+    model.eval()
+    assert torch.equal(model(inputs), functional.linear(inputs, hard))
+    pruner.finalize()
+    assert torch.equal(model.weight, hard)
+    model.train()
+    assert torch.equal(model(inputs), functional.linear(inputs, hard))
+
+
+@pytest.mark.parametrize("dim", ["output", "input"])
+def test_channels_use_the_channel_mask(dim):
+    model = nn.Conv2d(6, 8, 3, bias=False)
+    config = PDPConfig(0.5, pattern="channel", channel_dim=dim, relative_tau=0.2, **AT_ONCE)
+    PDPPruner(model, config)
+    inputs, weight = torch.randn(2, 6, 9, 9), model.weight.detach()
+    at = ["output", "input"].index(dim)
+    soft = pdp_mask_channel(weight, 0.5, dim=at, relative_tau=0.2, norm="rms")
+    assert torch.equal(model(inputs), functional.conv2d(inputs, soft))
+    kept = hard_mask_channel(weight, 0.5, dim=at).view((-1, 1, 1, 1) if at == 0 else (1, -1, 1, 1))
+    assert torch.equal(model.eval()(inputs), functional.conv2d(inputs, weight * kept))
+
+
+def test_groups_lie_along_the_inputs_and_their_pruned_members_ramp_up():
+    model = nn.Conv2d(8, 4, 3, bias=False)
+    pruner = PDPPruner(
+        model, PDPConfig(pattern="1:4", relative_tau=0.1, warmup=1, ramp=3, ramp_shape="linear")
+    )
+    inputs, weight = torch.randn(2, 8, 9, 9), model.weight.detach()
+    for progress, pruned in ((0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (9, 3)):
+        pruner.step(progress)
+        soft = pdp_mask_nm(weight, 1, 4, dim=1, pruned=pruned, relative_tau=0.1)
+        assert torch.equal(model.train()(inputs), functional.conv2d(inputs, soft))
+    hard = weight * hard_mask_nm(weight, 1, 4, dim=1)
+    assert torch.equal(model.eval()(inputs), functional.conv2d(inputs, hard))
+
+
+def test_before_the_warm_up_ends_training_is_that_of_the_dense_model():
+    model, dense = mlp(), mlp()
+    dense.load_state_dict(model.state_dict())
+
+    class Nothing:
+        step = staticmethod(lambda progress: None)
+
+    train(model, PDPPruner(model, PDPConfig(0.9, warmup=5, ramp=2)), [1, 2, 3, 4, 4.9])
+    train(dense, Nothing, range(5))
+    for own, other in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_what_each_layer_loses_is_settled_when_the_warm_up_ends():
+    model = mlp()
+    pruner = PDPPruner(model, PDPConfig(0.9, warmup=1, ramp=2))
+    assert pruner.prune_counts is None
+    train(model, pruner, [0.5, 1.0])
+    settled = dict(pruner.prune_counts)
+    assert sum(settled.values()) == math.floor(
+        0.9 * sum(w.numel() for w in weights_of(model)) + 0.5
+    )
+    train(model, pruner, [2, 3, 4])
+    assert pruner.prune_counts == settled
+    pruner.finalize()
+    assert zeros_of(model) == list(settled.values())
+
+
+def test_no_layer_dies_below_the_cap():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)
+    pruner = PDPPruner(model, PDPConfig(0.8, max_layer_sparsity=0.95, **AT_ONCE))
+    pruner.finalize()
+    zeros, total = zeros_of(model), sum(weight.numel() for weight in weights_of(model))
+    assert zeros[1] == math.floor(0.95 * 512)
+    assert sum(zeros) == math.floor(0.8 * total + 0.5)
+
+
+def test_shares_by_layer_and_overrides():
+    model = mlp()
+    shares = PDPConfig({"0": 0.5, "*": 0.25}, scope="layer", **AT_ONCE)
+    PDPPruner(model, shares).finalize()
+    assert zeros_of(model) == [384, 128, 32]
+    model = mlp()
+    overrides = {"0.weight": None, "2": {"sparsity": 0.75}, "4": {"pattern": "2:4"}}
+    PDPPruner(model, PDPConfig(0.9, overrides=overrides, **AT_ONCE)).finalize()
+    assert zeros_of(model) == [0, 384, 64]
+
+
+def test_an_overridden_layer_is_not_part_of_the_global_budget():
+    model = mlp()
+    PDPPruner(model, PDPConfig(0.5, overrides={"0": {"sparsity": 0.25}}, **AT_ONCE)).finalize()
+    first, *others = zeros_of(model)
+    assert first == 192
+    assert sum(others) == math.floor(0.5 * (512 + 128) + 0.5)
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(10, 16)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.up = nn.ConvTranspose2d(4, 4, 3)
+        self.norm = nn.LayerNorm([4, 4])
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.cross = nn.MultiheadAttention(16, 2, kdim=8, vdim=12, add_bias_kv=True)
+        self.bilinear = nn.Bilinear(4, 4, 4)
+        self.head = nn.Linear(16, 10)
+
+
+ALL_BY_DEFAULT = [
+    "conv.weight",
+    "up.weight",
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+    "cross.q_proj_weight",
+    "cross.k_proj_weight",
+    "cross.v_proj_weight",
+    "cross.out_proj.weight",
+    "head.weight",
+]
+
+
+@pytest.mark.parametrize(
+    "choice, expected",
+    [
+        ({}, ALL_BY_DEFAULT),
+        (
+            {"exclude": ["*attention*", "cross*", nn.Conv2d]},
+            ["conv.weight", "up.weight", "head.weight"],
+        ),
+        ({"exclude": [nn.MultiheadAttention]}, ["conv.weight", "up.weight", "head.weight"]),
+        ({"exclude": ["MultiheadAttention", "*.weight"]}, None),
+        ({"include": [nn.Embedding, "head"]}, ["embedding.weight", "head.weight"]),
+        ({"include": ["_ConvNd"]}, ["conv.weight", "up.weight"]),
+        ({"include": [nn.MultiheadAttention]}, ALL_BY_DEFAULT[2:8]),
+        ({"include": ["bilinear"]}, ["bilinear.weight"]),
+        (
+            {"include": ["c*"], "exclude": ["cross.?_proj*"]},
+            ["conv.weight", "cross.out_proj.weight"],
+        ),
+        ({"overrides": {"*": None}}, None),
+    ],
+)
+def test_which_weights_are_pruned(choice, expected):
+    config = PDPConfig(0.5, **AT_ONCE, **choice)
+    if expected is None:
+        with pytest.raises(ValueError, match=r"model must have a weight.*got a Everything without"):
+            PDPPruner(Everything(), config)
+        return
+    assert list(PDPPruner(Everything(), config).prune_counts) == expected
+
+
+def test_shared_weights_are_pruned_once():
+    model = mlp()
+    model.append(nn.Linear(16, 8))
+    model[-1].weight = model[4].weight
+    model.append(model[0])
+    pruner = PDPPruner(model, PDPConfig(0.5, scope="layer", **AT_ONCE))
+    assert list(pruner.prune_counts) == ["0.weight", "2.weight", "4.weight"]
+    model[5].bias = model[4].bias
+    inputs = torch.randn(3, 16)
+    assert torch.equal(model[4](inputs), model[5](inputs))
+    pruner.finalize()
+    assert model[5].weight is model[4].weight
+    assert zeros_of(model) == [384, 256, 64]
+
+
+def test_a_weight_shared_with_an_embedding_is_left_alone_unless_both_are_included():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 16)
+            self.body = nn.Linear(16, 16)
+            self.head = nn.Linear(16, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.body(self.embedding(tokens)))
+
+    pruner = PDPPruner(Tied(), PDPConfig(0.5, **AT_ONCE))
+    assert list(pruner.prune_counts) == ["body.weight"]
+    with pytest.raises(ValueError, match=r"include must match all layers that share.*embedding"):
+        PDPPruner(Tied(), PDPConfig(0.5, include=["head"], **AT_ONCE))
+    model = Tied()
+    pruner = PDPPruner(model, PDPConfig(0.5, include=["head", "embedding"], **AT_ONCE))
+    tokens = torch.arange(10)
+    before = model.eval()(tokens)
+    pruner.finalize()
+    assert torch.equal(model(tokens), before)
+    assert zeros_of(model)[0] == 80
+
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(4))
+
+
+def parametrized():
+    return nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)))
+
+
+def patched():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = lambda inputs: inputs
+    return model
+
+
+def complex_weights():
+    return nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))
+
+
+BAD_MODELS = {
+    "nothing": (nn.Sequential(nn.ReLU()), {}, ValueError, "model must have a weight.*Sequential"),
+    "only empty": (nn.Linear(0, 4), {}, ValueError, "model must have a weight"),
+    "no model": ([], {}, TypeError, "model must be a torch.nn.Module, got list"),
+    "lazy": (lazy(), {}, ValueError, "0.weight must have its shape: run the lazy layer"),
+    "parametrized": (parametrized(), {}, ValueError, "must hold 0.weight as a parameter"),
+    "patched": (patched(), {}, ValueError, "layer '0' must have the forward of its class"),
+    "complex": (complex_weights(), {}, TypeError, "model's 0.weight must have dtype.*complex64"),
+    "lstm": (nn.LSTM(4, 4), {"include": [nn.LSTM]}, ValueError, "LSTM keeps its weights in a list"),
+    "groups of 3": (
+        nn.Linear(6, 4),
+        {"pattern": "2:4", "sparsity": None},
+        ValueError,
+        "divisible by M = 4",
+    ),
+    "grouped": (
+        nn.Conv2d(4, 4, 3, groups=2),
+        {"pattern": "channel", "channel_dim": "input"},
+        ValueError,
+        "grouped convolution.*exclude it",
+    ),
+    "include": (mlp(), {"include": ["fc*"]}, ValueError, "include must match layers.*'fc\\*'"),
+    "include type": (mlp(), {"include": [nn.Conv2d]}, ValueError, "include must match layers"),
+    "exclude": (mlp(), {"exclude": ["head"]}, ValueError, "exclude must match layers.*'head'"),
+    "override": (mlp(), {"overrides": {"head": None}}, ValueError, "overrides must match.*'head'"),
+    "share": (
+        mlp(),
+        {"sparsity": {"7": 1, "*": 0}, "scope": "layer"},
+        ValueError,
+        "sparsity must match.*'7'",
+    ),
+    "no share": (
+        mlp(),
+        {"sparsity": {"0": 1}, "scope": "layer"},
+        ValueError,
+        "a share for 2.weight",
+    ),
+    "cap": (mlp(), {"max_layer_sparsity": 0.4}, ValueError, "max_layer_sparsity must leave 704"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_model_that_cannot_be_pruned_so_raises_and_stays(case):
+    model, changes, error, message = BAD_MODELS[case]
+    config = PDPConfig(**({"sparsity": 0.5} | AT_ONCE | changes))
+    before = [type(layer) for layer in model.modules()] if isinstance(model, nn.Module) else None
+    with pytest.raises(error, match=message):
+        PDPPruner(model, config)
+    if before is not None:
+        assert [type(layer) for layer in model.modules()] == before
+
+
+def test_other_bad_arguments():
+    with pytest.raises(TypeError, match="config must be a PDPConfig, got dict"):
+        PDPPruner(mlp(), {"sparsity": 0.9})
+    pruner = PDPPruner(mlp(), PDPConfig(0.9))
+    for progress, error, message in (
+        (-1, ValueError, "progress must be at least 0 and finite, got -1"),
+        (math.nan, ValueError, "progress.*got nan"),
+        ("1", TypeError, "progress must be a number, got str"),
+    ):
+        with pytest.raises(error, match=message):
+            pruner.step(progress)
+    assert pruner.progress == 0
+    optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.1)
+    with pytest.raises(
+        TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got Sequential"
+    ):
+        pruner.attach(pruner.model, 10)
+    with pytest.raises(ValueError, match="steps_per_epoch must be positive and finite, got 0"):
+        pruner.attach(optimizer, 0)
+    with pytest.raises(RuntimeError, match="call finalize first"):
+        pruner.freeze(optimizer)
+
+
+def test_a_second_pruner_takes_the_model_over():
+    model = mlp()
+    first = PDPPruner(model, PDPConfig(0.9, **AT_ONCE))
+    second = PDPPruner(model, PDPConfig(0.5, **AT_ONCE))
+    for call in (lambda: first.step(1), first.finalize, lambda: first.load_state_dict({})):
+        with pytest.raises(RuntimeError, match=r"0\.weight no longer has the masks of this pruner"):
+            call()
+    second.finalize()
+    assert sum(zeros_of(model)) == math.floor(0.5 * sum(w.numel() for w in weights_of(model)) + 0.5)
+
+
+def test_finalize_before_the_end_of_the_schedule_warns_and_meets_the_sparsity():
+    model = mlp()
+    pruner = PDPPruner(model, PDPConfig(0.9, warmup=4, ramp=4))
+    train(model, pruner, [1, 2])
+    with pytest.warns(UserWarning, match="progress 2 with 0% of the sparsity reached"):
+        pruner.finalize()
+    assert sum(zeros_of(model)) == math.floor(0.9 * sum(w.numel() for w in weights_of(model)) + 0.5)
+
+
+def test_finalize_at_the_end_does_not_warn(recwarn):
+    model = mlp()
+    pruner = PDPPruner(model, PDPConfig(0.9, warmup=1, ramp=1))
+    train(model, pruner, [1, 2])
+    pruner.finalize()
+    assert not [warning for warning in recwarn if "finalize" in str(warning.message)]
+
+
+def test_after_finalize_nothing_is_left_behind():
+    model = mlp()
+    plain = {name: set(vars(layer)) for name, layer in model.named_modules()}
+    classes = [type(layer) for layer in model.modules()]
+    parameters = list(model.parameters())
+    pruner = PDPPruner(model, PDPConfig(0.9, **AT_ONCE))
+    assert [type(layer) for layer in model.modules()] != classes
+    pruner.finalize()
+    assert [type(layer) for layer in model.modules()] == classes
+    assert {name: set(vars(layer)) for name, layer in model.named_modules()} == plain
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    for call in (lambda: pruner.step(1), pruner.finalize):
+        with pytest.raises(RuntimeError, match="finalized"):
+            call()
+
+
+CONFIGS = {
+    "global": PDPConfig(0.9, warmup=2, ramp=4),
+    "paper": PDPConfig.paper(0.9, warmup=2, epsilon=0.3, tau=1e-2),
+    "channel": PDPConfig(0.5, pattern="channel", warmup=2, ramp=4, anneal=6),
+    "2:4": PDPConfig(pattern="2:4", warmup=2, ramp=4),
+}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 12])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_resuming_equals_the_uninterrupted_run_bitwise(name, stop, tmp_path):
+    progresses = [step / 3 for step in range(1, 19)]
+
+    def start():
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, optimizer, PDPPruner(model, CONFIGS[name])
+
+    def go(run, part):
+        model, optimizer, pruner = run
+        for progress in part:
+            train(model, pruner, [progress], optimizer, seed=round(progress * 3))
+
+    whole = start()
+    go(whole, progresses)
+    first = start()
+    go(first, progresses[:stop])
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    second = start()
+    states = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for part, state in reversed(list(zip(second, states, strict=True))):  # in any order
+        part.load_state_dict(state)
+    go(second, progresses[stop:])
+    for run in (whole, second):
+        run[2].finalize()
+    for own, other in zip(whole[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_state_of_another_pruner_is_refused_and_changes_nothing():
+    pruner = PDPPruner(mlp(), PDPConfig(0.9, warmup=0, ramp=1))
+    pruner.step(0.5)
+    before = copy.deepcopy(pruner.state_dict())
+    other_config = PDPPruner(mlp(), PDPConfig(0.8, warmup=0, ramp=1)).state_dict()
+    other_model = PDPPruner(mlp()[:3], PDPConfig(0.9, warmup=0, ramp=1)).state_dict()
+    for state, error, message in (
+        ([], TypeError, "state_dict must be a mapping, got list"),
+        ({}, ValueError, "state_dict must have keys"),
+        (other_config, ValueError, "configuration with sparsity = 0.9, got 0.8"),
+        (other_model, ValueError, "must have the weights"),
+        (before | {"thresholds": {}}, ValueError, "must have thresholds of"),
+    ):
+        with pytest.raises(error, match=message):
+            pruner.load_state_dict(state)
+    assert pruner.state_dict() == before
+
+
+def test_attach_steps_after_each_optimizer_step():
+    model, by_hand = mlp(), mlp()
+    by_hand.load_state_dict(model.state_dict())
+    config = PDPConfig(0.9, warmup=1, ramp=1)
+
+    class Nothing:
+        step = staticmethod(lambda progress: None)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = PDPPruner(model, config)
+    handle = pruner.attach(optimizer, steps_per_epoch=7)
+    train(model, Nothing, range(20), optimizer)
+    assert pruner.progress == 20 / 7
+    train(by_hand, PDPPruner(by_hand, config), [step / 7 for step in range(1, 21)])
+    for own, other in zip(model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(own, other)
+    handle.remove()
+    train(model, Nothing, range(1), optimizer)
+    assert pruner.progress == 20 / 7

@@ -1,0 +1,64 @@
+"""Data-parallel training: every rank prunes the same weights, and those of one process."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner
+
+STEPS = 9
+RANKS = 2
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)).double()
+
+
+def train(model, module, inputs, targets):
+    """Weights, and the thresholds after each step, of a training on these batches."""
+    pruner = PDPPruner(module, PDPConfig(0.8, warmup=1, ramp=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    thresholds = []
+    for step in range(STEPS):
+        nn.functional.mse_loss(model(inputs[step]), targets[step]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step((step + 1) / 3)
+        thresholds.append(list(pruner.state_dict()["thresholds"].values()))
+    pruner.finalize()
+    return [parameter.detach() for parameter in module.parameters()], thresholds
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(STEPS, 16, size, generator=generator, dtype=torch.float64) for size in (24, 8)
+    ]
+
+
+def run_rank(rank, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
+    module = network()
+    model = nn.parallel.DistributedDataParallel(module)
+    own = [batch.chunk(RANKS, dim=1)[rank] for batch in batches()]
+    torch.save(train(model, module, *own), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_prune_as_one_process_does(tmp_path):
+    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=RANKS)
+    (weights, thresholds), (others, other_thresholds) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)
+    )
+    assert thresholds == other_thresholds
+    assert all(torch.equal(own, other) for own, other in zip(weights, others, strict=True))
+    module = network()
+    alone, alone_thresholds = train(module, module, *batches())
+    for own, other in zip(weights, alone, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
+        assert torch.equal(own == 0, other == 0)
+    torch.testing.assert_close(thresholds, alone_thresholds, rtol=1e-12, atol=0)
+    assert all(threshold > 0 for threshold in thresholds[-1])

@@ -1,0 +1,128 @@
+"""A report counts what is there."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner, pdp_mask
+
+
+def pruned(model, **settings):
+    return PDPPruner(model, PDPConfig(**({"warmup": 0, "ramp": 0} | settings)))
+
+
+def test_every_layer_and_the_total(device):
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 8)).to(device)
+    pruner = pruned(model, sparsity=0.75, relative_tau=0.5)
+    report = pruner.report()
+    for layer, module in zip(report.layers, model, strict=True):
+        weight = module.weight.detach()
+        threshold = module.pdp_masks["weight"].threshold
+        _, mask = pdp_mask(weight, threshold=threshold, relative_tau=0.5, return_mask=True)
+        assert layer.shape == tuple(weight.shape) and layer.weights == weight.numel()
+        assert layer.pruned == pruner.prune_counts[layer.name] == int((mask < 0.5).sum())
+        assert layer.threshold == float(threshold)
+        assert layer.soft == pytest.approx(float(((mask > 0.1) & (mask < 0.9)).double().mean()))
+        assert (layer.flipped, layer.macs, layer.kept_macs) == (None, None, None)
+    assert report.weights == 1024 and report.pruned == 768 and report.sparsity == 0.75
+    assert sum(report.mask_histogram) == 1024
+    assert report.mask_histogram[-1] > 0
+    pruner.finalize()
+    after = pruner.report()
+    assert [layer.pruned for layer in after.layers] == [layer.pruned for layer in report.layers]
+    assert [layer.flipped for layer in after.layers] == [0, 0]
+    assert all(layer.threshold is None and layer.soft is None for layer in after.layers)
+    assert after.mask_histogram == []
+
+
+def test_flips_are_counted_since_the_report_before():
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    pruner = pruned(model, sparsity=0.5)
+    assert pruner.report().flips == []
+    pruner.step(1)
+    assert pruner.report().layers[0].flipped == 0
+    model.weight.data = torch.tensor([[3.0, 2.0, 1.0, 4.0]])
+    pruner.step(2)
+    report = pruner.report()
+    assert report.layers[0].flipped == 2
+    assert report.flips == [(1, 0.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("pattern", ["channel", "1:4"])
+def test_channels_and_groups_count_weights(pattern):
+    model = nn.Conv2d(8, 4, 3)
+    report = pruned(model, sparsity=0.5 if pattern == "channel" else None, pattern=pattern).report()
+    (layer,) = report.layers
+    assert layer.pattern == pattern
+    assert layer.pruned == (144 if pattern == "channel" else 216)
+    assert (layer.threshold is None) == (pattern == "1:4")
+    assert sum(report.mask_histogram) == 288
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, stride=2, groups=2)
+        self.up = nn.ConvTranspose2d(4, 6, 2)
+        self.linear = nn.Linear(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, images, keys, values):
+        features = self.up(self.conv(images)).flatten(2).transpose(1, 2)
+        tokens = self.norm(self.linear(features))
+        tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.cross(tokens, keys, value=values, need_weights=False)[0]
+
+
+def test_multiply_accumulates_by_hand():
+    model = Network()
+    pruner = pruned(model, sparsity=0.5, scope="layer")
+    inputs = torch.randn(3, 2, 9, 9), torch.randn(3, 5, 6), torch.randn(3, 5, 2)
+    report = pruner.report(inputs)
+    tokens, positions = 5 * 5, 4 * 4
+    macs = {
+        "conv.weight": 3 * positions * 4 * 1 * 9,
+        "up.weight": 3 * positions * 4 * 6 * 4,
+        "linear.weight": 3 * tokens * 6 * 8,
+        "attention.in_proj_weight": 3 * tokens * 3 * 8 * 8,
+        "attention.out_proj.weight": 3 * tokens * 8 * 8,
+        "cross.q_proj_weight": 3 * tokens * 8 * 8,
+        "cross.k_proj_weight": 3 * 5 * 6 * 8,
+        "cross.v_proj_weight": 3 * 5 * 2 * 8,
+        "cross.out_proj.weight": 3 * tokens * 8 * 8,
+    }
+    assert {layer.name: layer.macs for layer in report.layers} == macs
+    attention = 3 * 2 * tokens * 8 * tokens + 3 * 2 * tokens * 8 * 5
+    assert report.macs == sum(macs.values()) + attention
+    assert report.kept_macs == sum(macs.values()) // 2 + attention
+    assert model.training and model.cross.training
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_table_plain_data_and_plot(tmp_path):
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 8))
+    pruner = pruned(model, sparsity=0.75)
+    pruner.report()
+    pruner.step(1)
+    report = pruner.report(torch.randn(2, 24))
+    lines = str(report).splitlines()
+    assert lines[0].split()[:4] == ["weight", "shape", "pattern", "pruned"]
+    assert [line.split()[0] for line in lines[1:4]] == ["0.weight", "1.weight", "total"]
+    assert "768" in lines[3] and "75.0000%" in lines[3]
+    assert lines[4] == "multiply-accumulates: 512 of 2,048 (25.00%)"
+    data = json.loads(json.dumps(report.as_dict()))
+    assert data["layers"][0]["name"] == "0.weight" and data["macs"] == 2048
+    assert math.isfinite(data["layers"][0]["threshold"])
+    pytest.importorskip("matplotlib")
+    for name, drawn in (("during.png", report), ("after.png", None)):
+        if drawn is None:
+            pruner.finalize()
+            drawn = pruner.report()
+        drawn.plot(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
