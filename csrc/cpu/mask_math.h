@@ -40,8 +40,8 @@ PDP_INLINE float exp_negative(float x) {
 PDP_INLINE double exp_negative(double x) { return std::exp(-x); }
 
 // 1/y for y > 0, as the sum of a leading part, rounded down, and a rest > 0. x times the two, with
-// one rounding of the sum, is x / y to within half a unit in the last place, and an infinite x stays
-// so: in less than half the time of a division.
+// one rounding of the sum, is x / y to within half a unit in the last place, and an infinite x
+// stays so: in less than half the time of a division.
 template <typename Real>
 struct Reciprocal {
   Real divisor;
