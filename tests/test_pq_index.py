@@ -106,6 +106,12 @@ def test_sums_of_inf_nan_and_of_the_ends_of_the_range(summing, dtype, norms):
         check_sums(summing, [weight], [weight.isfinite()], *norms)
 
 
+def test_sums_of_weights_of_every_size(summing):
+    weights = [(torch.randn(4097).double() * 2.0**scale).float() for scale in range(-149, 126, 5)]
+    check_sums(summing, weights, [None] * len(weights), 0.5, 1.0)
+    check_sums(summing, [torch.stack(weights, dim=1)], [None], 0.5, 1.0)
+
+
 def test_pruned_weights_may_be_anything(summing):
     weight = torch.tensor([math.nan, 1.0, -math.inf, 4.0])
     mask = torch.tensor([False, True, False, True])
