@@ -70,7 +70,8 @@ class PDPConfig:
             whose sparsity counts channels.
         tau, relative_tau: the temperature as in `pdp_mask`, a number or (start, end). Neither: the
             recommended relative temperature, (1.0, 0.02).
-        anneal: how long a temperature goes from start to end; default the ramp.
+        anneal: how long a temperature goes from start to end; default the ramp. Until the end of
+            the training is better: see `for_epochs`.
         warmup: epochs before pruning starts; s in the paper.
         ramp: how long the sparsity grows; or
         epsilon: its growth per epoch, ramp = 1 / epsilon. Default 0.015, the paper's.
@@ -137,12 +138,13 @@ class PDPConfig:
     def for_epochs(cls, sparsity: float | None, epochs: float, **changes: Any) -> "PDPConfig":
         """The recommended setting for a training of so many epochs.
 
-        Warm-up of 15%, ramp of 40%, and the rest to train at the full sparsity.
+        A warm-up of 15% of them, a ramp of 40%, the rest at the full sparsity; the temperature
+        falls until the end, where the soft network has become the hard one.
         """
         check_number("epochs", epochs)
         if not 0 < epochs < math.inf:
             raise ValueError(f"epochs must be positive and finite, got {epochs}")
-        times = {"warmup": 0.15 * epochs}
+        times = {"warmup": 0.15 * epochs, "anneal": 0.85 * epochs}
         if "epsilon" not in changes:
             times["ramp"] = 0.4 * epochs
         return cls(**({"sparsity": sparsity} | times | changes))

@@ -46,7 +46,8 @@ def test_temperatures_are_annealed_geometrically_over_the_ramp_or_their_own_time
 
 def test_for_epochs_leaves_time_to_train_at_the_full_sparsity():
     config = PDPConfig.for_epochs(0.9, 20)
-    assert (config.warmup, config.ramp_epochs) == (3, 8)
+    assert (config.warmup, config.ramp_epochs, config.anneal) == (3, 8, 17)
+    assert config.temperature_at((1.0, 0.02), 20) == 0.02 < config.temperature_at((1.0, 0.02), 19)
     assert PDPConfig.for_epochs(0.9, 20, ramp=4).ramp_epochs == 4
     assert PDPConfig.for_epochs(0.9, 20, epsilon=0.5).ramp_epochs == 2
 

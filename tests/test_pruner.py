@@ -257,6 +257,21 @@ def test_an_overridden_layer_is_not_part_of_the_global_budget():
     assert sum(others) == math.floor(0.5 * (512 + 128) + 0.5)
 
 
+def test_layers_of_several_dtypes_share_one_budget():
+    model = nn.Sequential(
+        nn.Linear(16, 16).double(), nn.Linear(16, 16).bfloat16(), nn.Linear(16, 8)
+    )
+    pruner = PDPPruner(model, PDPConfig(0.6, warmup=0, ramp=1))
+    pruner.step(0.5)
+    dtypes = [layer.pdp_masks["weight"].threshold.dtype for layer in model]
+    assert dtypes == [torch.float64, torch.float32, torch.float32]
+    for layer in model:
+        layer(torch.randn(2, 16, dtype=layer.weight.dtype)).sum().backward()
+    pruner.step(1)
+    pruner.finalize()
+    assert sum(zeros_of(model)) == 384
+
+
 class Everything(nn.Module):
     def __init__(self):
         super().__init__()
