@@ -10,13 +10,13 @@ rounds.csv, accuracy.png (against remaining weights) and pq_index.png (per round
 
 import argparse
 import csv
-import gzip
 import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from data import Images, digits, mnist
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
@@ -30,13 +30,6 @@ BATCH = 512
 # With eta = 0 SAP slows down at 17% (global) to 32% (neuron): trained for few epochs, the remaining
 # weights spread too evenly to spare many. This prunes 17% of equal weights.
 ETA = 0.1
-
-
-class Data(NamedTuple):
-    train_inputs: Tensor
-    train_labels: Tensor
-    test_inputs: Tensor
-    test_labels: Tensor
 
 
 class Row(NamedTuple):
@@ -108,29 +101,12 @@ METHODS = {
 }
 
 
-def load_mnist(folder: Path) -> Data:
-    def read(name: str) -> Tensor:
-        content = gzip.decompress((folder / f"{name}-ubyte.gz").read_bytes())
-        dimensions = content[3]  # IDX: 0, 0, type, dimensions, then a 4-byte size of each
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-        return torch.from_numpy(values.copy())
-
-    parts = []
-    for prefix in ("train", "t10k"):
-        parts.append(read(f"{prefix}-images-idx3").view(-1, 784).float() / 255)
-        parts.append(read(f"{prefix}-labels-idx1").long())
-    return Data(*parts)
-
-
-def load_digits() -> Data:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    inputs = torch.from_numpy(digits.data).float() / 16
-    labels = torch.from_numpy(digits.target).long()
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1437], order[1437:]
-    return Data(inputs[train], labels[train], inputs[test], labels[test])
+def load_data(folder: Path | None) -> Images:
+    """MNIST, or the digits without a folder, as rows of pixels."""
+    images = digits() if folder is None else mnist(folder)
+    return images._replace(
+        train_inputs=images.train_inputs.flatten(1), test_inputs=images.test_inputs.flatten(1)
+    )
 
 
 def make_model(inputs: int) -> nn.Module:
@@ -139,7 +115,7 @@ def make_model(inputs: int) -> nn.Module:
     )
 
 
-def train(model: nn.Module, data: Data, epochs: int, pruner: Pruner) -> None:
+def train(model: nn.Module, data: Images, epochs: int, pruner: Pruner) -> None:
     # Optimizer and schedule of arXiv 2302.05601 with fewer epochs.
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -157,12 +133,12 @@ def train(model: nn.Module, data: Data, epochs: int, pruner: Pruner) -> None:
 
 
 @torch.no_grad()
-def accuracy_of(model: nn.Module, data: Data) -> float:
+def accuracy_of(model: nn.Module, data: Images) -> float:
     return float((model(data.test_inputs).argmax(1) == data.test_labels).double().mean())
 
 
 def run_method(
-    method: str, seed: int, data: Data, rounds: int, epochs: int, progress: tqdm
+    method: str, seed: int, data: Images, rounds: int, epochs: int, progress: tqdm
 ) -> list[Row]:
     """Trains the dense network (round 0), and the one that each of the rounds leaves."""
     torch.manual_seed(seed)
@@ -248,8 +224,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    data = load_mnist(arguments.data_dir) if arguments.data_dir else load_digits()
-    data = Data(*(part.to(arguments.device) for part in data))
+    data = Images(*(part.to(arguments.device) for part in load_data(arguments.data_dir)))
     rows = []
     total = len(METHODS) * arguments.seeds * (arguments.rounds + 1)
     with tqdm(total=total, unit="network") as progress:

@@ -1,0 +1,134 @@
+"""What the training examples have in common on the command line, and one run as it says."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from method import Budget
+from methods import METHODS, make_method
+from torch import nn
+from training import Recipe, Task, train
+
+WARMUP, RAMP = 0.15, 0.4  # as shares of the training: epochs 3 and 8 of 20
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, sparsity: float) -> None:
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder of the data set; without it a bundled stand-in")
+    add("--method", choices=METHODS, default="pdp")
+    add("--sparsity", type=float, default=sparsity, help="share of the weights to prune")
+    add("--pattern", default="unstructured", help="or N:M, such as 2:4, which sets the sparsity")
+    add("--epochs", type=int)
+    add("--batch", type=int)
+    add("--lr", type=float)
+    add("--weight-decay", type=float)
+    add("--warmup", type=float, help="epochs before pruning; default 15%% of all")
+    add("--ramp", type=float, help="epochs in which the sparsity grows; default 40%% of all")
+    pdp = parser.add_argument_group("PDP", "the default is the recommended temperature")
+    pdp.add_argument("--tau", type=temperature, metavar="T", help="absolute; START,END to anneal")
+    pdp.add_argument("--relative-tau", type=temperature, metavar="T", help="of the threshold^2")
+    pdp.add_argument("--ramp-shape", choices=("linear", "cubic"))
+    pdp.add_argument("--update-interval", type=float, help="epochs between thresholds; 0: steps")
+    add("--str-decay", type=float, help="weight decay of STR's thresholds")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("run"))
+    add("--resume", action="store_true", help="go on from the checkpoint in OUT, if there is one")
+    add("--stop-after", type=int, metavar="EPOCH", help="stop there, to be resumed")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def temperature(text: str) -> float | tuple[float, float]:
+    """A number, or two with a comma."""
+    values = tuple(float(part) for part in text.split(","))
+    if len(values) > 2:
+        raise ValueError
+    return values if len(values) == 2 else values[0]
+
+
+def budget_of(
+    sparsity: float,
+    pattern: str,
+    epochs: int,
+    warmup: float | None = None,
+    ramp: float | None = None,
+    exclude: tuple[str, ...] = (),
+) -> Budget:
+    """The budget of a run; raises ValueError for one that cannot be."""
+    if pattern != "unstructured":
+        n, colon, m = pattern.partition(":")
+        if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 32):
+            raise ValueError(f"pattern must be unstructured or N:M, N < M <= 32, got {pattern!r}")
+        sparsity = 1 - int(n) / int(m)
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and less than 1, got {sparsity}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    warmup = WARMUP * epochs if warmup is None else warmup
+    ramp = RAMP * epochs if ramp is None else ramp
+    if warmup < 0 or ramp < 0 or warmup + ramp > epochs:
+        raise ValueError(
+            f"warmup and ramp must be at least 0 and fit into {epochs} epochs, "
+            f"got {warmup:g} and {ramp:g}"
+        )
+    return Budget(sparsity, epochs, warmup, ramp, pattern, exclude)
+
+
+def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the chosen method; raises ValueError for those of another."""
+    pdp = ("tau", "relative_tau", "ramp_shape", "update_interval")
+    own = {"pdp": pdp, "pdp-paper": pdp, "str": ("str_decay",)}.get(arguments.method, ())
+    options = {}
+    for name in (*pdp, "str_decay"):
+        value = getattr(arguments, name)
+        if value is not None and name not in own:
+            raise ValueError(f"{name} must be left out with method {arguments.method}, got {value}")
+        if value is not None:
+            options[name.removeprefix("str_")] = value
+    return options
+
+
+def run(
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    make_task: Callable[[Recipe], Task],
+    make_model: Callable[[Task], nn.Module],
+    exclude: tuple[str, ...] = (),
+) -> None:
+    """One training as the arguments say; prints its outcome."""
+    changes = {name: getattr(arguments, name) for name in ("epochs", "batch", "lr", "weight_decay")}
+    recipe = recipe._replace(**{name: v for name, v in changes.items() if v is not None})
+    budget = budget_of(
+        arguments.sparsity,
+        arguments.pattern,
+        recipe.epochs,
+        arguments.warmup,
+        arguments.ramp,
+        exclude,
+    )
+    options = method_options(arguments)
+    task = make_task(recipe)
+    torch.manual_seed(arguments.seed)
+    model = make_model(task)
+    method = make_method(arguments.method, model, budget, **options)
+    outcome = train(
+        task,
+        model,
+        method,
+        recipe,
+        arguments.seed,
+        folder=arguments.out,
+        resume=arguments.resume,
+        stop_after=arguments.stop_after,
+    )
+    if outcome is None:
+        print(f"stopped after epoch {arguments.stop_after} of {recipe.epochs}; --resume goes on")
+        return
+    torch.save(model.state_dict(), arguments.out / "model.pt")
+    soft = "" if outcome.soft_score is None else f" (with soft masks {outcome.soft_score:.4f})"
+    print(
+        f"{arguments.method}: test {task.score_name} {outcome.score:.4f}{soft}, "
+        f"sparsity {outcome.sparsity:.4%}, by itself {outcome.own_sparsity:.4%}, "
+        f"{outcome.seconds:.0f} s"
+    )

@@ -1,0 +1,203 @@
+"""Ways to prune that let pruned weights learn, or learn scores or thresholds beside them."""
+
+import math
+
+import torch
+from method import (
+    Budget,
+    Mask,
+    Masking,
+    Method,
+    flat,
+    global_masks,
+    group_size,
+    layer_counts,
+)
+from torch import Tensor, nn
+
+from pdp_kernels import hard_mask, hard_mask_nm, pdp_threshold
+
+
+class StraightThrough(torch.autograd.Function):
+    """w_hat = mask w; the gradient reaches all weights, and draws the pruned ones towards 0."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+        ctx.decay = decay
+        if decay:
+            ctx.save_for_backward(weight * ~mask)
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        if ctx.decay:
+            gradient = gradient + ctx.decay * ctx.saved_tensors[0]
+        return gradient, None, None
+
+
+class DNW(Method):
+    """The largest magnitudes of each layer, the same share from the first step on.
+
+    Mitchell Wortsman, Ali Farhadi, Mohammad Rastegari, "Discovering Neural Wirings", arXiv
+    1906.00586: the gradient reaches pruned weights as if they were used.
+    """
+
+    def __init__(self, model: nn.Module, budget: Budget):
+        super().__init__(model, budget)
+        weights = [layer.parametrizations.weight.original for layer in self.layers]
+        counts = layer_counts(weights, budget.sparsity)
+        for transform, weight, count in zip(self.transforms(), weights, counts, strict=True):
+            transform.sparsity = count / weight.numel()
+
+    def transform(self, weight: Tensor) -> nn.Module:
+        return LargestMagnitudes()
+
+
+class LargestMagnitudes(nn.Module):
+    sparsity = 0.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return StraightThrough.apply(weight, hard_mask(weight, self.sparsity), 0.0)
+
+
+class SRSTE(Method):
+    """N:M from the first step on, with lambda_W = 2e-4.
+
+    Aojun Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
+    arXiv 2102.04010; the paper of PDP calls it LNM.
+    """
+
+    def transform(self, weight: Tensor) -> nn.Module:
+        return LargestOfGroup(*group_size(self.budget.pattern))
+
+
+class LargestOfGroup(nn.Module):
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.n, self.m = n, m
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return StraightThrough.apply(weight, hard_mask_nm(weight, self.n, self.m, dim=1), 2e-4)
+
+
+class STR(Method):
+    """A learned threshold for each layer: w_hat = sign(w) max(0, |w| - sigmoid(s)).
+
+    Weight decay draws s up from a start where nothing is pruned, the loss draws it down. What
+    sparsity that gives is not known before: on MNIST the MLP ended at 80.5, 91.5 and 97.5% with
+    decays of 0.001, 0.003 and 0.01, from which the default follows.
+    Aditya Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity",
+    arXiv 2002.03231.
+    """
+
+    start = -8.0  # a threshold of 0.0003
+
+    def __init__(self, model: nn.Module, budget: Budget, decay: float | None = None):
+        super().__init__(model, budget)
+        self.decay = 2.5e-4 / (1 - budget.sparsity) if decay is None else decay
+
+    def transform(self, weight: Tensor) -> nn.Module:
+        return SoftThreshold(self.start)
+
+    def own_weight_decay(self) -> float:
+        return self.decay
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        """To the exact sparsity along |w| - sigmoid(s), of all layers together.
+
+        Where too few weights are left, more come back: as large as they were under the thresholds
+        lowered by so much that they pass.
+        """
+        margins = [
+            (weight.abs() - torch.sigmoid(transform.s)).double()
+            for weight, transform in zip(self.plain_weights(), self.transforms(), strict=True)
+        ]
+        # A threshold is less than 1, so that margins shifted by 1 rank as magnitudes.
+        shifted = [margin + 1 for margin in margins]
+        masks = global_masks(shifted, self.budget.sparsity)
+        passing = pdp_threshold(flat(shifted), self.budget.sparsity) - 1
+        for weight, margin, mask in zip(self.plain_weights(), margins, masks, strict=True):
+            size = torch.where(margin > 0, margin, margin - passing) * mask
+            weight.copy_(weight.sign() * size)
+        for transform in self.transforms():
+            transform.s.fill_(-math.inf)
+        super().finalize()
+
+
+class SoftThreshold(nn.Module):
+    def __init__(self, start: float):
+        super().__init__()
+        self.s = nn.Parameter(torch.tensor(start))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return Shrink.apply(weight, torch.sigmoid(self.s))
+
+
+class Shrink(torch.autograd.Function):
+    """sign(w) max(0, |w| - t); three times as fast as autograd through its operations."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, threshold: Tensor):
+        signs = weight.sign() * (weight.abs() > threshold)  # 0 where pruned
+        ctx.save_for_backward(signs)
+        return weight * signs.abs() - threshold * signs
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (signs,) = ctx.saved_tensors
+        return gradient * signs.abs(), -(gradient * signs).sum()
+
+
+class Movement(Masking):
+    """Each weight learns a score, and those of the largest scores are kept; ramp cubic.
+
+    The gradient reaches scores as if all weights were used, so that a score sums up how far its
+    weight moved away from 0. One threshold for all layers. Victor Sanh, Thomas Wolf, Alexander M.
+    Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv 2005.07683.
+    """
+
+    def transform(self, weight: Tensor) -> nn.Module:
+        return ScoredMask(weight)
+
+    def step(self, progress: float) -> None:
+        if progress >= self.budget.warmup and self.due(progress):
+            self.keep_best(self.budget.sparsity_at(progress))
+
+    @torch.no_grad()
+    def keep_best(self, sparsity: float) -> None:
+        scores = [transform.scores for transform in self.transforms()]
+        least = min(score.min() for score in scores)
+        # From 0 up, scores rank as magnitudes.
+        self.set_masks(global_masks([score - least for score in scores], sparsity))
+
+    def finalize(self) -> None:
+        self.keep_best(self.budget.sparsity)
+        super().finalize()
+
+
+class ScoredMask(Mask):
+    """w_hat = mask w; the gradient reaches all scores, and the weights that are kept."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.scores = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (self.mask + (self.scores - self.scores.detach()))
+
+
+class OptG(Movement):
+    """Scores as in movement pruning, but masks change once in an epoch, on a ramp of their own.
+
+    The sparsity and the learning rate of the scores rise as sigmoid(e - E / 2) in epoch e of E.
+    Yuxin Zhang et al., "OptG: Optimizing Gradient-driven Criteria in Network Sparsity",
+    arXiv 2201.12826.
+    """
+
+    def own_rate(self, progress: float) -> float:
+        return 1 / (1 + math.exp(self.budget.epochs / 2 - int(progress)))
+
+    def step(self, progress: float) -> None:
+        if self.due(progress, 1.0):
+            self.keep_best(self.budget.sparsity * self.own_rate(progress))

@@ -1,0 +1,107 @@
+"""Ways to prune by magnitude while the kept weights are trained: GMP, GraNet, AC/DC."""
+
+import math
+
+import torch
+from method import Mask, Masking, global_masks, layer_masks
+from torch import Tensor, nn
+
+
+class GMP(Masking):
+    """Gradual magnitude pruning: the same share of each layer, on a cubic ramp.
+
+    Michael Zhu, Suyog Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
+    model compression", arXiv 1710.01878.
+    """
+
+    def step(self, progress: float) -> None:
+        if progress >= self.budget.warmup and self.due(progress):
+            self.set_masks(self.select(self.plain_weights(), self.budget.sparsity_at(progress)))
+
+    def select(self, weights: list[Tensor], sparsity: float) -> list[Tensor]:
+        return layer_masks(weights, sparsity)
+
+
+class GlobalGMP(GMP):
+    """GMP with one threshold for all layers, as AC/DC and PDP have it."""
+
+    def select(self, weights: list[Tensor], sparsity: float) -> list[Tensor]:
+        return global_masks(weights, sparsity)
+
+
+class GraNet(Masking):
+    """GMP that prunes a share more at each update, and regrows it where gradients are largest.
+
+    The share of the remaining weights falls from 1/2 to 0 as a cosine; both selections are over
+    all layers together. Shiwei Liu et al., "Sparse Training via Boosting Pruning Plasticity with
+    Neuroregeneration", arXiv 2106.10404.
+    """
+
+    def transform(self, weight: Tensor) -> nn.Module:
+        return MaskWithDenseGradient(weight)
+
+    def step(self, progress: float) -> None:
+        start, end = self.budget.warmup, self.budget.warmup + self.budget.ramp
+        if not start <= progress or not self.due(progress):
+            return
+        weights, sparsity = self.plain_weights(), self.budget.sparsity_at(progress)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - start) / (end - start)))) / 2
+        pruned = global_masks(
+            [weight * transform.mask for weight, transform in self._pairs()],
+            sparsity + share * (1 - sparsity),
+        )
+        with torch.no_grad():
+            for weight, mask in zip(weights, pruned, strict=True):
+                weight.mul_(mask)  # what regrows starts from 0
+        gradients = [transform.w_hat.grad for transform in self.transforms()]
+        # What is still there is kept before anything grows.
+        scores = [
+            gradient.abs().masked_fill(mask, math.inf)
+            for gradient, mask in zip(gradients, pruned, strict=True)
+        ]
+        self.set_masks(global_masks(scores, sparsity))
+
+    def _pairs(self):
+        return zip(self.plain_weights(), self.transforms(), strict=True)
+
+
+class MaskWithDenseGradient(Mask):
+    """A mask that remembers w_hat, whose gradient is that of pruned weights too."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        w_hat = weight * self.mask
+        if w_hat.requires_grad:
+            w_hat.retain_grad()
+            self.w_hat = w_hat
+        return w_hat
+
+
+class ACDC(Masking):
+    """Phases of sparse and of dense training take turns; one threshold for all layers.
+
+    The phases are those of its 100 epochs on ImageNet, as shares of the training: dense for 10%,
+    phases of 5%, at last 10% dense and 15% sparse. Alexandra Peste, Eugenia Iofinova, Adrian
+    Vladu, Dan Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
+    Networks", arXiv 2106.12379.
+    """
+
+    def is_sparse(self, progress: float) -> bool:
+        percent = 100 * progress / self.budget.epochs + 1e-6
+        if percent < 10 or 75 <= percent < 85:
+            return False
+        return percent >= 85 or int((percent - 10) / 5) % 2 == 0
+
+    @torch.no_grad()
+    def step(self, progress: float) -> None:
+        # Dense and sparse phases are counted, so that a checkpoint knows where it is.
+        sparse = self.is_sparse(progress)
+        if sparse == bool(self.updates % 2):
+            return
+        self.updates += 1
+        weights = self.plain_weights()
+        if sparse:
+            self.set_masks(global_masks(weights, self.budget.sparsity))
+            return
+        for weight, transform in zip(weights, self.transforms(), strict=True):
+            weight.mul_(transform.mask)  # what was pruned starts from 0
+            transform.mask.fill_(1)

@@ -1,0 +1,144 @@
+"""The rows of a study, their table and their plots."""
+
+import csv
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+
+class Row(NamedTuple):
+    network: str
+    setting: str
+    pattern: str
+    sparsity: str
+    seed: str
+    epochs: str
+    accuracy: float
+    soft_accuracy: float | None
+    own_sparsity: float  # before the last weights were pruned to meet the budget
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(self[:6])
+
+    @property
+    def column(self) -> str:
+        """What stands above the row's results in the table."""
+        return self.pattern if ":" in self.pattern else f"{100 * float(self.sparsity):g}%"
+
+
+def read_rows(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [
+            Row(*cells[:6], *(float(cell) if cell else None for cell in cells[6:]))
+            for cells in list(csv.reader(file))[1:]
+        ]
+
+
+def columns_of(rows: list[Row]) -> list[str]:
+    """The sparsities and patterns of pruned networks, in the order they first come."""
+    return [c for c in dict.fromkeys(row.column for row in rows) if c != "0%"]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds, in percent."""
+    text = f"{100 * mean(values):.2f}"
+    return text + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def write_table(rows: list[Row], path: Path, command: str) -> None:
+    columns = columns_of(rows)
+    seeds = len({row.seed for row in rows})
+    lines = [
+        f"Test accuracy in percent, mean ± standard deviation of {seeds} seeds: of the finished "
+        "network, then in training mode where that differs (soft). Time per run with one thread.",
+        "",
+        f"    {command}",
+        "",
+        "| | " + " | ".join([*columns, *(f"soft, {column}" for column in columns), "time"]) + " |",
+        "|---" * (2 * len(columns) + 2) + "|",
+    ]
+    notes = []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        own = [row for row in rows if row.setting == setting]
+        cells, soft_cells = [], []
+        for column in columns:
+            group = [row for row in own if row.column in (column, "0%")]
+            soft = [row.soft_accuracy for row in group if row.soft_accuracy is not None]
+            cells.append(spread([row.accuracy for row in group]) if group else "")
+            soft_cells.append(spread(soft) if soft else "")
+            missed = [row for row in group if abs(row.own_sparsity - float(row.sparsity)) > 5e-4]
+            if missed and ":" not in column:
+                reached = mean(row.own_sparsity for row in group)
+                notes.append(f"{setting} at {column}: {100 * reached:.2f}%")
+        time = f"{mean(row.seconds for row in own):.0f} s"
+        lines.append(f"| {setting} | " + " | ".join([*cells, *soft_cells, time]) + " |")
+    if notes:
+        lines += ["", "Sparsity reached before the last step met it: " + "; ".join(notes) + "."]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def plot_by_sparsity(rows: list[Row], path: Path) -> None:
+    """Accuracy against the share of remaining weights, a line for each setting."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for setting in dict.fromkeys(row.setting for row in rows):
+        groups: dict[float, list[float]] = {}
+        for row in rows:
+            if row.setting == setting:
+                groups.setdefault(1 - float(row.sparsity), []).append(row.accuracy)
+        remaining = sorted(groups)
+        means = [mean(groups[share]) for share in remaining]
+        errors = [stdev(groups[share]) if len(groups[share]) > 1 else 0.0 for share in remaining]
+        if remaining == [1.0]:
+            axes.axhline(means[0], color="black", linestyle=":", label=setting)
+        else:
+            axes.errorbar(
+                remaining, means, errors, fmt="o-", markersize=3, capsize=2, label=setting
+            )
+    axes.set(xscale="log", xlabel="remaining weights", ylabel="test accuracy")
+    axes.invert_xaxis()
+    axes.set_xticks(sorted({1 - float(row.sparsity) for row in rows if row.column != "0%"}))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    top = max(row.accuracy for row in rows)
+    axes.set_ylim(bottom=max(min(row.accuracy for row in rows), top - 0.06) - 0.002)
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def plot_by_setting(rows: list[Row], path: Path) -> None:
+    """Accuracy of each setting, pruned (filled) and in training mode (open), by column."""
+    columns = columns_of(rows) or ["0%"]
+    settings = list(dict.fromkeys(row.setting for row in rows))[::-1]
+    figure = Figure(
+        figsize=(4 + 2.5 * len(columns), 1.5 + 0.22 * len(settings)), layout="constrained"
+    )
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, columns, strict=True):
+        group = [row for row in rows if row.column in (column, "0%")]
+        places = [settings.index(row.setting) for row in group]
+        axes.plot([row.accuracy for row in group], places, "o", markersize=4, label="pruned")
+        soft = [
+            (row.soft_accuracy, settings.index(row.setting)) for row in group if row.soft_accuracy
+        ]
+        if soft:
+            axes.plot(
+                *zip(*soft, strict=True), "o", markersize=6, fillstyle="none", label="soft masks"
+            )
+        top = max(row.accuracy for row in group)
+        axes.set(xlabel="test accuracy", title=column)
+        axes.set_xlim(left=max(min(row.accuracy for row in group), top - 0.06) - 0.002)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(settings)), settings, fontsize="small")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=150)

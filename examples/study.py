@@ -1,0 +1,217 @@
+"""Runs a grid of trainings on worker processes, and makes its table and plot.
+
+    python examples/study.py methods --network mlp --data-dir DIR --workers 2 --out OUT
+    python examples/study.py tau --data-dir DIR --workers 2 --out OUT
+    python examples/study.py nm --data-dir DIR --workers 2 --out OUT
+
+methods: every method at every sparsity. tau: PDP's temperatures, ramps and how often it finds its
+thresholds. nm: methods for N:M patterns. Each run adds a row to OUT/<study>.csv; rows that are
+there already are not run again, so that the same command goes on where it was stopped. From all
+rows OUT/<study>.md and OUT/<study>.png are written.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from command_line import budget_of
+from methods import METHODS, NM_METHODS, make_method
+from report import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
+from tqdm import tqdm
+from train_image import RECIPES, ImageTask, make_network, make_task
+from training import train
+
+
+class Setting(NamedTuple):
+    """What a row of the table stands for."""
+
+    name: str
+    method: str
+    options: dict[str, Any]
+
+
+class Job(NamedTuple):
+    network: str
+    setting: Setting
+    pattern: str
+    sparsity: float
+    seed: int
+    epochs: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The cells of the job's row that name it, as the CSV file has them."""
+        name = self.setting.name
+        return (
+            self.network,
+            name,
+            self.pattern,
+            f"{self.sparsity:g}",
+            str(self.seed),
+            str(self.epochs),
+        )
+
+
+def method_settings() -> list[Setting]:
+    return [Setting(name, name, {}) for name in METHODS if name != "sr-ste"]
+
+
+def nm_settings() -> list[Setting]:
+    return [Setting(name, name, {}) for name in NM_METHODS]
+
+
+def tau_settings() -> list[Setting]:
+    """Temperatures x ramps with thresholds at every step; some with thresholds once an epoch."""
+    temperatures = {
+        **{f"tau {tau}": {"tau": float(tau)} for tau in ("1e-5", "1e-4", "1e-3", "1e-2")},
+        "tau 1e-2 to 1e-4": {"tau": (1e-2, 1e-4)},
+        **{f"relative {tau}": {"relative_tau": tau} for tau in (0.1, 0.3, 1.0)},
+        "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
+        "relative 1 to 0.05": {"relative_tau": (1.0, 0.05)},
+        "relative 1 to 0.02": {"relative_tau": (1.0, 0.02)},
+    }
+    settings = []
+    for name, temperature in temperatures.items():
+        for shape in ("linear", "cubic"):
+            settings.append(Setting(f"{name}, {shape}", "pdp", temperature | {"ramp_shape": shape}))
+    by_epoch = {
+        "tau 1e-4, linear": {"tau": 1e-4, "ramp_shape": "linear"},
+        "tau 1e-3, linear": {"tau": 1e-3, "ramp_shape": "linear"},
+        "relative 1 to 0.02, cubic": {"relative_tau": (1.0, 0.02), "ramp_shape": "cubic"},
+    }
+    for name, options in by_epoch.items():
+        settings.append(Setting(f"{name}, by epoch", "pdp", options | {"update_interval": 1.0}))
+    return settings
+
+
+STUDIES = {"methods": method_settings, "tau": tau_settings, "nm": nm_settings}
+
+
+def make_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """All runs of the grid, seed by seed; dense ones once for all sparsities."""
+    settings = [
+        setting
+        for setting in STUDIES[arguments.study]()
+        if any(fnmatchcase(setting.name, glob) for glob in arguments.settings)
+    ]
+    if not settings:
+        raise ValueError(
+            f"settings match none of the study {arguments.study}: {arguments.settings}"
+        )
+    epochs = arguments.epochs or RECIPES[arguments.network].epochs
+    if arguments.study == "nm":
+        columns = [(pattern, 0.0) for pattern in arguments.patterns]
+    else:
+        columns = [("unstructured", sparsity) for sparsity in arguments.sparsities]
+    jobs = []
+    for seed in range(arguments.seeds):
+        for setting in settings:
+            for pattern, sparsity in columns[:1] if setting.method == "dense" else columns:
+                if setting.method == "dense":
+                    pattern, sparsity = "unstructured", 0.0
+                budget_of(sparsity, pattern, epochs)
+                jobs.append(Job(arguments.network, setting, pattern, sparsity, seed, epochs))
+    return jobs
+
+
+_task: ImageTask | None = None  # of a worker process
+
+
+def start_worker(network: str, folder: Path | None, device: str) -> None:
+    global _task
+    torch.set_num_threads(1)
+    _task = make_task(network, folder, RECIPES[network].batch, device)
+
+
+def run_job(job: Job) -> Row:
+    recipe = RECIPES[job.network]._replace(epochs=job.epochs)
+    budget = budget_of(job.sparsity, job.pattern, job.epochs)
+    torch.manual_seed(job.seed)
+    model = make_network(job.network, _task)
+    method = make_method(job.setting.method, model, budget, **job.setting.options)
+    outcome = train(_task, model, method, recipe, job.seed, show_progress=False)
+    return Row(
+        *job.key, outcome.score, outcome.soft_score, outcome.own_sparsity, round(outcome.seconds, 1)
+    )
+
+
+def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> None:
+    """Appends a row for each job to the file as it is done."""
+    if not jobs:
+        return
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(",".join(Row._fields) + "\n")
+    with (
+        ProcessPoolExecutor(
+            arguments.workers,
+            multiprocessing.get_context("spawn"),
+            start_worker,
+            (arguments.network, arguments.data_dir, arguments.device),
+        ) as pool,
+        open(path, "a", newline="") as file,
+        tqdm(total=len(jobs), unit="run") as bar,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        for done in as_completed([pool.submit(run_job, job) for job in jobs]):
+            row = done.result()
+            writer.writerow(row)
+            file.flush()
+            bar.update()
+            bar.set_postfix_str(f"{row.setting}, {row.column}: {row.accuracy:.2%}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("study", choices=STUDIES)
+    add("--network", choices=RECIPES, default="mlp")
+    add("--data-dir", type=Path, help="as for train_image.py")
+    add("--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99])
+    add("--patterns", nargs="+", default=["2:4", "1:4"], help="of the study nm")
+    add("--settings", nargs="+", default=["*"], help="globs of the rows of the table to run")
+    add("--seeds", type=int, default=3)
+    add("--epochs", type=int)
+    add("--workers", type=int, default=1)
+    add("--out", type=Path, default=Path("study"))
+    add("--device", default="cpu")
+    arguments = parser.parse_args()
+    for name in ("seeds", "workers"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    return arguments
+
+
+def shown_command() -> str:
+    """The command line, with DIR for the folder of the data."""
+    words = ["python", "examples/study.py", *sys.argv[1:]]
+    if "--data-dir" in words:
+        words[words.index("--data-dir") + 1] = "DIR"
+    return shlex.join(words)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    path = arguments.out / f"{arguments.study}.csv"
+    jobs = make_jobs(arguments)
+    present = {row.key for row in read_rows(path)}
+    run_jobs([job for job in jobs if job.key not in present], path, arguments)
+    order = {job.key: number for number, job in enumerate(jobs)}
+    rows = sorted((row for row in read_rows(path) if row.key in order), key=lambda r: order[r.key])
+    write_table(rows, path.with_suffix(".md"), shown_command())
+    plot = plot_by_sparsity if arguments.study == "methods" else plot_by_setting
+    plot(rows, path.with_suffix(".png"))
+    print(path.with_suffix(".md").read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()

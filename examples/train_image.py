@@ -1,0 +1,126 @@
+"""Trains an image classifier with one method of pruning, or dense.
+
+    python examples/train_image.py --network mlp --method pdp --sparsity 0.98 --data-dir DIR
+    python examples/train_image.py --network resnet20 --method gmp --data-dir DIR
+    python examples/train_image.py --network lenet        # on scikit-learn's bundled digits
+
+With --data-dir the MLP (784-300-100-10) and LeNet-5 learn MNIST (its four *-ubyte.gz files, in the
+folder or its mnist or MNIST/raw), ResNet-20 CIFAR-10 (cifar10-jpeg.tar.xz or the cifar10 folder it
+holds). Written are checkpoint.pt, log.csv, log.png and model.pt, the finished network's weights.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import data
+import networks
+import torch
+from command_line import add_common_arguments, run
+from data import Images
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from training import Recipe
+
+NETWORKS = {"mlp": networks.mlp, "lenet": networks.lenet, "resnet20": networks.resnet20}
+RECIPES = {
+    "mlp": Recipe(epochs=20, batch=128, lr=0.1, weight_decay=5e-4),
+    "lenet": Recipe(epochs=20, batch=128, lr=0.05, weight_decay=5e-4),
+    "resnet20": Recipe(epochs=100, batch=128, lr=0.1, weight_decay=5e-4, nesterov=True),
+}
+CROP_PADDING = 4  # pixels, as in the ResNet paper's training on CIFAR-10
+
+
+class ImageTask:
+    """Batches of shuffled images, and the accuracy on the test images."""
+
+    score_name = "accuracy"
+
+    def __init__(self, images: Images, batch: int, augment: bool):
+        self.images = images
+        self.batch = batch
+        self.augment = augment
+        self.steps_per_epoch = -(-len(images.train_inputs) // batch)
+
+    def batches(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        inputs, labels, *_ = self.images
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+        for index in order.split(self.batch):
+            batch = inputs[index]
+            yield random_crop_and_flip(batch, generator) if self.augment else batch, labels[index]
+
+    @torch.no_grad()
+    def score(self, model: nn.Module) -> float:
+        right = 0
+        for inputs, labels in zip(
+            self.images.test_inputs.split(2000), self.images.test_labels.split(2000), strict=True
+        ):
+            right += (model(inputs).argmax(1) == labels).sum()
+        return right.item() / len(self.images.test_labels)
+
+
+def random_crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to 4 pixels each way, and every other one mirrored."""
+    count, _, height, width = images.shape
+    draws = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator)
+    flipped = torch.rand(count, 1, generator=generator) < 0.5
+    rows = draws[0] + torch.arange(height)
+    columns = torch.where(
+        flipped, draws[1] + torch.arange(width).flip(0), draws[1] + torch.arange(width)
+    )
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = pad(images, [CROP_PADDING] * 4)
+    every = torch.arange(count, device=images.device).view(-1, 1, 1)
+    # Indices on both sides of a slice put the channels last.
+    return padded[every, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def load_images(network: str, folder: Path | None) -> Images:
+    """The data set a network learns, normalized; the digits without a folder."""
+    if folder is None:
+        images = data.digits()
+        if network != "mlp":  # twice as large: LeNet's convolutions need 16 pixels
+            images = images._replace(
+                train_inputs=enlarged(images.train_inputs), test_inputs=enlarged(images.test_inputs)
+            )
+    elif network == "resnet20":
+        images = data.cifar10(folder)
+    else:
+        images = data.mnist(data.first_folder(folder, "mnist", "MNIST/raw"))
+    return data.normalized(images)
+
+
+def enlarged(images: Tensor) -> Tensor:
+    return images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def make_task(network: str, folder: Path | None, batch: int, device: str) -> ImageTask:
+    images = Images(*(part.to(device) for part in load_images(network, folder)))
+    return ImageTask(images, batch, augment=network == "resnet20" and folder is not None)
+
+
+def make_network(network: str, task: ImageTask) -> nn.Module:
+    _, channels, size, _ = task.images.train_inputs.shape
+    return NETWORKS[network](channels, size).to(task.images.train_inputs.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--network", choices=NETWORKS, default="mlp")
+    add_common_arguments(parser, sparsity=0.9)
+    arguments = parser.parse_args()
+    run(
+        arguments,
+        RECIPES[arguments.network],
+        make_task=lambda recipe: make_task(
+            arguments.network, arguments.data_dir, recipe.batch, arguments.device
+        ),
+        make_model=lambda task: make_network(arguments.network, task),
+    )
+
+
+if __name__ == "__main__":
+    main()
