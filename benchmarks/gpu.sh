@@ -61,6 +61,7 @@ part benchmark-channel "$PYTHON" -m benchmarks --device cuda --dtypes float32 bf
   --inputs conv-1x1 conv-3x3 100663296 resnet50 --steps copy mask-channel --out "$OUT/channel"
 part benchmark-pq-index "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
   --inputs 100663296 resnet50 gpt2 --steps copy pq-index --out "$OUT/pq-index"
+part training-step "$PYTHON" -m benchmarks.training_step --device cuda --budget 3 --out "$OUT/training_step.json"
 part sparse-linear "$PYTHON" -m benchmarks.sparse_linear --out "$OUT/sparse_linear.json"
 
 if ((${#failed[@]})); then

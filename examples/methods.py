@@ -15,6 +15,7 @@ from pdp_kernels import PDPConfig, PDPPruner, pdp_thresholds
 class PDP(Method):
     """PDP by `PDPPruner`, with the recommended setting unless options of PDPConfig change it.
 
+    paper: the paper's own setting instead, but for the times of the budget.
     update_interval: epochs between two calls of the pruner; 0 is each step of the optimizer.
     """
 
@@ -26,22 +27,20 @@ class PDP(Method):
         budget: Budget,
         *,
         update_interval: float = 0.0,
-        make_config: Callable[..., PDPConfig] = PDPConfig,
+        paper: bool = False,
         **options: Any,
     ):
         if update_interval < 0:
             raise ValueError(f"update_interval must be at least 0, got {update_interval}")
         super().__init__(model, budget)
         self.update_interval = update_interval
-        unstructured = ":" not in budget.pattern
-        config = make_config(
-            sparsity=budget.sparsity if unstructured else None,
-            pattern=budget.pattern,
-            warmup=budget.warmup,
-            ramp=budget.ramp,
-            include=self.names,
-            **options,
-        )
+        sparsity = budget.sparsity if ":" not in budget.pattern else None
+        times = {"warmup": budget.warmup, "ramp": budget.ramp}
+        options = times | {"pattern": budget.pattern, "include": self.names} | options
+        if paper:
+            config = PDPConfig.paper(sparsity, **options)
+        else:
+            config = PDPConfig.for_epochs(sparsity, budget.epochs, **options)
         self.pruner = PDPPruner(model, config)
 
     def step(self, progress: float) -> None:
@@ -98,7 +97,7 @@ class HardPDP(Masking):
 METHODS: dict[str, Callable[..., Method]] = {
     "dense": Method,
     "pdp": PDP,
-    "pdp-paper": partial(PDP, make_config=PDPConfig.paper),
+    "pdp-paper": partial(PDP, paper=True),
     "pdp-hard": HardPDP,
     "gmp": GMP,
     "gmp-global": GlobalGMP,

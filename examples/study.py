@@ -4,10 +4,10 @@
     python examples/study.py tau --data-dir DIR --workers 2 --out OUT
     python examples/study.py nm --data-dir DIR --workers 2 --out OUT
 
-methods: every method at every sparsity. tau: PDP's temperatures, ramps and how often it finds its
-thresholds. nm: methods for N:M patterns. Each run adds a row to OUT/<study>.csv; rows that are
-there already are not run again, so that the same command goes on where it was stopped. From all
-rows OUT/<study>.md and OUT/<study>.png are written.
+methods: every method at every sparsity. tau: PDP's temperatures and ramps, cubic and annealed to
+the end unless they say otherwise. nm: methods for N:M patterns. Each run adds a row to
+OUT/<study>.csv; rows that are there already are not run again, so that the same command goes on
+where it was stopped. From all rows OUT/<study>.md and OUT/<study>.png are written.
 """
 
 import argparse
@@ -68,27 +68,35 @@ def nm_settings() -> list[Setting]:
 
 
 def tau_settings() -> list[Setting]:
-    """Temperatures x ramps with thresholds at every step; some with thresholds once an epoch."""
-    temperatures = {
+    """Temperatures, ramps, and when temperature and budget stop moving.
+
+    The last of them is the recommended setting, which the others differ from in what they name.
+    """
+    constant = {
         **{f"tau {tau}": {"tau": float(tau)} for tau in ("1e-5", "1e-4", "1e-3", "1e-2")},
-        "tau 1e-2 to 1e-4": {"tau": (1e-2, 1e-4)},
         **{f"relative {tau}": {"relative_tau": tau} for tau in (0.1, 0.3, 1.0)},
+    }
+    once = {"reallocate": None}
+    linear = {"ramp_shape": "linear"} | once
+    settings = [
+        Setting(f"{name}, linear, shared out once", "pdp", temperature | linear)
+        for name, temperature in constant.items()
+    ]
+    others = {
+        "tau 1e-4, linear, shared out once, thresholds by epoch": {"tau": 1e-4}
+        | linear
+        | {"update_interval": 1.0},
+        "tau 1e-3": {"tau": 1e-3},
+        "tau 1e-2 to 1e-4": {"tau": (1e-2, 1e-4)},
+        "relative 0.3": {"relative_tau": 0.3},
         "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
         "relative 1 to 0.05": {"relative_tau": (1.0, 0.05)},
-        "relative 1 to 0.02": {"relative_tau": (1.0, 0.02)},
+        "relative 1 to 0.02, linear": {"ramp_shape": "linear"},
+        "relative 1 to 0.02, annealed by the end of the ramp": {"anneal": None},
+        "relative 1 to 0.02, shared out once": once,
+        "relative 1 to 0.02": {},
     }
-    settings = []
-    for name, temperature in temperatures.items():
-        for shape in ("linear", "cubic"):
-            settings.append(Setting(f"{name}, {shape}", "pdp", temperature | {"ramp_shape": shape}))
-    by_epoch = {
-        "tau 1e-4, linear": {"tau": 1e-4, "ramp_shape": "linear"},
-        "tau 1e-3, linear": {"tau": 1e-3, "ramp_shape": "linear"},
-        "relative 1 to 0.02, cubic": {"relative_tau": (1.0, 0.02), "ramp_shape": "cubic"},
-    }
-    for name, options in by_epoch.items():
-        settings.append(Setting(f"{name}, by epoch", "pdp", options | {"update_interval": 1.0}))
-    return settings
+    return settings + [Setting(name, "pdp", options) for name, options in others.items()]
 
 
 STUDIES = {"methods": method_settings, "tau": tau_settings, "nm": nm_settings}
@@ -129,6 +137,7 @@ def start_worker(network: str, folder: Path | None, device: str) -> None:
     torch.set_num_threads(1)
     # Products of small weights and small soft masks are denormal; with tau = 1e-4 an epoch of the
     # MLP took 44 s instead of 1.5 s.
+    torch.set_flush_denormal(True)
     torch.set_flush_denormal(True)
     _task = make_task(network, folder, RECIPES[network].batch, device)
 

@@ -36,7 +36,8 @@ class DeviceTable:
         self.weights = [weights[index] for index in selected]
         self.masks = [masks[index] for index in selected]
         size = len(selected)
-        self.final_counts: Tensor | None = None  # float64, as the ramp scales them
+        self.known_counts: Mapping[str, int] | None = None  # what final_counts was filled from
+        self.final_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self.scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self.prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
         self.thresholds = torch.full((size,), -math.inf, dtype=dtype, device=device)
@@ -51,17 +52,15 @@ class DeviceTable:
             tau.fill_(config.temperature_at(temperatures, progress))
         if final_counts is None:
             return  # all kept: nothing was allocated yet
-        if self.final_counts is None:
-            self.final_counts = torch.tensor(
-                [final_counts[entry.name] for entry in self.weights],
-                dtype=torch.float64,
-                device=self.prune_counts.device,
-            )
+        if self.known_counts is not final_counts:
+            counts = [final_counts[entry.name] for entry in self.weights]
+            self.final_counts.copy_(torch.tensor(counts, dtype=torch.float64))
+            self.known_counts = final_counts
         torch.mul(self.final_counts, config.ramp_at(progress), out=self.scaled_counts)
         self.prune_counts.copy_(self.scaled_counts.add_(0.5).floor_())
 
     def find_thresholds(self) -> None:
-        if self.final_counts is not None and self.masks:
+        if self.known_counts is not None and self.masks:
             magnitudes = [
                 mask.selected_from(entry.weight.detach())
                 for entry, mask in zip(self.weights, self.masks, strict=True)

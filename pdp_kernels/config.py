@@ -70,11 +70,14 @@ class PDPConfig:
             whose sparsity counts channels.
         tau, relative_tau: the temperature as in `pdp_mask`, a number or (start, end). Neither: the
             recommended relative temperature, (1.0, 0.02).
-        anneal: how long a temperature goes from start to end; default the ramp.
+        anneal: how long a temperature goes from start to end; default the ramp. Until the end of
+            the training is better: see `for_epochs`.
         warmup: epochs before pruning starts; s in the paper.
         ramp: how long the sparsity grows; or
         epsilon: its growth per epoch, ramp = 1 / epsilon. Default 0.015, the paper's.
         ramp_shape: "cubic" or "linear".
+        reallocate: epochs after which a global budget is shared out again, until the ramp ends;
+            default never: the paper shares it out once, at the end of the warm-up.
         max_layer_sparsity: no layer loses more than this share under a global budget; what it is
             spared is taken from the others, so that the total stays.
         channel_dim: which channels of a layer the pattern "channel" prunes: "output" or "input".
@@ -107,6 +110,7 @@ class PDPConfig:
     ramp: float | None = None
     epsilon: float | None = None
     ramp_shape: str = "cubic"
+    reallocate: float | None = None
     max_layer_sparsity: float = 1.0
     channel_dim: str = "output"
     channel_norm: str = "rms"
@@ -137,12 +141,20 @@ class PDPConfig:
     def for_epochs(cls, sparsity: float | None, epochs: float, **changes: Any) -> "PDPConfig":
         """The recommended setting for a training of so many epochs.
 
-        Warm-up of 15%, ramp of 40%, and the rest to train at the full sparsity.
+        A warm-up of 15% of them, a ramp of 40%, the rest at the full sparsity. The temperature
+        falls until the end, where the soft network has become the hard one, and a global budget is
+        shared out again each twentieth of the training.
         """
         check_number("epochs", epochs)
         if not 0 < epochs < math.inf:
             raise ValueError(f"epochs must be positive and finite, got {epochs}")
-        times = {"warmup": 0.15 * epochs}
+        warmup = changes.get("warmup", 0.15 * epochs)
+        check_number("warmup", warmup)
+        times = {
+            "warmup": warmup,
+            "anneal": max(0.0, epochs - warmup),
+            "reallocate": 0.05 * epochs,
+        }
         if "epsilon" not in changes:
             times["ramp"] = 0.4 * epochs
         return cls(**({"sparsity": sparsity} | times | changes))
@@ -178,6 +190,16 @@ class PDPConfig:
         """The share of the asked-for sparsity at this progress, in [0, 1]."""
         x = _fraction(progress - self.warmup, self.ramp_epochs)
         return x if self.ramp_shape == "linear" else 1 - (1 - x) ** 3
+
+    def reallocates(self, before: float, progress: float) -> bool:
+        """Whether a global budget is to be shared out again at this progress, after the last."""
+        if self.reallocate is None or before >= self.warmup + self.ramp_epochs:
+            return False
+        # Progress is often a sum of fractions: its rounding must not delay a whole number.
+        done, due = (
+            math.floor((at - self.warmup) / self.reallocate + 1e-9) for at in (before, progress)
+        )
+        return due > done
 
     def temperature_at(self, temperatures: tuple[float, float], progress: float) -> float:
         """The temperature at this progress, between its start and its end."""
@@ -268,6 +290,11 @@ def _check_temperatures(prefix: str, tau: Any, relative_tau: Any) -> None:
 def _check_times(config: PDPConfig) -> None:
     if config.ramp is not None and config.epsilon is not None:
         raise ValueError("at most one of ramp and epsilon must be given, got both")
+    for name, value in (("epsilon", config.epsilon), ("reallocate", config.reallocate)):
+        if value is not None:
+            check_number(name, value)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
     for name in ("warmup", "ramp", "anneal"):
         value = getattr(config, name)
         if value is None and name != "warmup":
@@ -275,10 +302,6 @@ def _check_times(config: PDPConfig) -> None:
         check_number(name, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-    if config.epsilon is not None:
-        check_number("epsilon", config.epsilon)
-        if not 0 < config.epsilon < math.inf:
-            raise ValueError(f"epsilon must be positive and finite, got {config.epsilon}")
 
 
 def _check_entries(name: str, entries: Any) -> None:

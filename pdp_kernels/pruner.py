@@ -106,8 +106,8 @@ class PDPPruner:
         """Moves the schedule on: the thresholds of all layers, from the weights as they are now.
 
         A constant number of kernel launches for the whole model (and one per layer for norms of
-        channels), without waiting for the device, except once: where the warm-up ends, a global
-        budget is shared out with `global_prune_counts`.
+        channels), without waiting for the device, except where a global budget is shared out with
+        `global_prune_counts`: when the warm-up ends, and whenever the configuration reallocates.
 
         Arguments:
             progress: where the training is, in epochs, fractions included.
@@ -121,7 +121,9 @@ class PDPPruner:
         if not 0 <= progress < math.inf:
             raise ValueError(f"progress must be at least 0 and finite, got {progress}")
         self._check_in_charge()
-        if self.prune_counts is None and progress >= self.config.warmup:
+        if progress >= self.config.warmup and (
+            self.prune_counts is None or self.config.reallocates(self.progress, progress)
+        ):
             self.prune_counts = self._allocate()
         self._set_schedule(float(progress))
         for table in self._tables:
@@ -274,7 +276,6 @@ class PDPPruner:
                 f"got {list(thresholds)}"
             )
         self.prune_counts = None if counts is None else dict(counts)
-        self._tables = []  # made anew with these counts
         self._set_schedule(state_dict["progress"])
         for entry, mask in zip(self._weights, self._masks, strict=True):
             if mask.threshold is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 from torch import nn
@@ -46,9 +47,20 @@ def test_temperatures_are_annealed_geometrically_over_the_ramp_or_their_own_time
 
 def test_for_epochs_leaves_time_to_train_at_the_full_sparsity():
     config = PDPConfig.for_epochs(0.9, 20)
-    assert (config.warmup, config.ramp_epochs) == (3, 8)
+    assert (config.warmup, config.ramp_epochs, config.anneal) == (3, 8, 17)
+    assert config.temperature_at((1.0, 0.02), 20) == 0.02 < config.temperature_at((1.0, 0.02), 19)
+    assert config.reallocate == 1
     assert PDPConfig.for_epochs(0.9, 20, ramp=4).ramp_epochs == 4
     assert PDPConfig.for_epochs(0.9, 20, epsilon=0.5).ramp_epochs == 2
+
+
+def test_a_budget_is_shared_out_again_at_each_interval_of_the_ramp():
+    config = PDPConfig(0.9, warmup=2, ramp=3, reallocate=0.5)
+    steps = [step / 10 for step in range(61)]
+    again = [now for last, now in pairwise(steps) if config.reallocates(last, now)]
+    assert [now for now in again if now > 2] == [2.5, 3, 3.5, 4, 4.5, 5]
+    never = PDPConfig(0.9, warmup=2, ramp=3)
+    assert not any(never.reallocates(a, b) for a, b in pairwise(steps))
 
 
 def test_overrides_change_what_they_name():
@@ -109,6 +121,7 @@ BAD = {
     "ramp": ({"ramp": math.inf}, ValueError, "ramp must be at least 0 and finite, got inf"),
     "anneal": ({"anneal": -0.5}, ValueError, "anneal must be at least 0 and finite, got -0.5"),
     "epsilon": ({"epsilon": 0}, ValueError, "epsilon must be positive and finite, got 0"),
+    "reallocate": ({"reallocate": 0}, ValueError, "reallocate must be positive.*got 0"),
     "ramp and epsilon": ({"ramp": 1, "epsilon": 1}, ValueError, "ramp and epsilon.*both"),
     "ramp_shape": ({"ramp_shape": "cosine"}, ValueError, "ramp_shape must be.*got 'cosine'"),
     "max_layer_sparsity": ({"max_layer_sparsity": 2}, ValueError, "max_layer_sparsity.*got 2"),

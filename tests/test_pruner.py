@@ -227,6 +227,28 @@ def test_what_each_layer_loses_is_settled_when_the_warm_up_ends():
     assert zeros_of(model) == list(settled.values())
 
 
+def test_a_budget_that_is_shared_out_again_follows_the_weights():
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 16))
+    pruner = PDPPruner(model, PDPConfig(0.8, warmup=1, ramp=2, reallocate=1))
+    pruner.step(1)
+    first = dict(pruner.prune_counts)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    pruner.step(1.9)
+    assert pruner.prune_counts == first
+    pruner.step(2)
+    again = dict(pruner.prune_counts)
+    assert again["0.weight"] < first["0.weight"]
+    assert sum(again.values()) == sum(first.values()) == 1024
+    pruner.step(3)
+    with torch.no_grad():
+        model[1].weight.mul_(9)
+    pruner.step(4)  # after the end of the ramp nothing moves any more
+    assert pruner.prune_counts == again
+    pruner.finalize()
+    assert zeros_of(model) == list(again.values())
+
+
 def test_no_layer_dies_below_the_cap():
     model = mlp()
     with torch.no_grad():
@@ -255,6 +277,21 @@ def test_an_overridden_layer_is_not_part_of_the_global_budget():
     first, *others = zeros_of(model)
     assert first == 192
     assert sum(others) == math.floor(0.5 * (512 + 128) + 0.5)
+
+
+def test_layers_of_several_dtypes_share_one_budget():
+    model = nn.Sequential(
+        nn.Linear(16, 16).double(), nn.Linear(16, 16).bfloat16(), nn.Linear(16, 8)
+    )
+    pruner = PDPPruner(model, PDPConfig(0.6, warmup=0, ramp=1))
+    pruner.step(0.5)
+    dtypes = [layer.pdp_masks["weight"].threshold.dtype for layer in model]
+    assert dtypes == [torch.float64, torch.float32, torch.float32]
+    for layer in model:
+        layer(torch.randn(2, 16, dtype=layer.weight.dtype)).sum().backward()
+    pruner.step(1)
+    pruner.finalize()
+    assert sum(zeros_of(model)) == 384
 
 
 class Everything(nn.Module):
@@ -492,6 +529,7 @@ def test_after_finalize_nothing_is_left_behind():
 
 CONFIGS = {
     "global": PDPConfig(0.9, warmup=2, ramp=4),
+    "reallocated": PDPConfig(0.9, warmup=2, ramp=3, reallocate=0.5),
     "paper": PDPConfig.paper(0.9, warmup=2, epsilon=0.3, tau=1e-2),
     "channel": PDPConfig(0.5, pattern="channel", warmup=2, ramp=4, anneal=6),
     "2:4": PDPConfig(pattern="2:4", warmup=2, ramp=4),
