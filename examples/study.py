@@ -138,7 +138,6 @@ def start_worker(network: str, folder: Path | None, device: str) -> None:
     # Products of small weights and small soft masks are denormal; with tau = 1e-4 an epoch of the
     # MLP took 44 s instead of 1.5 s.
     torch.set_flush_denormal(True)
-    torch.set_flush_denormal(True)
     _task = make_task(network, folder, RECIPES[network].batch, device)
 
 
