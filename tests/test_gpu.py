@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from pdp_kernels import (
+    PDPConfig,
+    PDPPruner,
     build_info,
     hard_mask,
     pdp_mask,
@@ -128,6 +130,45 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def network(depth):
+    layers = [torch.nn.Linear(64, 64, device="cuda") for _ in range(depth)]
+    return torch.nn.Sequential(*layers)
+
+
+def test_a_step_of_the_pruner_does_not_wait_for_the_device():
+    model = network(3)
+    pruner = PDPPruner(model, PDPConfig(0.9, warmup=1, ramp=4))
+    pruner.step(1)  # shares out the budget, which does wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for progress in (2, 3, 4, 5):
+            model(torch.ones(2, 64, device="cuda")).sum().backward()
+            pruner.step(progress)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_captured_training_step_follows_the_schedule():
+    model = network(2)
+    pruner = PDPPruner(model, PDPConfig(0.9, warmup=0, ramp=4))
+    inputs = torch.randn(8, 64, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model.zero_grad()
+            model(inputs).square().sum().backward()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad()
+    with torch.cuda.graph(graph):
+        outputs = model(inputs)
+        outputs.square().sum().backward()
+    for progress in (0, 1, 2, 3, 4):
+        pruner.step(progress)
+        graph.replay()
+        assert torch.equal(outputs, model(inputs))
+
+
 def launches(call):
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -141,6 +182,8 @@ def test_launches_do_not_grow_with_the_list():
     many = [torch.randn(5000, device="cuda") for _ in range(300)]
     for call in (lambda weights: pdp_thresholds(weights, 0.9), pq_index):
         assert launches(lambda call=call: call(many)) == launches(lambda call=call: call(few))
+    steps = [PDPPruner(network(depth), PDPConfig(0.9, warmup=0, ramp=1)).step for depth in (2, 60)]
+    assert launches(lambda: steps[0](1)) == launches(lambda: steps[1](1))
 
 
 def test_mask_at_more_than_2_to_31_elements():

@@ -8,6 +8,7 @@ import torch
 from cases import DTYPES
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdp_kernels import (
     PDPConfig,
@@ -584,6 +585,29 @@ def test_a_state_of_another_pruner_is_refused_and_changes_nothing():
         with pytest.raises(error, match=message):
             pruner.load_state_dict(state)
     assert pruner.state_dict() == before
+
+
+def test_a_step_is_the_same_number_of_calls_for_any_number_of_layers():
+    class Calls(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is not torch.ops.aten.detach.default:  # a view, no work
+                self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    called = []
+    for depth in (2, 40):
+        model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(depth)])
+        pruner = PDPPruner(model, PDPConfig(0.9, warmup=0, ramp=2))
+        pruner.step(1)
+        with Calls() as calls:
+            pruner.step(1.5)
+        called.append(calls.names)
+    assert called[0] == called[1]
+    assert called[0].count("pdp.thresholds.default") == 1
 
 
 def test_attach_steps_after_each_optimizer_step():
