@@ -135,7 +135,8 @@ _task: ImageTask | None = None  # of a worker process
 def start_worker(network: str, folder: Path | None, device: str) -> None:
     global _task
     torch.set_num_threads(1)
-    # The momentum of pruned weights fades into denormal numbers, over which a CPU takes its time.
+    # Products of small weights and small soft masks are denormal; with tau = 1e-4 an epoch of the
+    # MLP took 44 s instead of 1.5 s.
     torch.set_flush_denormal(True)
     _task = make_task(network, folder, RECIPES[network].batch, device)
 

@@ -123,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # see study.py
     main()

@@ -124,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # see study.py
     main()

@@ -83,6 +83,16 @@ def test_method_meets_the_sparsity_exactly_in_plain_weights(digits, name):
     assert outcome.score > (0.3 if name == "optg" else 0.7)
 
 
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "sr-ste", "pdp", "pdp-paper"}))
+def test_finalize_prunes_what_the_method_has_not(name):
+    model = mlp(1, 8)
+    method = make_method(name, model, budget_of(0.9, "unstructured", 10))
+    assert method.sparsity() < 0.05 or name == "dnw"  # which prunes from the start
+    method.finalize()
+    total = sum(weight.numel() for weight in weights_of(model))
+    assert zeros_of(model) == math.floor(0.9 * total + 0.5)
+
+
 def test_dense_prunes_nothing(digits):
     model, outcome = train_digits(digits, "dense")
     assert zeros_of(model) == 0
