@@ -195,14 +195,22 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
             assert w_hat.stride() == mask.stride() == back.stride() == weight.stride()
 
 
-def test_native_masks_are_never_denormal():
-    """Some CPUs take a hundred times as long over denormals."""
+def test_native_masks_make_no_denormals():
+    """Some CPUs take a hundred times as long over them, and so does what computes with w_hat."""
+    tiny = torch.finfo(torch.float32).tiny
     weight = torch.linspace(0, 1, 10_001)
-    t, tau = scalars(weight, 1.0, 1 / 110)  # z from -110 to 0
-    mask = torch.ops.pdp.soft_mask(weight, t, tau, False, None, True)[1]
+    given = (weight, *scalars(weight, 1.0, 1 / 110), False)  # z from -110 to 0
+    w_hat, mask = torch.ops.pdp.soft_mask(*given, None, True)
+    grad = torch.ops.pdp.soft_mask_backward(torch.full_like(weight, 1e-3), None, *given)
     assert mask[0] == 0
-    assert ((mask == 0) | (mask >= torch.finfo(torch.float32).tiny)).all()
-    assert 0 < mask[mask > 0].min() < 1e-37
+    for result in (w_hat, mask, grad):
+        assert ((result == 0) | (result >= tiny)).all()
+        assert 0 < result[result > 0].min() < 1e-37
+    # What is denormal already stays so where it is kept.
+    small = torch.full((100,), 1e-40)
+    kept = (small, *scalars(small, -math.inf, 1.0), False)
+    assert torch.equal(torch.ops.pdp.soft_mask(*kept, None, False)[0], small)
+    assert torch.equal(torch.ops.pdp.soft_mask_backward(small, None, *kept), small)
 
 
 def test_misaligned_pointers(masking):

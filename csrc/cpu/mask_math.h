@@ -39,6 +39,17 @@ PDP_INLINE float exp_negative(float x) {
 
 PDP_INLINE double exp_negative(double x) { return std::exp(-x); }
 
+// factor x, or a zero of x's sign where that would be denormal though x is not. The denormal
+// weights and gradients that masks near 0 would make cost those who compute with them dearly: an
+// epoch of an MLP on MNIST took 44 s in the place of 1.5.
+template <typename Real>
+PDP_INLINE Real multiply(Real factor, Real x) {
+  constexpr Real kTiny = std::numeric_limits<Real>::min();
+  const Real product = factor * x;
+  const bool made_denormal = (std::fabs(product) < kTiny) & (std::fabs(x) >= kTiny);
+  return made_denormal ? x * Real(0) : product;
+}
+
 // 1/y for y > 0, as the sum of a leading part, rounded down, and a rest > 0. x times the two, with
 // one rounding of the sum, is x / y to within half a unit in the last place, and an infinite x
 // stays so: in less than half the time of a division.

@@ -18,7 +18,7 @@ PDP_INLINE void forward_block(Mask<Real, kRelative> at, const Real* __restrict w
                               Real* __restrict w_hat, Real* __restrict mask, int count) {
   for (int i = 0; i < count; ++i) {
     const Real m = at.value(weight[i]);
-    w_hat[i] = m * weight[i];
+    w_hat[i] = multiply(m, weight[i]);
     mask[i] = m;
   }
 }
@@ -26,7 +26,9 @@ PDP_INLINE void forward_block(Mask<Real, kRelative> at, const Real* __restrict w
 template <typename Real, bool kRelative>
 PDP_INLINE void backward_block(Mask<Real, kRelative> at, const Real* grad_w_hat, const Real* weight,
                                Real* grad, int count) {
-  for (int i = 0; i < count; ++i) grad[i] = grad_w_hat[i] * at.weight_gradient(weight[i]);
+  for (int i = 0; i < count; ++i) {
+    grad[i] = multiply(at.weight_gradient(weight[i]), grad_w_hat[i]);
+  }
 }
 
 template <typename Real, bool kRelative>

@@ -122,7 +122,7 @@ struct Forward {
         prefetch_ahead(values + begin, end - begin);
         for (int i = begin; i < end; ++i) {
           const Real m = GroupMask<Real, kRelative>(thresholds[i], tau).value(values[i]);
-          w_hats[i] = m * values[i];
+          w_hats[i] = multiply(m, values[i]);
           masks[i] = m;
         }
       });
@@ -151,7 +151,7 @@ struct Backward {
           prefetch_ahead(gradients + begin, end - begin);
           for (int i = begin; i < end; ++i) {
             const GroupMask<Real, kRelative> at(thresholds[i], tau);
-            results[i] = gradients[i] * at.weight_gradient(values[i]);
+            results[i] = multiply(at.weight_gradient(values[i]), gradients[i]);
           }
         });
       } else {
