@@ -1,6 +1,7 @@
 """The soft masks as differentiable functions: dispatcher operators with Eq. 2 as their backward."""
 
 import inspect
+from types import SimpleNamespace
 
 import torch
 
@@ -112,6 +113,13 @@ class _BackwardOnce(torch.autograd.Function):
         return _ops.map_over_batch(_BackwardOnce.apply, info.batch_size, in_dims, args)
 
 
-# Function.apply asks inspect.signature on every call; to have it at hand saves 13 of 38 us.
+class _AsGiven(inspect.Signature):
+    """The signature of a forward that is called with all of its arguments, in their order."""
+
+    def bind(self, *args):
+        return SimpleNamespace(args=args, apply_defaults=lambda: None)
+
+
+# Function.apply asks for the signature and binds to it on every call: this saves 20 of 38 us.
 for _function in (MaskedWeight, MaskedChannels):
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+    _function.forward.__signature__ = _AsGiven.from_callable(_function.forward)
