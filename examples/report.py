@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -88,6 +89,7 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
     """Accuracy against the share of remaining weights, a line for each setting."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     for setting in dict.fromkeys(row.setting for row in rows):
         groups: dict[float, list[float]] = {}
         for row in rows:
@@ -108,10 +110,11 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+    # What collapses falls out of the picture, so that the others can be told apart.
     top = max(row.accuracy for row in rows)
-    axes.set_ylim(bottom=max(min(row.accuracy for row in rows), top - 0.06) - 0.002)
+    axes.set_ylim(max(min(row.accuracy for row in rows), top - 0.025) - 0.001, top + 0.001)
     axes.grid(alpha=0.3)
-    axes.legend(ncols=2, fontsize="small")
+    axes.legend(loc="lower left", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
