@@ -125,4 +125,10 @@ def _write_json(
         "settings": settings,
         "rows": [asdict(row) for row in rows],
     }
+    write_json(path, content)
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Environment and rows as JSON, in a folder that is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, default=str) + "\n")

@@ -7,7 +7,6 @@ the ratio is dense over sparse.
 
 import argparse
 import copy
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import describe_environment
-from benchmarks.report import format_environment
+from benchmarks.report import format_environment, write_json
 from benchmarks.timing import Timing, cuda_clock, time_interleaved
 from pdp_kernels import hard_mask_nm, to_semi_structured
 
@@ -102,9 +101,7 @@ def main() -> int:
             f"{result['sparse_s'] * 1e3:.4g} ms, {result['speedup']:.3g}x"
         )
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment, "rows": rows}
-        arguments.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        write_json(arguments.out, {"environment": environment, "rows": rows})
     return 1 if any("note" in result for result in rows) else 0
 
 

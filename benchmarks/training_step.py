@@ -7,7 +7,6 @@ of the two are checked against each other in float64.
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.nn import functional
 from benchmarks.eager import kthvalue_threshold
 from benchmarks.environment import describe_environment
 from benchmarks.networks import NETWORKS
-from benchmarks.report import format_environment
+from benchmarks.report import format_environment, write_json
 from benchmarks.timing import clock_for, time_interleaved
 from pdp_kernels import PDPConfig, PDPPruner
 
@@ -245,9 +244,7 @@ def main() -> int:
         ]
         print(f"{name}: {', '.join(parts)}")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment, "rows": rows}
-        arguments.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        write_json(arguments.out, {"environment": environment, "rows": rows})
     return 1 if any("note" in result for result in rows) else 0
 
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -36,7 +35,7 @@ def layer_weights(
 
 def weight_slots(layer: nn.Module) -> list[WeightSlot]:
     """The weights that a pruner prunes in a layer of this type unless told otherwise."""
-    if isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
+    if isinstance(layer, PRUNABLE_LAYERS):
         return [WeightSlot("weight", 0, 1)]
     if isinstance(layer, _TRANSPOSED) or _is_hugging_face_conv1d(layer):
         return [WeightSlot("weight", 1, 0)]

@@ -6,6 +6,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("l2", "rms")
@@ -147,6 +148,25 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
+def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_non_negative(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+
+
 def check_exponents(p: float, q: float) -> None:
     for name, value in (("p", p), ("q", q)):
         check_number(name, value)
@@ -209,11 +229,8 @@ def check_kept_counts(kept: int | Tensor, index: Tensor) -> None:
 
 def check_sap_settings(p: float, q: float, eta: float, gamma: float, beta: float) -> None:
     check_exponents(p, q)
-    for name, value in (("eta", eta), ("gamma", gamma), ("beta", beta)):
-        check_number(name, value)
-    if not 0 <= eta < math.inf:
-        raise ValueError(f"eta must be at least 0 and finite, got {eta}")
-    if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma must be positive and finite, got {gamma}")
+    check_non_negative("eta", eta)
+    check_positive("gamma", gamma)
+    check_number("beta", beta)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta}")

@@ -9,8 +9,10 @@ import torch
 
 from pdp_kernels._validation import (
     MAX_GROUP,
-    check_norm,
+    NORMS,
+    check_non_negative,
     check_number,
+    check_positive,
     check_ratio,
     check_temperature,
 )
@@ -122,7 +124,7 @@ class PDPConfig:
         _check_one_of("scope", self.scope, _SCOPES)
         _check_one_of("ramp_shape", self.ramp_shape, _SHAPES)
         _check_one_of("channel_dim", self.channel_dim, _CHANNELS)
-        check_norm(self.channel_norm)
+        _check_one_of("channel_norm", self.channel_norm, NORMS)
         _check_sparsity(self.sparsity, self.scope, parse_pattern("pattern", self.pattern))
         _check_temperatures("", self.tau, self.relative_tau)
         _check_times(self)
@@ -145,9 +147,7 @@ class PDPConfig:
         falls until the end, where the soft network has become the hard one, and a global budget is
         shared out again each twentieth of the training.
         """
-        check_number("epochs", epochs)
-        if not 0 < epochs < math.inf:
-            raise ValueError(f"epochs must be positive and finite, got {epochs}")
+        check_positive("epochs", epochs)
         warmup = changes.get("warmup", 0.15 * epochs)
         check_number("warmup", warmup)
         times = {
@@ -292,16 +292,11 @@ def _check_times(config: PDPConfig) -> None:
         raise ValueError("at most one of ramp and epsilon must be given, got both")
     for name, value in (("epsilon", config.epsilon), ("reallocate", config.reallocate)):
         if value is not None:
-            check_number(name, value)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+            check_positive(name, value)
     for name in ("warmup", "ramp", "anneal"):
         value = getattr(config, name)
-        if value is None and name != "warmup":
-            continue
-        check_number(name, value)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        if value is not None or name == "warmup":
+            check_non_negative(name, value)
 
 
 def _check_entries(name: str, entries: Any) -> None:

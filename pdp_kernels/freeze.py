@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pdp_kernels._validation import check_optimizer
+
 
 class FrozenZeros:
     """The zeros that an optimizer keeps, until `remove`. One byte per weight is kept for them."""
@@ -68,10 +70,7 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
         >>> weight.tolist()
         [0.0, 1.5]
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
+    check_optimizer(optimizer)
     weights = list(weights)
     trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     for index, weight in enumerate(weights):

@@ -20,7 +20,7 @@ from pdp_kernels._masked_layer import (
     unmask_model,
 )
 from pdp_kernels._selection import Selected, select_weights
-from pdp_kernels._validation import check_number
+from pdp_kernels._validation import check_non_negative, check_optimizer, check_positive
 from pdp_kernels.allocation import check_budget, global_prune_counts
 from pdp_kernels.config import PDPConfig
 from pdp_kernels.freeze import FrozenZeros, freeze_zeros
@@ -117,9 +117,7 @@ class PDPPruner:
             ValueError: it is negative or not finite.
             RuntimeError: the pruner is finalized, or another one has taken its model over.
         """
-        check_number("progress", progress)
-        if not 0 <= progress < math.inf:
-            raise ValueError(f"progress must be at least 0 and finite, got {progress}")
+        check_non_negative("progress", progress)
         self._check_in_charge()
         if progress >= self.config.warmup and (
             self.prune_counts is None or self.config.reallocates(self.progress, progress)
@@ -139,13 +137,8 @@ class PDPPruner:
             TypeError: optimizer is no torch.optim.Optimizer; steps_per_epoch is no number.
             ValueError: steps_per_epoch is not positive and finite.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
-        check_number("steps_per_epoch", steps_per_epoch)
-        if not 0 < steps_per_epoch < math.inf:
-            raise ValueError(f"steps_per_epoch must be positive and finite, got {steps_per_epoch}")
+        check_optimizer(optimizer)
+        check_positive("steps_per_epoch", steps_per_epoch)
 
         def after_step(*_):
             # From a count of steps, so that resuming repeats the same floating point numbers.

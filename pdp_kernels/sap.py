@@ -15,6 +15,7 @@ from pdp_kernels._layers import layer_weights
 from pdp_kernels._validation import (
     check_index,
     check_kept_counts,
+    check_optimizer,
     check_sap_settings,
     check_scope,
     check_weight,
@@ -238,10 +239,7 @@ class SAPPruner:
         Raises:
             TypeError: optimizer is no torch.optim.Optimizer.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
+        check_optimizer(optimizer)
         return optimizer.register_step_post_hook(lambda *_: self.mask_weights())
 
     def state_dict(self) -> dict[str, Any]:
