@@ -18,6 +18,7 @@ _library = torch.library.Library("pdp", "DEF")
 SCHEMAS = {
     "prune_counts": "(Tensor[] weights, float[] sparsities) -> Tensor",
     "thresholds": "(Tensor[] weights, Tensor prune_counts) -> Tensor",
+    "digit_counts": "(Tensor[] weights, Tensor prefixes, int digit) -> (Tensor, Tensor)",
     "hard_mask": "(Tensor weight, Tensor prune_count) -> Tensor",
     "soft_mask": (
         "(Tensor weight, Tensor threshold, Tensor tau, bool relative, ScalarType? out_dtype, "
@@ -103,6 +104,12 @@ def _(weights, sparsities):
 @torch.library.register_fake("pdp::thresholds", lib=_library)
 def _(weights, prune_counts):
     return weights[0].new_empty(len(weights), dtype=reference.threshold_dtype(weights))
+
+
+@torch.library.register_fake("pdp::digit_counts", lib=_library)
+def _(weights, prefixes, digit):
+    bins = 1 << reference.DIGIT_BITS[weights[0].element_size()][digit]
+    return prefixes.new_empty(len(weights), bins), torch.empty_like(prefixes)
 
 
 @torch.library.register_fake("pdp::hard_mask", lib=_library)

@@ -11,6 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# The digits of a magnitude's key from the highest on, in bits, by the bytes of a weight.
+DIGIT_BITS = {8: (11, 11, 11, 10, 10, 10), 4: (11, 10, 10), 2: (8, 7)}
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_NO_KEY = torch.iinfo(torch.int64).max
+
 
 def threshold_dtype(weights: Sequence[Tensor]) -> torch.dtype:
     """The dtype thresholds have, and masks are computed in: float64 for float64, else float32."""
@@ -63,6 +69,42 @@ def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
     dtype = threshold_dtype(weights)
     each = map(threshold, weights, prune_counts.unbind())
     return torch.stack([t.to(dtype) for t in each])
+
+
+def magnitude_keys(weight: Tensor) -> Tensor:
+    """|w| as integers of the same order, int64 (n,): its bits; every NaN is the one above inf."""
+    integers = _INTEGERS[weight.element_size()]
+    infinity = torch.tensor(math.inf, dtype=weight.dtype).view(integers).item()
+    bits = weight.detach().flatten().view(integers).to(torch.int64)
+    return (bits & ((1 << (8 * weight.element_size() - 1)) - 1)).clamp(max=infinity + 1)
+
+
+def magnitudes_of_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitudes that have these keys."""
+    return keys.to(_INTEGERS[dtype.itemsize]).view(dtype)
+
+
+def digit_counts(weights: Sequence[Tensor], prefixes: Tensor, digit: int) -> tuple[Tensor, Tensor]:
+    """One pass of a radix select over parts of weights: what adds up to that over the whole.
+
+    Of each weight: among the keys whose digits before this one are its prefix, how many have each
+    value of this digit, int64 (L, 2^bits); and, at the last digit, its least key whose digits
+    before are above the prefix, int64 (L,) (the largest int64 if none is, and at other digits).
+    The weights have one size of element; prefixes: int64 (L,), 0 at digit 0.
+    """
+    bits = DIGIT_BITS[weights[0].element_size()]
+    shift = sum(bits[digit + 1 :])
+    counts, above = [], []
+    for weight, prefix in zip(weights, prefixes.unbind(), strict=True):
+        keys = magnitude_keys(weight)
+        before = keys >> (shift + bits[digit])
+        values = (keys >> shift) & ((1 << bits[digit]) - 1)
+        matching = torch.where(before == prefix, values, 1 << bits[digit])
+        counts.append(torch.bincount(matching, minlength=(1 << bits[digit]) + 1)[:-1])
+        larger = torch.where(before > prefix, keys, _NO_KEY)
+        found = shift == 0 and digit > 0 and larger.numel() > 0
+        above.append(larger.min() if found else prefixes.new_full((), _NO_KEY))
+    return torch.stack(counts), torch.stack(above)
 
 
 def hard_mask(weight: Tensor, prune_count: Tensor) -> Tensor:
