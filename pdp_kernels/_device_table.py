@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pdp_kernels._masked_layer import GroupWeightMask, WeightMask
+from pdp_kernels._masked_layer import ChannelWeightMask, GroupWeightMask, WeightMask
 from pdp_kernels._selection import Selected
+from pdp_kernels._sharded_selection import thresholds
+from pdp_kernels._sharded_sums import channel_norms
 from pdp_kernels.config import PDPConfig
 
 
@@ -61,8 +63,20 @@ class DeviceTable:
 
     def find_thresholds(self) -> None:
         if self.known_counts is not None and self.masks:
-            magnitudes = [
-                mask.selected_from(entry.weight.detach())
-                for entry, mask in zip(self.weights, self.masks, strict=True)
-            ]
-            self.thresholds.copy_(torch.ops.pdp.thresholds(magnitudes, self.prune_counts))
+            self.thresholds.copy_(thresholds(self._selected_from(), self.prune_counts))
+
+    def _selected_from(self) -> list[Tensor]:
+        """What each threshold lies among: weights, or the norms of channels."""
+        values = [entry.weight.detach() for entry in self.weights]
+        of_channels = [
+            index for index, mask in enumerate(self.masks) if isinstance(mask, ChannelWeightMask)
+        ]
+        if of_channels:
+            norms = channel_norms(
+                [values[index] for index in of_channels],
+                [self.masks[index].dim for index in of_channels],
+                self.masks[of_channels[0]].rms,  # one setting of the whole configuration
+            )
+            for index, of_weight in zip(of_channels, norms, strict=True):
+                values[index] = of_weight
+        return values

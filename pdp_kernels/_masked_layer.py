@@ -13,6 +13,16 @@ from torch import Tensor, nn
 
 from pdp_kernels._autograd import MaskedChannels, MaskedWeight
 from pdp_kernels._layers import parts_read
+from pdp_kernels._sharded_selection import hard_mask_part
+from pdp_kernels._sharded_sums import channel_norms, with_whole_channels
+from pdp_kernels._sharding import (
+    is_distributed,
+    is_sharded,
+    local_part,
+    map_parts,
+    places_along,
+)
+from pdp_kernels._validation import check_divisible
 from pdp_kernels.config import LayerPlan
 from pdp_kernels.reference import threshold_dtype
 from pdp_kernels.soft_mask import autocast_dtype
@@ -37,19 +47,23 @@ class WeightMask:
 
     def soft(self, weight: Tensor) -> Tensor:
         """w_hat, differentiable."""
-        return MaskedWeight.apply(
-            weight, self.threshold, self.tau, None, self.relative, autocast_dtype(weight), False
-        )[0]
+        out_dtype = autocast_dtype(weight)
+        return map_parts(
+            lambda part: MaskedWeight.apply(
+                part, self.threshold, self.tau, None, self.relative, out_dtype, False
+            )[0],
+            weight,
+        )
 
     def values(self, weight: Tensor) -> Tensor:
-        """The values of the soft mask, one for each that is selected from."""
+        """The values of the soft mask on this rank, one for each that is selected from."""
         return torch.ops.pdp.soft_mask(
-            weight.detach(), self.threshold, self.tau, self.relative, self.tau.dtype, True
+            local_part(weight), self.threshold, self.tau, self.relative, self.tau.dtype, True
         )[1]
 
     def kept(self, weight: Tensor) -> Tensor:
-        """The exact hard mask, which broadcasts with the weight."""
-        return torch.ops.pdp.hard_mask(weight.detach(), self.prune_count)
+        """The exact hard mask, which broadcasts with this rank's part of the weight."""
+        return hard_mask_part(weight, self.prune_count)
 
     def to(self, weight: Tensor) -> None:
         """Follows a weight to its device and dtype."""
@@ -66,29 +80,34 @@ class ChannelWeightMask(WeightMask):
         self.rms = rms
 
     def selected_from(self, weight: Tensor) -> Tensor:
-        return torch.ops.pdp.channel_norms(weight.detach(), self.dim, self.rms)
+        return channel_norms([weight.detach()], [self.dim], self.rms)[0]
 
     def soft(self, weight: Tensor) -> Tensor:
+        out_dtype = autocast_dtype(weight)
+        whole = with_whole_channels(weight, self.dim)
+        w_hat = map_parts(lambda part: self._soft_part(part, out_dtype), whole)
+        return w_hat if whole is weight else w_hat.redistribute(placements=weight.placements)
+
+    def _soft_part(self, part: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+        norms = torch.ops.pdp.channel_norms(part.detach(), self.dim, self.rms)
         return MaskedChannels.apply(
-            weight,
-            self.selected_from(weight),
-            self.threshold,
-            self.tau,
-            self.dim,
-            self.relative,
-            self.rms,
-            autocast_dtype(weight),
+            part, norms, self.threshold, self.tau, self.dim, self.relative, self.rms, out_dtype
         )[0]
 
     def values(self, weight: Tensor) -> Tensor:
-        norms = self.selected_from(weight)
-        return torch.ops.pdp.soft_mask_channel(
-            weight.detach(), norms, self.threshold, self.tau, self.dim, self.relative, norms.dtype
+        norms = self._of_part(weight, self.selected_from(weight))
+        return torch.ops.pdp.soft_mask(
+            norms, self.threshold, self.tau, self.relative, norms.dtype, True
         )[1]
 
     def kept(self, weight: Tensor) -> Tensor:
         kept = torch.ops.pdp.hard_mask(self.selected_from(weight), self.prune_count)
+        kept = self._of_part(weight, kept)
         return kept.view([-1 if dim == self.dim else 1 for dim in range(weight.dim())])
+
+    def _of_part(self, weight: Tensor, of_channels: Tensor) -> Tensor:
+        """Of values for all channels those for this rank's part of the weight."""
+        return of_channels[places_along(weight, self.dim)] if is_sharded(weight) else of_channels
 
 
 class GroupWeightMask(WeightMask):
@@ -101,19 +120,31 @@ class GroupWeightMask(WeightMask):
         self.pruned = 0
 
     def soft(self, weight: Tensor) -> Tensor:
+        self._check_groups(weight)
         group = (self.m, self.pruned, self.dim)
-        return MaskedWeight.apply(
-            weight, None, self.tau, group, self.relative, autocast_dtype(weight), False
-        )[0]
+        out_dtype = autocast_dtype(weight)
+        return map_parts(
+            lambda part: MaskedWeight.apply(
+                part, None, self.tau, group, self.relative, out_dtype, False
+            )[0],
+            weight,
+        )
 
     def values(self, weight: Tensor) -> Tensor:
+        self._check_groups(weight)
         group = (self.m, self.pruned, self.dim)
         return torch.ops.pdp.soft_mask_nm(
-            weight.detach(), self.tau, *group, self.relative, self.tau.dtype, True
+            local_part(weight), self.tau, *group, self.relative, self.tau.dtype, True
         )[1]
 
     def kept(self, weight: Tensor) -> Tensor:
-        return torch.ops.pdp.hard_mask_nm(weight.detach(), self.m, self.pruned, self.dim)
+        self._check_groups(weight)
+        return torch.ops.pdp.hard_mask_nm(local_part(weight), self.m, self.pruned, self.dim)
+
+    def _check_groups(self, weight: Tensor) -> None:
+        # A weight that is sharded after the pruner has checked it.
+        if is_distributed(weight):
+            check_divisible("a masked layer's weight", weight, self.m, self.dim)
 
     def to(self, weight: Tensor) -> None:
         self.tau = self.tau.to(weight.device, threshold_dtype([weight]))
@@ -190,9 +221,18 @@ def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
     layer.__class__ = _masked_class(type(layer), tuple(masks))
 
 
+@functools.cache
 def original_class(cls: type) -> type:
-    """The class that a masked layer had."""
-    return cls.__bases__[1]
+    """The class that a masked layer had, or would have: FSDP puts one of its own on top."""
+    if cls.__bases__[0] is MaskedLayer:
+        return cls.__bases__[1]
+    bases = tuple(
+        original_class(base) if issubclass(base, MaskedLayer) else base for base in cls.__bases__
+    )
+    namespace = {
+        name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")
+    }
+    return type(cls.__name__.replace("Masked", "", 1), bases, namespace)
 
 
 def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
@@ -200,7 +240,8 @@ def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     weight = layer._parameters[name]
     if layer.training:
         return mask.soft(weight)
-    return torch.where(mask.kept(weight), weight, 0)
+    kept = mask.kept(weight)
+    return map_parts(lambda part: torch.where(kept, part, 0), weight)
 
 
 @functools.cache

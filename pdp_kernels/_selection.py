@@ -188,7 +188,7 @@ def _check_prunable(holders: list[Holder]) -> None:
                 f"model's layer {holder.layer_name!r} must have the forward of its class, got one "
                 "set on the instance, which masks would not reach; exclude it"
             )
-        check_weight(f"model's {name}", weight)
+        check_weight(f"model's {name}", weight, distributed=True)
 
 
 def _check_pattern_fits(entry: Selected, config: PDPConfig) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pdp_kernels._sharding import borders_along, is_distributed
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("l2", "rms")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -16,22 +18,39 @@ SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
 
-def check_weight(name: str, weight: Tensor) -> None:
+def check_weight(name: str, weight: Tensor, distributed: bool = False) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
     if weight.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {weight.layout}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {weight.dtype}")
+    if is_distributed(weight):
+        _check_distributed(name, weight, distributed)
+
+
+def _check_distributed(name: str, weight: Tensor, accepted: bool) -> None:
+    if not accepted:
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor: take its full_tensor()")
+    if any(placement.is_partial() for placement in weight.placements):
+        raise ValueError(
+            f"{name} must have placements Shard and Replicate, got {weight.placements}: "
+            "redistribute it first"
+        )
+    if weight.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{name} must be on a device mesh that has this rank, got {weight.device_mesh}"
+        )
 
 
 def check_weights(name: str, weights: Sequence[Tensor], one_device: bool = True) -> None:
+    """Of those any may be a DTensor."""
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
         raise TypeError(f"{name} must be a list or tuple of tensors, got {type(weights).__name__}")
     if not weights:
         raise ValueError(f"{name} must hold at least one tensor, got an empty list")
     for index, weight in enumerate(weights):
-        check_weight(f"{name}[{index}]", weight)
+        check_weight(f"{name}[{index}]", weight, distributed=True)
         if one_device and weight.device != weights[0].device:
             raise ValueError(
                 f"{name} must be on one device, got {weights[0].device} for {name}[0] and "
@@ -134,6 +153,12 @@ def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
             f"{name} must have a size along dim that is divisible by m, got shape "
             f"{tuple(weight.shape)}, dim = {dim}, m = {m}"
         )
+    if is_distributed(weight) and any(b % m for b in borders_along(weight, dim % weight.dim())):
+        raise ValueError(
+            f"{name} must not be sharded through groups of {m} along dim {dim}, got shape "
+            f"{tuple(weight.shape)} with placements {weight.placements} on a mesh of shape "
+            f"{tuple(weight.device_mesh.shape)}"
+        )
 
 
 def check_pruned(pruned: int, n: int, m: int) -> None:
@@ -198,6 +223,13 @@ def check_kept(name: str, mask: Tensor | None, weight: Tensor) -> None:
         raise ValueError(
             f"{name} must have the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
         )
+    if is_distributed(weight) or is_distributed(mask):
+        placed = [
+            (each.device_mesh, each.placements) if is_distributed(each) else None
+            for each in (mask, weight)
+        ]
+        if placed[0] != placed[1]:
+            raise ValueError(f"{name} must be distributed as the weight is, got {mask!r}")
     if mask.device != weight.device:
         raise ValueError(
             f"{name} must be on the weight's device {weight.device}, got {mask.device}"

@@ -1,15 +1,16 @@
 """How much each layer loses under one global budget."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from pdp_kernels._sharded_selection import key_of_rank
+from pdp_kernels._sharding import ShardedList
 from pdp_kernels._validation import check_ratio, check_weights
-from pdp_kernels.reference import threshold_dtype
-
-_DIGIT_BITS = 11
+from pdp_kernels.reference import magnitude_keys, threshold_dtype
 
 
 @torch.no_grad()
@@ -28,11 +29,12 @@ def global_prune_counts(
     rest of the budget is shared out again over the layers below theirs.
 
     The k-th magnitude is found digit by digit, by counting: the weights are never put together in
-    one tensor. A few reads of each and a few values read back to the host: meant to be called once.
+    one tensor, nor gathered from the ranks that share one. A few reads of each and a few values
+    read back to the host: meant to be called once.
 
     Shapes and dtypes:
         weights: L tensors of any shapes and any mix of float64, float32, bfloat16 and float16, on
-            any devices.
+            any devices; DTensors as in `pdp_thresholds`.
         sparsity: r, in [0, 1].
         max_layer_sparsity: in [0, 1].
 
@@ -85,40 +87,27 @@ def _counts_below(weights: Sequence[Tensor], count: int, dtype: torch.dtype) -> 
     """How many of each weight are among the `count` of least magnitude of all together."""
     if count == 0:
         return [0] * len(weights)
-    largest = _magnitude_of_rank(weights, count, dtype)
-    below = [int((_bits(weight, dtype) < largest).sum()) for weight in weights]
-    tied = [int((_bits(weight, dtype) == largest).sum()) for weight in weights]
-    left = count - sum(below)
+    shards = ShardedList(weights)
+    keys = {index: functools.partial(_keys, part, dtype) for index, part in enumerate(shards.parts)}
+    largest, left = key_of_rank(keys, count, torch.finfo(dtype).bits - 1, shards)
+    counted = {
+        index: _below_and_tied(part, dtype, largest) for index, part in enumerate(shards.parts)
+    }
+    counted = shards.totals(counted)
     counts = []
-    for under, ties in zip(below, tied, strict=True):
-        taken = min(ties, left)
+    for index in range(len(weights)):
+        below, tied = counted[index].tolist()
+        taken = min(tied, left)
         left -= taken
-        counts.append(under + taken)
+        counts.append(below + taken)
     return counts
 
 
-def _magnitude_of_rank(weights: Sequence[Tensor], rank: int, dtype: torch.dtype) -> int:
-    """The bits of the rank-th (from 1) magnitude: digits are fixed from the highest down."""
-    prefix, shift = 0, torch.finfo(dtype).bits - 1
-    while shift > 0:
-        width = min(_DIGIT_BITS, shift)
-        histogram = sum(_digit_counts(weight, dtype, prefix, shift, width) for weight in weights)
-        cumulative = histogram.cumsum(0)
-        digit = int(torch.searchsorted(cumulative, rank))
-        rank -= int(cumulative[digit - 1]) if digit else 0
-        prefix = prefix << width | digit
-        shift -= width
-    return prefix
+def _keys(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return magnitude_keys(part.to(dtype))
 
 
-def _digit_counts(weight: Tensor, dtype: torch.dtype, prefix: int, shift: int, width: int):
-    """How often each digit follows the prefix that ends above bit `shift`."""
-    bits = _bits(weight, dtype)
-    digits = bits[bits >> shift == prefix] >> (shift - width) & ((1 << width) - 1)
-    return torch.bincount(digits, minlength=1 << width).cpu()
-
-
-def _bits(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Magnitudes as integers of the same order; NaN comes above inf."""
-    integers = torch.int64 if dtype == torch.float64 else torch.int32
-    return weight.detach().abs().to(dtype).flatten().view(integers)
+def _below_and_tied(part: Tensor, dtype: torch.dtype, key: int) -> Tensor:
+    """How many keys are below a given one, and how many are equal to it."""
+    keys = _keys(part, dtype)
+    return torch.stack([(keys < key).sum(), (keys == key).sum()])

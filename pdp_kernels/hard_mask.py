@@ -1,8 +1,9 @@
 """The hard mask: exactly k weights pruned."""
 
-import torch
 from torch import Tensor
 
+from pdp_kernels import _sharded_selection
+from pdp_kernels._sharding import distributed_like, is_distributed
 from pdp_kernels._validation import check_weight
 from pdp_kernels.threshold import prune_count
 
@@ -17,11 +18,13 @@ def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
 
     Shapes and dtypes:
         weight: any shape; float64, float32, bfloat16 or float16. Ties follow the row-major order,
-            so other layouts are copied once.
+            so other layouts are copied once. A DTensor as in `pdp_thresholds`; ties follow the flat
+            index in the whole weight, and a sharded one makes the host wait for the device.
         sparsity: a number in [0, 1], or a 0-d floating point tensor on the weight's device.
 
     Returns:
-        mask: bool, the weight's shape, contiguous; True where the weight is kept.
+        mask: bool, the weight's shape, contiguous; True where the weight is kept. Of a DTensor a
+        DTensor of the same placements.
 
     Raises:
         TypeError, ValueError: as `pdp_thresholds`.
@@ -30,5 +33,6 @@ def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
         >>> hard_mask(torch.tensor([2.0, -1.0, 1.0, -3.0]), 0.5)
         tensor([ True, False, False,  True])
     """
-    check_weight("weight", weight)
-    return torch.ops.pdp.hard_mask(weight.detach(), prune_count(weight, sparsity))
+    check_weight("weight", weight, distributed=True)
+    kept = _sharded_selection.hard_mask_part(weight, prune_count(weight, sparsity))
+    return distributed_like(weight, kept) if is_distributed(weight) else kept

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels import _ops  # noqa: F401
+from pdp_kernels import _ops, _sharded_sums  # noqa: F401
 from pdp_kernels._validation import (
     check_exponents,
     check_has_rows,
@@ -40,8 +40,10 @@ def pq_index(
         weight: any shape; float64, float32, bfloat16 or float16; any device. Or a list or tuple of
             L such tensors, on one device. Dense layouts are read in place, others copied once; so
             are those whose dimension 0 is not the outermost in memory if scope is "neuron".
+            DTensors as in `pdp_thresholds`; those not sharded by rows are moved once.
         p, q: the two norms, 0 < p < q.
-        mask: bool, the weight's shape; True where the weight is unpruned. What is pruned does not
+        mask: bool, the weight's shape (for a DTensor one of its placements, as `hard_mask`
+            gives it); True where the weight is unpruned. What is pruned does not
             count, neither in d nor in the norms. For a list of weights a list of masks, with None
             where nothing is pruned. A layout other than the weight's costs a copy of both.
         scope: "layer": one index for each tensor. "neuron": one for each row of dimension 0.
@@ -70,7 +72,7 @@ def pq_index(
     """
     single = not isinstance(weight, (list, tuple))
     if single:
-        check_weight("weight", weight)
+        check_weight("weight", weight, distributed=True)
         weights, masks, names = [weight], [mask], ["mask"]
     else:
         check_weights("weight", weight)
@@ -86,7 +88,7 @@ def pq_index(
 
     weights = [of.detach() for of in weights]
     p, q = float(p), float(q)
-    sums = torch.ops.pdp.power_sums(weights, masks, p, q, scope == "neuron")
+    sums = _sharded_sums.power_sums(weights, masks, p, q, scope == "neuron")
     if scope == "global":
         return index_of(sums.sum(0), p, q)
     index = index_of(sums, p, q)

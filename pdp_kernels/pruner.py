@@ -20,6 +20,7 @@ from pdp_kernels._masked_layer import (
     unmask_model,
 )
 from pdp_kernels._selection import Selected, select_weights
+from pdp_kernels._sharding import local_part, show_shards
 from pdp_kernels._validation import check_non_negative, check_optimizer, check_positive
 from pdp_kernels.allocation import check_budget, global_prune_counts
 from pdp_kernels.config import PDPConfig
@@ -119,6 +120,7 @@ class PDPPruner:
         """
         check_non_negative("progress", progress)
         self._check_in_charge()
+        show_shards(self.model)
         if progress >= self.config.warmup and (
             self.prune_counts is None or self.config.reallocates(self.progress, progress)
         ):
@@ -183,6 +185,8 @@ class PDPPruner:
             RuntimeError: as `step`.
         """
         self._check_in_charge()
+        for model in (self.model, *(copy for copy, _ in self._followers)):
+            show_shards(model)
         reached = self.config.ramp_at(self.progress)
         if reached < 1:
             warnings.warn(
@@ -195,7 +199,7 @@ class PDPPruner:
         self._set_schedule(self.config.warmup + self.config.ramp_epochs)
         for model, entries in ((self.model, self._weights), *self._followers):
             for entry, mask in zip(entries, self._masks, strict=True):
-                entry.weight.masked_fill_(~mask.kept(entry.weight), 0)
+                local_part(entry.weight).masked_fill_(~mask.kept(entry.weight), 0)
             unmask_model(model)
         self._followers.clear()
         self._finalized = True
@@ -221,6 +225,7 @@ class PDPPruner:
                 multiply-accumulates of one inference; None leaves them out.
         """
         macs = None if inputs is None else count_macs(self.model, self._weights, inputs)
+        show_shards(self.model)
         masks = None if self._finalized else self._masks
         return self._history.report(self._weights, masks, self.progress, macs)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pdp_kernels._masked_layer import WeightMask
 from pdp_kernels._selection import Selected
+from pdp_kernels._sharding import ShardedList, local_part
 
 SOFT_ZONE = (0.1, 0.9)
 _BINS = 20
@@ -139,7 +140,7 @@ class ReportHistory:
     """What one report keeps for the next: the decisions, and the flips so far."""
 
     def __init__(self):
-        self._decisions: list[Tensor] = []
+        self._decisions: list[Tensor] = []  # of this rank's parts
         self._flips: list[tuple[float, float]] = []
 
     @torch.no_grad()
@@ -153,18 +154,21 @@ class ReportHistory:
         """A report; masks are None once the weights are plain, macs are of `count_macs`."""
         weights = [entry.weight.detach() for entry in entries]
         if masks is None:
-            decisions = [weight != 0 for weight in weights]
-            values = []
+            decisions = [local_part(weight) != 0 for weight in weights]
+            values = [torch.ones(1, device=weight.device) for weight in weights]
         else:
             decisions = [mask.kept(weight) for mask, weight in zip(masks, weights, strict=True)]
             values = [mask.values(weight) for mask, weight in zip(masks, weights, strict=True)]
-        flipped = self._flipped(weights, decisions, progress)
+        is_first = not self._decisions
+        counts = _count(weights, decisions, self._decisions or decisions, values)
+        self._decisions = decisions
+        total = sum(weight.numel() for weight in weights)
+        if not is_first:
+            self._flips.append((progress, sum(count.flipped for count in counts) / total))
         layers = []
-        for index, (entry, weight, kept) in enumerate(
-            zip(entries, weights, decisions, strict=True)
-        ):
-            count = weight.numel()
-            pruned = count - int(kept.sum()) * (count // kept.numel())
+        for index, (entry, weight, count) in enumerate(zip(entries, weights, counts, strict=True)):
+            size = weight.numel()
+            pruned = size - count.kept
             threshold = None if masks is None else masks[index].threshold
             dense = None if macs is None else macs[1][index]
             layers.append(
@@ -172,51 +176,56 @@ class ReportHistory:
                     name=entry.name,
                     shape=tuple(weight.shape),
                     pattern=str(entry.plan.pattern),
-                    weights=count,
+                    weights=size,
                     pruned=pruned,
                     threshold=None if threshold is None else float(threshold),
-                    soft=_soft_share(values[index]) if values else None,
-                    flipped=flipped[index] if flipped else None,
+                    soft=None if masks is None else count.soft / size,
+                    flipped=None if is_first else count.flipped,
                     macs=dense,
-                    kept_macs=None if dense is None else dense * (count - pruned) // count,
+                    kept_macs=None if dense is None else dense * (size - pruned) // size,
                 )
             )
         spared = 0 if macs is None else sum(layer.macs - layer.kept_macs for layer in layers)
+        histograms = [] if masks is None else [count.histogram for count in counts]
         return PruningReport(
             layers=layers,
             progress=progress,
-            mask_histogram=_histogram(weights, values),
+            mask_histogram=[sum(column) for column in zip(*histograms, strict=True)],
             flips=list(self._flips),
             macs=None if macs is None else macs[0],
             kept_macs=None if macs is None else macs[0] - spared,
         )
 
-    def _flipped(self, weights, decisions: list[Tensor], progress: float) -> list[int]:
-        """How many weights' decisions differ from the last report's; empty in the first one."""
-        before, self._decisions = self._decisions, decisions
-        if not before:
-            return []
-        flipped = []
-        for weight, now, then in zip(weights, decisions, before, strict=True):
-            # Of a channel there is one decision, until its weights are plain zeros.
-            changed = now != then
-            flipped.append(int(changed.sum()) * (weight.numel() // changed.numel()))
-        total = sum(weight.numel() for weight in weights)
-        self._flips.append((progress, sum(flipped) / total))
-        return flipped
+
+class _Counts(NamedTuple):
+    """How many of a whole weight's elements are kept, have flipped, and have which soft mask."""
+
+    kept: int
+    flipped: int
+    soft: int
+    histogram: list[int]
 
 
-def _soft_share(values: Tensor) -> float:
-    low, high = SOFT_ZONE
-    return float(((values > low) & (values < high)).double().mean())
+def _count(
+    weights: list[Tensor], decisions: list[Tensor], before: list[Tensor], values: list[Tensor]
+) -> list[_Counts]:
+    """Counted on each rank's part and added up. A channel has one decision for all its weights."""
+    shards = ShardedList(weights)
+    counts = {}
+    for index, part in enumerate(shards.parts):
+        kept, flipped = decisions[index], decisions[index] != before[index]
+        low, high = SOFT_ZONE
+        soft = (values[index] > low) & (values[index] < high)
+        bins = (values[index].double() * _BINS).nan_to_num(0).long().clamp(0, _BINS - 1)
+        histogram = torch.bincount(bins.flatten(), minlength=_BINS)
+        ones = (
+            each.sum().unsqueeze(0) * _each_counts(part, each) for each in (kept, flipped, soft)
+        )
+        counts[index] = torch.cat([*ones, histogram * _each_counts(part, values[index])])
+    rows = (total.tolist() for total in shards.totals(counts).values())
+    return [_Counts(kept, flipped, soft, histogram) for kept, flipped, soft, *histogram in rows]
 
 
-def _histogram(weights: list[Tensor], values: list[Tensor]) -> list[int]:
-    """How many weights have their mask in each bin; a channel's mask counts for all its weights."""
-    if not values:
-        return []
-    total = torch.zeros(_BINS, dtype=torch.int64)
-    for weight, mask in zip(weights, values, strict=True):
-        bins = (mask.double() * _BINS).nan_to_num(0).long().clamp(0, _BINS - 1).flatten()
-        total += torch.bincount(bins, minlength=_BINS).cpu() * (weight.numel() // mask.numel())
-    return total.tolist()
+def _each_counts(part: Tensor, values: Tensor) -> int:
+    """Of how many of the part's weights each of the values tells."""
+    return part.numel() // max(1, values.numel())

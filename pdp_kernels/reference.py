@@ -72,10 +72,10 @@ def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
 
 
 def magnitude_keys(weight: Tensor) -> Tensor:
-    """|w| as integers of the same order, int64 (n,): its bits; every NaN is the one above inf."""
+    """|w| as integers of the same order, (n,): its bits; every NaN is the one above inf."""
     integers = _INTEGERS[weight.element_size()]
     infinity = torch.tensor(math.inf, dtype=weight.dtype).view(integers).item()
-    bits = weight.detach().flatten().view(integers).to(torch.int64)
+    bits = weight.detach().flatten().view(integers)
     return (bits & ((1 << (8 * weight.element_size() - 1)) - 1)).clamp(max=infinity + 1)
 
 
@@ -101,7 +101,7 @@ def digit_counts(weights: Sequence[Tensor], prefixes: Tensor, digit: int) -> tup
         values = (keys >> shift) & ((1 << bits[digit]) - 1)
         matching = torch.where(before == prefix, values, 1 << bits[digit])
         counts.append(torch.bincount(matching, minlength=(1 << bits[digit]) + 1)[:-1])
-        larger = torch.where(before > prefix, keys, _NO_KEY)
+        larger = torch.where(before > prefix, keys.long(), _NO_KEY)
         found = shift == 0 and digit > 0 and larger.numel() > 0
         above.append(larger.min() if found else prefixes.new_full((), _NO_KEY))
     return torch.stack(counts), torch.stack(above)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pdp_kernels._autograd import MaskedWeight
+from pdp_kernels._sharding import map_parts
 from pdp_kernels._validation import (
     check_one_given,
     check_out_dtype,
@@ -39,7 +40,8 @@ def pdp_mask(
 
     Shapes and dtypes:
         weight: any shape, 0-d and empty included; float64, float32, bfloat16 or float16. Dense
-            layouts (channels_last too) are processed in place, others copied once.
+            layouts (channels_last too) are processed in place, others copied once. Of a DTensor
+            (see `pdp_thresholds`) every rank masks its own part, and w_hat is placed alike.
         sparsity: the share to prune, a number in [0, 1] or a 0-d tensor; t is then found by
             `pdp_threshold` on every call.
         threshold: t, shape (), as `pdp_threshold` returns it (float64 for float64 weights, else
@@ -75,7 +77,7 @@ def pdp_mask(
         tensor([ 0.0000, -0.0000,  0.3000, -0.4000])
         >>> w_hat.sum().backward()
     """
-    check_weight("weight", weight)
+    check_weight("weight", weight, distributed=True)
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     dtype = threshold_dtype([weight])
@@ -86,8 +88,11 @@ def pdp_mask(
         check_threshold(threshold, dtype, weight.device)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
-    w_hat, mask = MaskedWeight.apply(
-        weight, threshold, temperature, None, relative, out_dtype, return_mask
+    w_hat, mask = map_parts(
+        lambda part: MaskedWeight.apply(
+            part, threshold, temperature, None, relative, out_dtype, return_mask
+        ),
+        weight,
     )
     return (w_hat, mask) if return_mask else w_hat
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pdp_kernels._autograd import MaskedChannels
 from pdp_kernels._layers import PRUNABLE_LAYERS
+from pdp_kernels._sharded_sums import channel_norms as norms_of_channels
 from pdp_kernels._validation import (
     check_dim,
     check_norm,
@@ -113,10 +114,12 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: str = "l2") -> Tensor:
     in float64, so that no float32 weight over- or underflows (arXiv 2305.11203, section 3.4).
 
     Shapes and dtypes:
-        weight, dim, norm: as in `pdp_mask_channel`.
+        weight, dim, norm: as in `pdp_mask_channel`; or a DTensor as in `pdp_thresholds`.
 
     Returns:
-        (C,), float64 for float64 weights, else float32; constants for autograd.
+        (C,), float64 for float64 weights, else float32; constants for autograd. Of a DTensor those
+        of the whole weight, on every rank: bit for bit, but where channels themselves are cut
+        (sharded along another dimension than dim), whose squares are added up in another order.
 
     Raises:
         TypeError, ValueError: as `pdp_mask_channel`.
@@ -125,10 +128,10 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: str = "l2") -> Tensor:
         >>> channel_norms(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
         tensor([5.0000, 0.5000])
     """
-    check_weight("weight", weight)
+    check_weight("weight", weight, distributed=True)
     check_dim("weight", weight, dim)
     check_norm(norm)
-    return torch.ops.pdp.channel_norms(weight.detach(), dim % weight.dim(), norm == "rms")
+    return norms_of_channels([weight.detach()], [dim % weight.dim()], norm == "rms")[0]
 
 
 def hard_mask_channel(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pdp_kernels._autograd import MaskedWeight
+from pdp_kernels._sharding import map_parts
 from pdp_kernels._validation import (
     check_divisible,
     check_out_dtype,
@@ -38,7 +39,8 @@ def pdp_mask_nm(
 
     Shapes and dtypes:
         weight: any shape whose size along dim is divisible by m; float64, float32, bfloat16 or
-            float16. Dense layouts are walked in place whatever dim is, others copied once.
+            float16. Dense layouts are walked in place whatever dim is, others copied once. A
+            DTensor must not be sharded through groups.
         n, m: 1 <= n < m <= 32; 2:4 is what sparse tensor cores run.
         dim: the dimension that is cut into groups.
         tau, relative_tau: as in `pdp_mask`; a relative temperature follows each group's own t.
@@ -61,7 +63,7 @@ def pdp_mask_nm(
         >>> pdp_mask_nm(weight, 2, 4)
         tensor([[ 0.0000, -0.4000,  0.3000,  0.0000]])
     """
-    check_weight("weight", weight)
+    check_weight("weight", weight, distributed=True)
     check_out_dtype(out_dtype)
     check_pattern(n, m, dim)
     check_divisible("weight", weight, m, dim)
@@ -71,8 +73,12 @@ def pdp_mask_nm(
     temperature, relative = temperature_of(weight, tau, relative_tau)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
-    w_hat, mask = MaskedWeight.apply(
-        weight, None, temperature, (m, pruned, dim % weight.dim()), relative, out_dtype, return_mask
+    group = (m, pruned, dim % weight.dim())
+    w_hat, mask = map_parts(
+        lambda part: MaskedWeight.apply(
+            part, None, temperature, group, relative, out_dtype, return_mask
+        ),
+        weight,
     )
     return (w_hat, mask) if return_mask else w_hat
 
@@ -96,7 +102,10 @@ def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tenso
         >>> hard_mask_nm(torch.tensor([1.0, -1.0, 3.0, 0.5]), 2, 4)
         tensor([False,  True,  True, False])
     """
-    check_weight("weight", weight)
+    check_weight("weight", weight, distributed=True)
     check_pattern(n, m, dim)
     check_divisible("weight", weight, m, dim)
-    return torch.ops.pdp.hard_mask_nm(weight.detach(), m, m - n, dim % weight.dim())
+    return map_parts(
+        lambda part: torch.ops.pdp.hard_mask_nm(part, m, m - n, dim % weight.dim()),
+        weight.detach(),
+    )
