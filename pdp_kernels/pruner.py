@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -19,6 +20,7 @@ from pdp_kernels._masked_layer import (
     new_mask,
     unmask_model,
 )
+from pdp_kernels._replicas import compare_replicas
 from pdp_kernels._selection import Selected, select_weights
 from pdp_kernels._sharding import local_part, show_shards
 from pdp_kernels._validation import check_non_negative, check_optimizer, check_positive
@@ -27,6 +29,8 @@ from pdp_kernels.config import PDPConfig
 from pdp_kernels.freeze import FrozenZeros, freeze_zeros
 from pdp_kernels.pruning_report import PruningReport, ReportHistory
 from pdp_kernels.reference import threshold_dtype
+
+_NOT_ALLOCATED = -1  # in a state_dict, until the end of the warm-up
 
 
 class PDPPruner:
@@ -212,6 +216,7 @@ class PDPPruner:
         """
         if not self._finalized:
             raise RuntimeError("freeze keeps the zeros that finalize makes: call finalize first")
+        show_shards(self.model)
         return freeze_zeros([entry.weight for entry in self._weights], optimizer)
 
     def report(self, inputs: Any = None) -> PruningReport:
@@ -229,12 +234,37 @@ class PDPPruner:
         masks = None if self._finalized else self._masks
         return self._history.report(self._weights, masks, self.progress, macs)
 
+    @torch.no_grad()
+    def verify_replicas(self, group: "dist.ProcessGroup | None" = None) -> None:
+        """Checks that the ranks of a data-parallel training still prune the same weights.
+
+        Compares thresholds, and checksums of those weights (or parts of them) that several ranks
+        hold: one read of the weights, and one exchange of some bytes per weight. All ranks of the
+        group call it; without torch.distributed there is nothing to compare.
+
+        Arguments:
+            group: the ranks to compare; all of them by default.
+
+        Raises:
+            RuntimeError: some differ, on every rank alike: which weights, and which ranks agree.
+        """
+        show_shards(self.model)
+        thresholds = [mask.threshold for mask in self._masks]
+        compare_replicas(self._weights, thresholds, group)
+
     def state_dict(self) -> dict[str, Any]:
-        """Progress, what each layer loses, the thresholds by now, and the configuration."""
+        """Progress, what each layer loses, the thresholds by now, and the configuration.
+
+        Its structure stays the same as the schedule advances, and the same on any number of ranks,
+        as torch.distributed.checkpoint needs it, which takes a pruner as it takes a model.
+        """
+        names = [entry.name for entry in self._weights]
+        counts = self.prune_counts or dict.fromkeys(names, _NOT_ALLOCATED)
         return {
             "config": self.config.to_dict(),
             "progress": self.progress,
-            "prune_counts": None if self.prune_counts is None else dict(self.prune_counts),
+            "weights": names,
+            "prune_counts": torch.tensor([counts[name] for name in names]),
             "thresholds": {
                 entry.name: mask.threshold.clone()
                 for entry, mask in zip(self._weights, self._masks, strict=True)
@@ -263,17 +293,18 @@ class PDPPruner:
                     f"state_dict must be of a configuration with {name} = {value!r}, "
                     f"got {state_dict['config'].get(name)!r}"
                 )
-        counts = state_dict["prune_counts"]
-        expected = [entry.name for entry in self._weights]
-        if counts is not None and list(counts) != expected:
-            raise ValueError(f"state_dict must have the weights {expected}, got {list(counts)}")
+        names = state_dict["weights"]
+        if names != own["weights"]:
+            raise ValueError(f"state_dict must have the weights {own['weights']}, got {names}")
         thresholds = state_dict["thresholds"]
         if thresholds.keys() != own["thresholds"].keys():
             raise ValueError(
                 f"state_dict must have thresholds of {list(own['thresholds'])}, "
                 f"got {list(thresholds)}"
             )
-        self.prune_counts = None if counts is None else dict(counts)
+        counts = state_dict["prune_counts"].tolist()
+        is_allocated = _NOT_ALLOCATED not in counts
+        self.prune_counts = dict(zip(names, counts, strict=True)) if is_allocated else None
         self._set_schedule(state_dict["progress"])
         for entry, mask in zip(self._weights, self._masks, strict=True):
             if mask.threshold is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 # The digits of a magnitude's key from the highest on, in bits, by the bytes of a weight.
 DIGIT_BITS = {8: (11, 11, 11, 10, 10, 10), 4: (11, 10, 10), 2: (8, 7)}
 
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _NO_KEY = torch.iinfo(torch.int64).max
 
 
@@ -73,7 +73,7 @@ def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
 
 def magnitude_keys(weight: Tensor) -> Tensor:
     """|w| as integers of the same order, (n,): its bits; every NaN is the one above inf."""
-    integers = _INTEGERS[weight.element_size()]
+    integers = INTEGERS[weight.element_size()]
     infinity = torch.tensor(math.inf, dtype=weight.dtype).view(integers).item()
     bits = weight.detach().flatten().view(integers)
     return (bits & ((1 << (8 * weight.element_size() - 1)) - 1)).clamp(max=infinity + 1)
@@ -81,7 +81,7 @@ def magnitude_keys(weight: Tensor) -> Tensor:
 
 def magnitudes_of_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
     """The magnitudes that have these keys."""
-    return keys.to(_INTEGERS[dtype.itemsize]).view(dtype)
+    return keys.to(INTEGERS[dtype.itemsize]).view(dtype)
 
 
 def digit_counts(weights: Sequence[Tensor], prefixes: Tensor, digit: int) -> tuple[Tensor, Tensor]:
