@@ -1,0 +1,493 @@
+"""PDPPruner on models that FSDP2 or tensor parallelism shards prunes as it does on one process."""
+
+import math
+import os
+import time
+
+import pytest
+import torch
+from ranks import BACKENDS, DIED, device_of, results_on_ranks, run_on_ranks
+from test_sharded_weights import assert_same_bits, collectives, whole
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner
+
+STEPS = 10
+BATCH = 12  # divisible by every number of ranks
+PATTERNS = {
+    "unstructured": {"sparsity": 0.7},
+    "channel": {"sparsity": 0.5, "pattern": "channel", "channel_norm": "rms"},
+    "N:M": {"pattern": "1:2"},
+}
+
+
+def network(device="cpu"):
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 36), nn.Tanh(), nn.Linear(36, 24), nn.Tanh(), nn.Linear(24, 7)]
+    return nn.Sequential(*layers).to(device)
+
+
+def batches(device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(STEPS, BATCH, size, generator=generator).to(device) for size in (20, 7)]
+
+
+def config(pattern="unstructured"):
+    return PDPConfig(**PATTERNS[pattern], warmup=0.5, ramp=1.5, tau=1e-3)
+
+
+def mesh_of(rank, shape, names=None):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_of(rank).type, shape, mesh_dim_names=names)
+
+
+def fully_sharded(model, mesh, **options):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def tensor_parallel(model, mesh):
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def sharded(model, rank, ranks, how):
+    """The model, sharded, and which part of each batch this rank trains on: (part, of how many)."""
+    if how == "FSDP":
+        return fully_sharded(model, mesh_of(rank, (ranks,))), (rank, ranks)
+    if how == "FSDP that keeps whole weights after a forward":
+        mesh = mesh_of(rank, (ranks,))
+        return fully_sharded(model, mesh, reshard_after_forward=False), (rank, ranks)
+    if how == "replicas of FSDP":
+        return fully_sharded(model, mesh_of(rank, (2, ranks // 2), ("r", "s"))), (rank, ranks)
+    if how == "tensor parallelism":
+        return tensor_parallel(model, mesh_of(rank, (ranks,))), (0, 1)
+    mesh = mesh_of(rank, (2, ranks // 2), ("data", "tensor"))
+    model = tensor_parallel(model, mesh["tensor"])
+    return fully_sharded(model, mesh["data"]), (rank // (ranks // 2), 2)
+
+
+def train(model, pruner, optimizer, data, part=(0, 1), steps=range(STEPS), microbatches=1):
+    """The thresholds after each step."""
+    thresholds = []
+    for step in steps:
+        inputs, targets = (each[step].chunk(part[1])[part[0]] for each in data)
+        for x, y in zip(inputs.chunk(microbatches), targets.chunk(microbatches), strict=True):
+            (nn.functional.mse_loss(model(x).to(y.dtype), y) / microbatches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step((step + 1) / 4)
+        thresholds.append(thresholds_of(pruner))
+    return thresholds
+
+
+def thresholds_of(pruner):
+    return [t.cpu() for t in pruner.state_dict()["thresholds"].values()]
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def outcome(model, pruner, thresholds, data):
+    """Everything a user can see of a training that has come to its end."""
+    model.eval()
+    outputs = model(data[0][0])
+    model.train()
+    pruner.verify_replicas()
+    reports = [pruner.report()]
+    pruner.finalize()
+    reports.append(pruner.report())
+    return {
+        "thresholds": thresholds,
+        "outputs": whole(outputs.detach()),
+        "prune counts": pruner.prune_counts,
+        "weights": [whole(parameter.detach()) for parameter in model.parameters()],
+        "pruned": [[layer.pruned for layer in report.layers] for report in reports],
+        "soft": [layer.soft for layer in reports[0].layers],
+        "flipped": [layer.flipped for layer in reports[1].layers],
+        "histogram": reports[0].mask_histogram,
+        "classes": [type(module).__name__ for module in model.modules()],
+    }
+
+
+def trained(pattern, rank=None, ranks=1, how=None, pruner_first=False):
+    device = "cpu" if rank is None else device_of(rank)
+    model, part, data = network(device), (0, 1), batches(device)
+    if pruner_first:
+        pruner = PDPPruner(model, config(pattern))
+    if how is not None:
+        model, part = sharded(model, rank, ranks, how)
+    if not pruner_first:
+        pruner = PDPPruner(model, config(pattern))
+    return outcome(model, pruner, train(model, pruner, sgd(model), data, part), data)
+
+
+HOWS = {
+    2: ["FSDP", "FSDP that keeps whole weights after a forward", "tensor parallelism"],
+    3: ["FSDP"],
+    4: ["FSDP", "replicas of FSDP", "tensor parallelism", "FSDP of tensor parallelism"],
+}
+
+
+def cases(ranks):
+    for how in HOWS[ranks]:
+        for pattern in PATTERNS:
+            # 36 columns on 4 ranks are cut through groups of 2.
+            if not (pattern == "N:M" and how == "tensor parallelism" and ranks == 4):
+                for pruner_first in (True, False):
+                    yield pattern, how, pruner_first
+
+
+def trainings(rank, ranks):
+    return {
+        (pattern, how, pruner_first): trained(pattern, rank, ranks, how, pruner_first)
+        for pattern, how, pruner_first in cases(ranks)
+    }
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=HOWS)
+def by_rank(request, backend, tmp_path_factory):
+    ranks = request.param
+    return results_on_ranks(
+        trainings, ranks, tmp_path_factory.mktemp("ranks"), ranks, backend=backend
+    )
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {pattern: trained(pattern) for pattern in PATTERNS}
+
+
+def test_all_ranks_find_the_same_thresholds(by_rank):
+    for case, first in by_rank[0].items():
+        assert case[0] == "N:M" or first["thresholds"][-1][0] > 0
+        for other in by_rank[1:]:
+            for step, pairs in enumerate(
+                zip(first["thresholds"], other[case]["thresholds"], strict=True)
+            ):
+                for pair in zip(*pairs, strict=True):
+                    assert_same_bits(*pair, (case, step))
+
+
+def test_training_is_that_of_one_process(by_rank, alone):
+    """But for the order in which gradients are added up."""
+    for case, found in by_rank[0].items():
+        expected = alone[case[0]]
+        for name in ("thresholds", "outputs", "weights"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_weights_are_pruned(by_rank, alone):
+    for case, found in by_rank[0].items():
+        expected = alone[case[0]]
+        assert found["prune counts"] == expected["prune counts"]
+        for weight, other in zip(found["weights"], expected["weights"], strict=True):
+            assert torch.equal(weight == 0, other == 0), case
+
+
+def test_reports_count_whole_weights(by_rank, alone):
+    for found_by_case in by_rank:
+        for case, found in found_by_case.items():
+            for name in ("pruned", "soft", "flipped", "histogram"):
+                assert found[name] == alone[case[0]][name], (case, name)
+
+
+def test_nothing_is_left_behind(by_rank):
+    for case, found in by_rank[0].items():
+        assert not any("Masked" in name for name in found["classes"]), case
+        assert ("FSDPLinear" in found["classes"]) == ("FSDP" in case[1])
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+
+    def forward(self, hidden):
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1], hidden.device)
+        return self.layer(hidden, mask, is_causal=True)
+
+
+class GPT(nn.Module):
+    def __init__(self, vocabulary=40, width=32, context=16):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.zeros(context, width))
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.blocks(self.tokens(tokens) + self.places))
+
+
+def train_gpt(rank=None, ranks=1):
+    from torch.distributed.fsdp import fully_shard
+
+    device = "cpu" if rank is None else device_of(rank)
+    torch.manual_seed(0)
+    model = GPT().to(device)
+    text = torch.randint(0, 40, (50, BATCH, 17)).to(device)
+    text[:, :, 1::2] = text[:, :, ::2][:, :, :8]  # something to learn: every token comes twice
+    part = slice(None)
+    if rank is not None:
+        mesh = mesh_of(rank, (ranks,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        part = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    pruner = PDPPruner(model, PDPConfig.for_epochs(0.8, epochs=50))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    thresholds, losses = [], []
+    for step in range(50):
+        tokens = text[step][part]
+        logits = model(tokens[:, :-1]).flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step(step + 1)
+        thresholds.append(torch.stack(thresholds_of(pruner)))
+        losses.append(loss.item())
+    pruner.finalize()
+    return thresholds, losses, [whole(parameter.detach()) for parameter in model.parameters()]
+
+
+def test_fifty_steps_of_a_gpt_under_fsdp(backend, tmp_path):
+    by_rank = results_on_ranks(train_gpt, 2, tmp_path, 2, backend=backend)
+    thresholds, losses, weights = train_gpt()
+    assert losses[-1] < 0.8 * losses[0]
+    assert (thresholds[-1] > 0).all()
+    for step, found in enumerate(zip(*(result[0] for result in by_rank), strict=True)):
+        assert_same_bits(*found, step)
+        torch.testing.assert_close(found[0], thresholds[step], rtol=1e-3, atol=1e-6)
+    mean_losses = [sum(pair) / 2 for pair in zip(*(result[1] for result in by_rank), strict=True)]
+    torch.testing.assert_close(mean_losses, losses, rtol=1e-3, atol=1e-4)
+    pruned = sum(int((weight == 0).sum()) for weight in weights)
+    assert sum(int((weight == 0).sum()) for weight in by_rank[0][2]) == pruned
+    flips = sum(
+        int(((one == 0) != (other == 0)).sum())
+        for one, other in zip(by_rank[0][2], weights, strict=True)
+    )
+    assert flips <= 0.001 * pruned  # weights at the threshold, moved by rounding
+
+
+def train_in_special_ways(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    device = device_of(rank)
+    mesh, data, results = mesh_of(rank, (2,)), batches(device), {}
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_sharded(network(device), mesh, mp_policy=policy)
+    pruner = PDPPruner(model, config())
+    seen = []
+    model[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    thresholds = train(model, pruner, sgd(model), data, (rank, 2))
+    assert set(seen) == {torch.bfloat16}
+    results["mixed precision"] = outcome(model, pruner, thresholds, data)
+
+    model = fully_sharded(network(device), mesh)
+    pruner = PDPPruner(model, config())
+    thresholds = train(model, pruner, sgd(model), data, (rank, 2), microbatches=3)
+    results["accumulation"] = outcome(model, pruner, thresholds, data)
+
+    # What finalize leaves is trained further, and evaluated in between.
+    optimizer = sgd(model)
+    before = [whole(parameter.detach()) for parameter in model.parameters()]
+    frozen = pruner.freeze(optimizer)
+    for step in range(3):
+        nn.functional.mse_loss(model(data[0][step]), data[1][step]).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model(data[0][step])
+    frozen.remove()
+    results["frozen"] = before, [whole(parameter.detach()) for parameter in model.parameters()]
+    return results
+
+
+@pytest.fixture(scope="module")
+def special(backend, tmp_path_factory):
+    return results_on_ranks(
+        train_in_special_ways, 2, tmp_path_factory.mktemp("special"), backend=backend
+    )
+
+
+def test_thresholds_are_those_of_the_float32_shards_in_mixed_precision(special, alone):
+    found = special[0]["mixed precision"]
+    assert found["prune counts"].keys() == alone["unstructured"]["prune counts"].keys()
+    assert sum(found["prune counts"].values()) == math.floor(0.7 * (20 + 24) * 36 + 0.7 * 168 + 0.5)
+    assert {t.dtype for t in found["thresholds"][-1]} == {torch.float32}
+    torch.testing.assert_close(
+        found["thresholds"], alone["unstructured"]["thresholds"], rtol=0.05, atol=0.01
+    )
+    assert found["thresholds"] == special[1]["mixed precision"]["thresholds"]
+
+
+def test_gradients_accumulate(special, alone):
+    found = special[0]["accumulation"]
+    torch.testing.assert_close(
+        found["weights"], alone["unstructured"]["weights"], rtol=1e-4, atol=1e-6
+    )
+
+
+def test_frozen_zeros_stay_zero(special):
+    for before, after in zip(*special[0]["frozen"], strict=True):
+        assert torch.equal(before == 0, after == 0)
+        assert not torch.equal(before, after)
+
+
+def count_collectives(rank):
+    model = fully_sharded(network(device_of(rank)), mesh_of(rank, (2,)))
+    pruner = PDPPruner(model, PDPConfig.paper(0.9))
+    pruner.step(17.0)
+    return len(collectives(lambda: pruner.step(18.0))[1])
+
+
+def test_a_step_takes_four_collectives(backend, tmp_path):
+    assert results_on_ranks(count_collectives, 2, tmp_path, backend=backend) == [4, 4]
+
+
+def save(rank, folder):
+    import torch.distributed.checkpoint as dcp
+
+    model = fully_sharded(network(), mesh_of(rank, (4,)))
+    pruner, optimizer, data = PDPPruner(model, config()), sgd(model), batches()
+    train(model, pruner, optimizer, data, (rank, 4), range(6))
+    dcp.save({"model": model.state_dict(), "pruner": pruner}, checkpoint_id=f"{folder}/checkpoint")
+    return pruner.state_dict()
+
+
+def resume(rank, folder):
+    import torch.distributed.checkpoint as dcp
+
+    model = fully_sharded(network(), mesh_of(rank, (2,)))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    pruner = PDPPruner(model, config())
+    weights = model.state_dict()
+    dcp.load({"model": weights, "pruner": pruner}, checkpoint_id=f"{folder}/checkpoint")
+    model.load_state_dict(weights)
+    resumed = pruner.state_dict()
+    data = batches()
+    thresholds = train(model, pruner, sgd(model), data, (rank, 2), range(6, STEPS))
+    return resumed, outcome(model, pruner, thresholds, data)
+
+
+def test_a_checkpoint_of_four_ranks_resumes_on_two(tmp_path):
+    states = results_on_ranks(save, 4, tmp_path / "save", tmp_path)
+    results = results_on_ranks(resume, 2, tmp_path / "resume", tmp_path)
+    for state in states:
+        for resumed, _ in results:
+            assert str(resumed) == str(state)  # bit for bit, but for digits that are not printed
+            for name, t in state["thresholds"].items():
+                assert_same_bits(resumed["thresholds"][name], t, name)
+    # The optimizer began anew, so that the comparison is a training that does so too.
+    model = network()
+    pruner, data = PDPPruner(model, config()), batches()
+    train(model, pruner, sgd(model), data, steps=range(6))
+    thresholds = train(model, pruner, sgd(model), data, steps=range(6, STEPS))
+    expected = outcome(model, pruner, thresholds, data)
+    for name in ("thresholds", "weights"):
+        torch.testing.assert_close(results[0][1][name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def drift(rank, how):
+    model = network(device_of(rank))
+    if how == "replicas of FSDP":
+        model, _ = sharded(model, rank, 4, how)
+    pruner = PDPPruner(model, config())
+    pruner.step(1.0)
+    pruner.verify_replicas()
+    with torch.no_grad():
+        if rank == 2:
+            weight = model[2].weight
+            (weight.to_local() if hasattr(weight, "to_local") else weight)[0, 0] += 0.5
+    pruner.step(1.5)
+    with pytest.raises(RuntimeError) as caught:
+        pruner.verify_replicas()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("data parallel", "2.weight is not the same on ranks [0, 1, 3] and [2]"),
+        ("replicas of FSDP", "part (0,) of 2.weight is not the same on ranks [0] and [2]"),
+    ],
+)
+def test_a_replica_that_drifts_is_named(backend, tmp_path, how, expected):
+    messages = results_on_ranks(drift, 4, tmp_path, how, backend=backend)
+    assert len(set(messages)) == 1
+    assert expected in messages[0]
+    assert "0.weight" not in messages[0]
+
+
+def test_one_process_has_no_replicas():
+    PDPPruner(network(), config()).verify_replicas()
+
+
+def lose_a_rank(rank, what):
+    model = fully_sharded(network(), mesh_of(rank, (2,)))
+    pruner = PDPPruner(model, config())
+    pruner.step(1.0)
+    if rank == 1 and what == "dies":
+        os._exit(1)
+    if rank == 1:
+        time.sleep(12)
+        os._exit(1)
+    start = time.monotonic()
+    try:
+        pruner.step(1.5)
+    except RuntimeError as error:
+        return type(error).__name__, time.monotonic() - start
+    raise AssertionError("the step went on without the other rank")
+
+
+@pytest.mark.parametrize(("what", "longest"), [("dies", 10), ("does not answer", 10)])
+def test_a_lost_rank_is_an_error_of_the_process_group(tmp_path, what, longest):
+    survivor, lost = run_on_ranks(lose_a_rank, 2, tmp_path, what, timeout=5)
+    assert lost is DIED
+    name, seconds = survivor
+    assert name in ("RuntimeError", "DistBackendError", "DistNetworkError")
+    assert seconds < longest
+
+
+def die_while_saving(rank, folder):
+    import torch.distributed.checkpoint as dcp
+
+    model = fully_sharded(network(), mesh_of(rank, (2,)))
+    pruner = PDPPruner(model, config())
+    state = {"model": model.state_dict(), "pruner": pruner}
+    dcp.save(state, checkpoint_id=f"{folder}/first")
+    if rank == 1:
+        os._exit(1)
+    try:
+        dcp.save(state, checkpoint_id=f"{folder}/second")
+    except Exception as error:
+        return type(error).__name__
+    raise AssertionError("the checkpoint was saved without the other rank")
+
+
+def test_a_checkpoint_that_breaks_off_does_not_count(tmp_path):
+    survivor, _ = run_on_ranks(die_while_saving, 2, tmp_path / "ranks", tmp_path, timeout=5)
+    assert isinstance(survivor, str)
+    assert (tmp_path / "first" / ".metadata").exists()
+    assert not (tmp_path / "second" / ".metadata").exists()
