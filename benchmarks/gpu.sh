@@ -62,6 +62,7 @@ part benchmark-channel "$PYTHON" -m benchmarks --device cuda --dtypes float32 bf
 part benchmark-pq-index "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
   --inputs 100663296 resnet50 gpt2 --steps copy pq-index --out "$OUT/pq-index"
 part training-step "$PYTHON" -m benchmarks.training_step --device cuda --budget 3 --out "$OUT/training_step.json"
+part distributed "$PYTHON" -m benchmarks.distributed --device cuda --ranks 1 --out "$OUT/distributed.json"
 part sparse-linear "$PYTHON" -m benchmarks.sparse_linear --out "$OUT/sparse_linear.json"
 
 if ((${#failed[@]})); then

@@ -67,6 +67,17 @@ def gpt2() -> Iterator[Layer]:
         yield (3072, 768), residual
 
 
+def llama_7b() -> Iterator[Layer]:
+    """Llama 2 7B: 32 blocks and the output layer, no embeddings: 6,607,077,376 weights."""
+    normal = partial(nn.init.normal_, std=0.02)
+    for _ in range(32):
+        for _ in ("query", "key", "value", "attention output"):
+            yield (4096, 4096), normal
+        for shape in ((11008, 4096), (11008, 4096), (4096, 11008)):
+            yield shape, normal
+    yield (32000, 4096), normal
+
+
 def convolution(*shape: int) -> Iterator[Layer]:
     """One layer alone, with its shape: what a plain number of weights does not have."""
     yield shape, partial(nn.init.kaiming_normal_, mode="fan_in", nonlinearity="linear")
@@ -81,6 +92,7 @@ NETWORKS: dict[str, Callable[[], Iterator[Layer]]] = {
     "mobilenet-v1": mobilenet_v1,
     "bert-base": bert_base,
     "gpt2": gpt2,
+    "llama-7b": llama_7b,
     "conv-1x1": partial(convolution, 2048, 1024, 1, 1),
     "conv-3x3": partial(convolution, 512, 512, 3, 3),
 }

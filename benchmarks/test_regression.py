@@ -46,6 +46,7 @@ def test_speed(benchmark, step: str, name: str, dtype: str) -> None:
         ("mobilenet-v1", 4_209_088),
         ("bert-base", 85_524_480),
         ("gpt2", 123_532_032),
+        ("llama-7b", 6_607_077_376),
     ],
 )
 def test_layer_list_has_all_weights_of_the_network(name: str, total: int) -> None:

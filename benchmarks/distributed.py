@@ -1,0 +1,165 @@
+"""Thresholds of weights that are sharded over ranks, against gathering the weights.
+
+`python -m benchmarks.distributed`. First what a step sends, counted from shapes alone; then, on
+ranks that are processes of this machine (gloo; one GPU each with NCCL), what was sent and how long
+it took, once the thresholds were found to be those of the whole weights. The ranks share the
+machine's cores and memory: read the times as ratios.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.environment import describe_environment
+from benchmarks.networks import NETWORKS, make_weights
+from benchmarks.report import format_environment, write_json
+from pdp_kernels import pdp_thresholds
+from pdp_kernels.reference import DIGIT_BITS
+
+SPARSITY = 0.9
+COUNTED = ("resnet50", "gpt2", "llama-7b")
+MEASURED = ("resnet50", "gpt2")
+ROUNDS = 7
+
+
+def counted(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> dict[str, float]:
+    """What a step hands to collectives, and what gathering would: from shapes alone.
+
+    Of every byte handed over, a ring sends each rank's neighbour 2 (R - 1) / R when it adds up, and
+    (R - 1) / R when it gathers.
+    """
+    digits = DIGIT_BITS[dtype.itemsize]
+    counts = sum(len(shapes) << bits for bits in digits)
+    sent = 8 * (counts + len(shapes))  # int64, and the least key above
+    gathered = dtype.itemsize * sum(map(prod, shapes))
+    return {
+        "collectives": len(digits) + 1,
+        "bytes": sent,
+        "gathered bytes": gathered,
+        "of gathering": 2 * sent / gathered,
+    }
+
+
+class Counter:
+    """all_reduce, counted."""
+
+    def __init__(self):
+        self.collectives = self.bytes = 0
+        self._all_reduce = dist.all_reduce
+
+    def __call__(self, tensor: Tensor, *arguments, **options):
+        self.collectives += 1
+        self.bytes += tensor.numel() * tensor.element_size()
+        return self._all_reduce(tensor, *arguments, **options)
+
+
+def measure(rank: int, ranks: int, names: Sequence[str], device_type: str, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = f"file://{folder}/store{ranks}"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=ranks)
+    mesh = init_device_mesh(device_type, (ranks,))
+    rows = []
+    for name in names:
+        whole = make_weights(name, torch.Generator(device).manual_seed(0))
+        expected = pdp_thresholds(whole, SPARSITY)
+        shards = [distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None) for w in whole]
+        del whole
+        row = {"input": name, "ranks": ranks}
+        with mock.patch.object(dist, "all_reduce", Counter()) as counter:
+            found = pdp_thresholds(shards, SPARSITY)
+        row |= {"collectives": counter.collectives, "bytes": counter.bytes}
+        if not torch.equal(found, expected):
+            row["note"] = "wrong: not the thresholds of the whole weights"
+        else:
+            row |= time_both(
+                lambda shards=shards: pdp_thresholds(shards, SPARSITY),
+                lambda shards=shards: pdp_thresholds([w.full_tensor() for w in shards], SPARSITY),
+                device,
+            )
+        rows.append(row)
+    if rank == 0:
+        torch.save(rows, f"{folder}/rows{ranks}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def time_both(
+    ours: Callable[[], Tensor], gather: Callable[[], Tensor], device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each, taken in turn by all ranks together."""
+    seconds: dict[str, list[float]] = {"ours": [], "gather": []}
+    for _ in range(1 + ROUNDS):
+        for name, run in (("ours", ours), ("gather", gather)):
+            dist.barrier()
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {f"{name} (s)": statistics.median(times[1:]) for name, times in seconds.items()}
+    return medians | {"faster": medians["gather (s)"] / medians["ours (s)"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distributed", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--inputs", nargs="+", choices=NETWORKS, default=MEASURED)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    arguments = parser.parse_args()
+    environment = describe_environment(torch.device(arguments.device))
+    print(format_environment(environment), "\n", sep="")
+
+    counts = []
+    for name in COUNTED:
+        shapes = [shape for shape, _ in NETWORKS[name]()]
+        for dtype in (torch.float32, torch.bfloat16):
+            row = {"input": name, "weights": len(shapes), "dtype": str(dtype)[6:]}
+            counts.append(row | counted(shapes, dtype))
+            print(
+                "{input}, {weights} weights, {dtype}: {collectives} collectives, {bytes:,} B; "
+                "gathering {gathered bytes:,} B; sent in rings: {of gathering:.2%}".format(
+                    **counts[-1]
+                )
+            )
+    print()
+    rows = []
+    for ranks in arguments.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            given = (ranks, arguments.inputs, arguments.device, folder)
+            torch.multiprocessing.spawn(measure, given, nprocs=ranks)
+            for row in torch.load(f"{folder}/rows{ranks}.pt"):
+                rows.append(row)
+                print(
+                    row.get("note")
+                    or "{input} on {ranks} ranks: {collectives} collectives, {bytes:,} B, "
+                    "{ours (s):.3g} s; gathering {gather (s):.3g} s: {faster:.3g}x".format(**row)
+                )
+    if arguments.out:
+        content = {"environment": environment, "counted": counts, "measured": rows}
+        write_json(arguments.out, content)
+    return 1 if any("note" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
