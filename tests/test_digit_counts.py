@@ -78,6 +78,12 @@ def test_counts_of_denormals_inf_and_nan(selection, make, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_next_key_may_be_far_above_the_prefix(selection, dtype):
+    weight = torch.tensor([0.0, torch.inf, torch.nan], dtype=dtype, device=selection.device)
+    check(selection.digit_counts, [weight, weight[::2]], [0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_counts_of_every_size(selection, dtype):
     check_sizes(selection.digit_counts, selection.device, dtype)
 
