@@ -56,7 +56,7 @@ def check_special_values(digit_counts, device, make, dtype):
 
 
 def check_sizes(digit_counts, device, dtype):
-    sizes = (0, *SIZES, 0, 0, 70_001, 0)
+    sizes = (0, *SIZES[:-1], 0, 0, SIZES[-1], 0)
     check(digit_counts, [torch.randn(size).to(device, dtype) for size in sizes])
 
 
@@ -104,8 +104,8 @@ def test_counts_of_a_thousand_tensors(selection):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_counts_of_views(selection, dtype):
-    storage = torch.randn(70_001).to(selection.device, dtype)
-    matrix = storage[:60_000].view(200, 300)
+    storage = torch.randn(20_011).to(selection.device, dtype)
+    matrix = storage[:20_000].view(100, 200)
     image = torch.randn(8, 6, 5, 5).to(selection.device, dtype)
     views = [storage[1:], storage[3:9000], storage[::2], matrix.t(), matrix[:, :77], storage[:0]]
     views += [image.to(memory_format=torch.channels_last), image[:, ::2], matrix[0].expand(50, -1)]

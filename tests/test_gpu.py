@@ -143,7 +143,7 @@ def test_nothing_waits_for_the_device():
         pq_index(weights, mask=[weights[0] > 0, None, None])
         pq_index(weights, 0.3, 1.7, scope="neuron")
         prefixes = torch.zeros(1, dtype=torch.int64, device="cuda")
-        torch.ops.pdp.digit_counts(weights[:1], prefixes, 2)
+        torch.ops.pdp.digit_counts([weights[0].detach()], prefixes, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
