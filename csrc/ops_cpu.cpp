@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/compress.h"
+#include "cpu/digit_counts.h"
 #include "cpu/hard_mask.h"
 #include "cpu/power_sums.h"
 #include "cpu/radix_select.h"
@@ -111,6 +112,24 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
     }
   }
   return result;
+}
+
+std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor prefixes,
+                                        int64_t digit) {
+  std::vector<cpu::Weight> parts;
+  for (Tensor& weight : weights) {
+    if (!pdp::is_dense(weight)) weight = torch::stable::contiguous(weight);
+    parts.push_back(selectable(weight));
+  }
+  const pdp::Digit counted = pdp::counted_digit(weights[0].element_size(), digit);
+  prefixes = torch::stable::contiguous(prefixes);
+  const int64_t count = static_cast<int64_t>(parts.size());
+  Tensor counts = torch::stable::empty({count, counted.bins()}, ScalarType::Long);
+  Tensor above = torch::stable::empty({count}, ScalarType::Long);
+  cpu::digit_counts(parts, prefixes.const_data_ptr<int64_t>(), counted,
+                    counts.mutable_data_ptr<int64_t>(), above.mutable_data_ptr<int64_t>(),
+                    parallel_for);
+  return {counts, above};
 }
 
 Tensor hard_mask(Tensor weight, Tensor prune_count) {
@@ -268,6 +287,7 @@ Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>
 STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
   m.impl("prune_counts", TORCH_BOX(&prune_counts));
   m.impl("thresholds", TORCH_BOX(&thresholds));
+  m.impl("digit_counts", TORCH_BOX(&digit_counts));
   m.impl("hard_mask", TORCH_BOX(&hard_mask));
   m.impl("soft_mask", TORCH_BOX(&soft_mask));
   m.impl("soft_mask_backward", TORCH_BOX(&soft_mask_backward));

@@ -11,8 +11,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
+#include "cuda/digit_counts.cuh"
 #include "cuda/hard_mask.cuh"
 #include "cuda/power_sums.cuh"
 #include "cuda/prune_counts.cuh"
@@ -83,6 +85,34 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
   return result;
 }
 
+std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor prefixes,
+                                        int64_t digit) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  STD_TORCH_CHECK(prefixes.numel() == static_cast<int64_t>(weights.size()),
+                  "weights and prefixes differ in length");
+  const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
+  const auto tensors = static_cast<int64_t>(weights.size());
+  prefixes = torch::stable::contiguous(prefixes);
+  pdp::DigitCountsRequest request = {};
+  for (int64_t i = 0; i < tensors; ++i) {
+    if (!pdp::is_dense(weights[i])) weights[i] = torch::stable::contiguous(weights[i]);
+    request.weights.push_back(view_of(weights[i], i));
+  }
+  request.prefixes = prefixes.const_data_ptr<int64_t>();
+  request.digit = pdp::counted_digit(static_cast<int64_t>(weights[0].element_size()), digit);
+  const Tensor counts = torch::stable::empty({tensors, request.digit.bins()}, ScalarType::Long,
+                                             std::nullopt, prefixes.device());
+  const Tensor above = empty_on(prefixes, tensors, ScalarType::Long);
+  request.counts = counts.mutable_data_ptr<int64_t>();
+  request.above = above.mutable_data_ptr<int64_t>();
+  request.limits = device_limits(prefixes);
+  const Tensor workspace = empty_on(
+      prefixes, static_cast<int64_t>(pdp::digit_counts_workspace_bytes(request)), ScalarType::Byte);
+  STD_CUDA_CHECK(
+      pdp::launch_digit_counts(request, workspace.mutable_data_ptr(), current_stream(prefixes)));
+  return {counts, above};
+}
+
 Tensor hard_mask(Tensor weight, Tensor prune_count) {
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   if (!weight.is_contiguous()) weight = torch::stable::contiguous(weight);
@@ -134,6 +164,7 @@ Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>
 STABLE_TORCH_LIBRARY_IMPL(pdp, CUDA, m) {
   m.impl("prune_counts", TORCH_BOX(&prune_counts));
   m.impl("thresholds", TORCH_BOX(&thresholds));
+  m.impl("digit_counts", TORCH_BOX(&digit_counts));
   m.impl("hard_mask", TORCH_BOX(&hard_mask));
   m.impl("power_sums", TORCH_BOX(&power_sums));
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import test_compress
+import test_digit_counts
 import test_hard_mask
 import test_pq_index
 import test_soft_mask
@@ -26,7 +27,9 @@ from pdp_kernels import pdp_threshold, reference
 SOURCE = Path(__file__).parent / "host_cpu" / "variants.cpp"
 CPU_KERNELS = Path(__file__).parent.parent / "csrc" / "cpu"
 # Compiled beside SOURCE, which includes the others: these use names of theirs again.
-SEPARATE_SOURCES = [CPU_KERNELS / "soft_mask_nm.cpp", CPU_KERNELS / "soft_mask_channel.cpp"]
+SEPARATE_SOURCES = [
+    CPU_KERNELS / f"{name}.cpp" for name in ("digit_counts", "soft_mask_nm", "soft_mask_channel")
+]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4}
 GATHERS = {"portable": 1, "avx2": 3, "avx512": 4}  # each with the level it needs
@@ -79,14 +82,18 @@ class Kernels:
         return result
 
     def thresholds(self, weights, counts):
-        columns = [
-            torch.tensor([w.data_ptr() for w in weights]),
-            torch.tensor([w.numel() for w in weights]),
-            torch.tensor([DTYPES.index(w.dtype) for w in weights]),
-        ]
         results = torch.empty(len(weights), dtype=torch.float64)
-        self.call("thresholds", len(weights), *columns, counts, results)
+        self.call("thresholds", *as_list(weights), counts, results)
         return results.to(reference.threshold_dtype(weights))
+
+    def digit_counts(self, weights, prefixes, digit):
+        bytes_each = weights[0].element_size()
+        bins = 1 << reference.DIGIT_BITS[bytes_each][digit]
+        counts = torch.empty(len(weights), bins, dtype=torch.int64)
+        above = torch.empty_like(prefixes)
+        given = (*as_list(weights), prefixes, bytes_each, digit)
+        self.call("digit_counts", *given, counts, above)
+        return counts, above
 
     def hard_mask(self, weight, count):
         kept = torch.empty(weight.shape, dtype=torch.bool)
@@ -175,6 +182,16 @@ class Kernels:
         results = torch.empty(sum(rows), 3, dtype=torch.float64)
         self.call("power_sums", len(weights), *columns, results)
         return results
+
+
+def as_list(weights):
+    """How a list of weights is handed over: their number, addresses, sizes and types."""
+    return (
+        len(weights),
+        torch.tensor([weight.data_ptr() for weight in weights]),
+        torch.tensor([weight.numel() for weight in weights]),
+        torch.tensor([DTYPES.index(weight.dtype) for weight in weights]),
+    )
 
 
 def as_c(argument):
@@ -299,6 +316,15 @@ def check_selection(kernels, weights):
         test_threshold.assert_exact(kernels, weights, counts)
         for weight, count in zip(weights, counts, strict=True):
             test_hard_mask.assert_exact(kernels, weight, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_digit_counts_equal_the_reference(kernels, dtype):
+    for distribution in ("normal", "few distinct", "one shared prefix"):
+        test_digit_counts.check_distribution(kernels.digit_counts, "cpu", distribution, dtype)
+    for make in (denormals, with_special_values):
+        test_digit_counts.check_special_values(kernels.digit_counts, "cpu", make, dtype)
+    test_digit_counts.check_sizes(kernels.digit_counts, "cpu", dtype)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])

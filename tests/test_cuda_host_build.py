@@ -6,8 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_digit_counts
 import test_pq_index
 import torch
+from cases import denormals, with_special_values
+
+from pdp_kernels import reference
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -24,7 +28,8 @@ class HostBuild:
 
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
-        for name in ("thresholds", "hard_mask", "prune_counts", "power_sums", "mistake"):
+        names = "thresholds digit_counts hard_mask prune_counts power_sums mistake"
+        for name in names.split():
             getattr(self.library, f"host_{name}").restype = ctypes.c_char_p
         self.library.host_launches.restype = ctypes.c_int64
         self.device()
@@ -55,6 +60,29 @@ class HostBuild:
         )
         assert error is None, error
         return result, buffered
+
+    def digit_counts(self, weights, prefixes, digit):
+        """Of dense weights."""
+        bytes_each = weights[0].element_size()
+        bins = 1 << reference.DIGIT_BITS[bytes_each][digit]
+        guard = 8
+        counts = torch.full((len(weights) * bins + guard,), -7)
+        above = torch.full((len(weights) + guard,), -7)
+        error = self.library.host_digit_counts(
+            ctypes.c_int64(len(weights)),
+            (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)),
+            (ctypes.c_int64 * len(weights))(*(weight.numel() for weight in weights)),
+            (ctypes.c_int32 * len(weights))(*(TYPES[weight.dtype] for weight in weights)),
+            ctypes.c_void_p(prefixes.data_ptr()),
+            ctypes.c_int64(bytes_each),
+            ctypes.c_int64(digit),
+            ctypes.c_void_p(counts.data_ptr()),
+            ctypes.c_void_p(above.data_ptr()),
+        )
+        assert error is None, error
+        assert (counts[-guard:] == -7).all()
+        assert (above[-guard:] == -7).all()
+        return counts[:-guard].view(len(weights), bins), above[:-guard]
 
     def hard_mask(self, weight, count):
         guard = 64
@@ -388,6 +416,49 @@ def test_prune_counts_round_half_up_and_stay_in_range(host, tensors):
     sparsities = [(i % 101) / 100 for i in range(tensors)]
     expected = [min(n, int(r * n + 0.5)) for n, r in zip(sizes, sparsities, strict=True)]
     assert host.prune_counts(sizes, sparsities) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", ["normal", "few distinct", "one shared prefix"])
+def test_digit_counts_of_every_distribution(host, distribution, dtype):
+    test_digit_counts.check_distribution(host.digit_counts, "cpu", distribution, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [denormals, with_special_values])
+def test_digit_counts_of_denormals_inf_and_nan(host, make, dtype):
+    test_digit_counts.check_special_values(host.digit_counts, "cpu", make, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_digit_counts_of_every_size_for_any_grid_and_block_order(host, dtype):
+    for seed, multiprocessors in enumerate((1, 40)):
+        host.device(multiprocessors=multiprocessors, seed=seed)
+        test_digit_counts.check_sizes(host.digit_counts, "cpu", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_digit_counts_of_misaligned_weights(host, dtype):
+    storage = torch.randn(9000).to(dtype)
+    for offset in range(16 // dtype.itemsize + 1):
+        weights = [storage[offset : offset + 8507], storage[offset : offset + 3]]
+        test_digit_counts.check(host.digit_counts, weights)
+
+
+def test_digit_counts_of_a_list_of_both_half_precisions(host):
+    test_digit_counts.check_mixed_halves(host.digit_counts, "cpu")
+
+
+def test_digit_counts_of_empty_weights_alone(host):
+    test_digit_counts.check(host.digit_counts, [torch.empty(0)] * 2)
+    assert host.launches() == 1
+
+
+@pytest.mark.parametrize(("tensors", "launches"), [(1, 2), (16, 2), (17, 2), (768, 2), (1000, 3)])
+def test_digit_counts_take_as_many_launches_for_any_list(host, tensors, launches):
+    weights = [torch.randn(1 + i % 7) for i in range(tensors)]
+    test_digit_counts.check(host.digit_counts, weights)
+    assert host.launches() == launches
 
 
 @pytest.mark.parametrize("norms", test_pq_index.NORMS, ids=str)

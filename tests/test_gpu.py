@@ -12,6 +12,7 @@ from pdp_kernels import (
     pdp_threshold,
     pdp_thresholds,
     pq_index,
+    reference,
 )
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +60,21 @@ def test_graph_of_a_hard_mask_follows_the_weight():
         weight.copy_(torch.randint(-3, 4, (50_021,), device="cuda"))
         graph.replay()
         assert torch.equal(kept, hard_mask(weight, 0.6))
+
+
+@pytest.mark.parametrize("digit", [0, 1, 2])
+def test_graph_of_digit_counts_follows_weights_and_prefixes(digit):
+    weights = layers(dtypes=(torch.float32,) * 3)
+    prefixes = torch.zeros(3, dtype=torch.int64, device="cuda")
+    graph, results = captured(lambda: torch.ops.pdp.digit_counts(weights, prefixes, digit))
+    for largest in (1.0, 4.0):
+        for weight in weights:
+            weight.uniform_(-largest, largest)
+        keys = reference.magnitude_keys(torch.stack([w.median().abs() for w in weights]))
+        prefixes.copy_(keys >> (31, 20, 10)[digit])
+        graph.replay()
+        expected = reference.digit_counts(weights, prefixes, digit)
+        assert all(map(torch.equal, results, expected))
 
 
 def test_graph_of_a_pq_index_follows_the_weights():
@@ -126,6 +142,8 @@ def test_nothing_waits_for_the_device():
         pdp_mask(weights[0], 0.5).sum().backward()
         pq_index(weights, mask=[weights[0] > 0, None, None])
         pq_index(weights, 0.3, 1.7, scope="neuron")
+        prefixes = torch.zeros(1, dtype=torch.int64, device="cuda")
+        torch.ops.pdp.digit_counts([weights[0].detach()], prefixes, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -180,7 +198,12 @@ def launches(call):
 def test_launches_do_not_grow_with_the_list():
     few = [torch.randn(5000, device="cuda") for _ in range(2)]
     many = [torch.randn(5000, device="cuda") for _ in range(300)]
-    for call in (lambda weights: pdp_thresholds(weights, 0.9), pq_index):
+    zeros = torch.zeros(300, dtype=torch.int64, device="cuda")
+
+    def counts(weights):
+        return torch.ops.pdp.digit_counts(weights, zeros[: len(weights)], 2)
+
+    for call in (lambda weights: pdp_thresholds(weights, 0.9), pq_index, counts):
         assert launches(lambda call=call: call(many)) == launches(lambda call=call: call(few))
     steps = [PDPPruner(network(depth), PDPConfig(0.9, warmup=0, ramp=1)).step for depth in (2, 60)]
     assert launches(lambda: steps[0](1)) == launches(lambda: steps[1](1))
@@ -193,6 +216,16 @@ def test_mask_at_more_than_2_to_31_elements():
     w_hat = pdp_mask(weight, threshold=torch.tensor(0.5, device="cuda"))
     assert w_hat[-2:].tolist() == [1, 0]
     assert not w_hat[:-2].any()
+
+
+def test_digit_counts_of_more_than_2_to_31_elements():
+    size = 2**31 + 5
+    weight = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    weight[-2:] = torch.tensor([1.0, 0.25])
+    prefixes = torch.zeros(1, dtype=torch.int64, device="cuda")
+    counts, above = torch.ops.pdp.digit_counts([weight], prefixes, 1)
+    assert counts[0, 0] == counts.sum() == size - 2
+    assert above.item() == reference.magnitude_keys(weight[-1:]).item()
 
 
 def test_pq_index_of_more_than_2_to_31_elements():

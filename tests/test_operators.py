@@ -28,6 +28,8 @@ def sample_inputs(device):
         t, tau = (torch.tensor(value, dtype=real, device=device) for value in (0.7, 0.1))
         yield "prune_counts", ([weight, weight[0]], [0.3, 1.0])
         yield "thresholds", ([weight, weight[:, ::2]], counts)
+        for digit in range(2):
+            yield "digit_counts", ([weight, weight[:, ::2]], 0 * counts, digit)
         yield "hard_mask", (weight.to(memory_format=torch.channels_last), counts[:1])
         mask = torch.rand(4, 6, 2, 2, device=device) < 0.5
         for per_row in (False, True):

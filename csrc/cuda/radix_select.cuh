@@ -14,18 +14,13 @@
 
 #include <cstdint>
 
+#include "../digits.h"
 #include "../magnitude.h"
 #include "block.cuh"
 #include "counters.cuh"
 #include "weight_table.cuh"
 
 namespace pdp {
-
-struct Digit {
-  int shift;
-  int bits;
-  bool last;
-};
 
 // Threads of a block, blocks per multiprocessor, the digits, and the histograms of the first and
 // the later ones; SmallCounters where the device lacks the shared memory for FirstCounters. Threads
@@ -62,10 +57,10 @@ struct RadixSelect<uint16_t> {
   using SmallCounters = PackedCounters<32768>;
 };
 
-template <typename Key, typename Visit, typename EndRound>
+template <typename Key, int kThreads = RadixSelect<Key>::kThreads, typename Visit,
+          typename EndRound>
 __device__ void for_each_weight_key(const TableEntry& entry, int64_t begin, int64_t end,
                                     Visit visit, EndRound end_round) {
-  constexpr int kThreads = RadixSelect<Key>::kThreads;
   const auto visit_weight = [&](auto weight) { visit(magnitude_key(weight)); };
   if constexpr (sizeof(Key) == sizeof(double)) {
     for_each<kThreads>(static_cast<const double*>(entry.data), begin, end, visit_weight, end_round);
@@ -97,7 +92,7 @@ template <typename Key, typename CountOf>
 __device__ void pick_digit(const Selection<Key>& selection, Digit digit, const Share<Key>& share,
                            CountOf count, RankScratch& scratch) {
   SelectionState<Key>& state = selection.states[share.tensor];
-  const int32_t bins = 1 << digit.bits;
+  const int32_t bins = digit.bins();
   const int64_t rank_in_prefix = state.rank;
   find_rank(count, bins, static_cast<Count>(rank_in_prefix), scratch);
   const int64_t rank = rank_in_prefix - static_cast<int64_t>(scratch.below);
@@ -129,6 +124,18 @@ __device__ void merge_counters(const Counters& counters, Count* histogram) {
     const Count count = counters[bin];
     if (count > 0) atomicAdd(&histogram[bin], count);
   }
+}
+
+// Counts a key's digit if those above it are the prefix, and returns whether they are. `next` is
+// the smallest key so far whose digits above it are larger than the prefix.
+template <typename Key, typename Counters>
+__device__ bool count_digit(Key key, Key prefix, Digit digit, Counters& counters, Key& next) {
+  const Key head = key >> (digit.shift + digit.bits);
+  if (head > prefix) next = min(next, key);
+  if (head != prefix) return false;
+  const Key digit_mask = (Key{1} << digit.bits) - 1;
+  counters.add(static_cast<uint32_t>((key >> digit.shift) & digit_mask));
+  return true;
 }
 
 // Once the block has counted its share: the tensor's digit, if no other block has still to count.
@@ -255,13 +262,8 @@ __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::
     __syncthreads();
 
     Key next = ~Key{0};
-    const Key digit_mask = (Key{1} << digit.bits) - 1;
     const auto count = [&](Key key) {
-      const Key head = key >> (digit.shift + digit.bits);
-      if (head > prefix) next = min(next, key);
-      if (head != prefix) return false;
-      shared.counters.add(static_cast<uint32_t>((key >> digit.shift) & digit_mask));
-      return true;
+      return count_digit(key, prefix, digit, shared.counters, next);
     };
     if (buffered > 0) {
       // The host cannot know how many there are, so each tile stands for an equal part of them.

@@ -79,11 +79,7 @@ Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& wor
   selection.prune_counts = request.prune_counts;
   selection.thresholds = request.thresholds;
   selection.tensors = static_cast<int32_t>(table.size());
-  selection.blocks = std::min(tiles, request.limits.multiprocessors * Radix::kBlocks);
-  if (selection.blocks > 0) {
-    selection.run_tiles = tiles / selection.blocks;
-    selection.longer_runs = tiles % selection.blocks;
-  }
+  selection.share_tiles(tiles, request.limits.multiprocessors * Radix::kBlocks);
   const bool small = lacks_shared_memory<Key>(request.limits);
   selection.bins = Radix::FirstCounters::kBins;
   selection.keys_per_flush =
@@ -95,19 +91,6 @@ Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& wor
   selection.histograms = workspace.take<Count>(histograms * selection.bins);
   selection.candidates = workspace.take<Key>(candidates);
   return selection;
-}
-
-template <typename Key, int kCapacity>
-void launch_start(Launcher& launcher, const Selection<Key>& selection,
-                  const std::vector<TableEntry>& table) {
-  constexpr int kThreads = 256;
-  for (int32_t first = 0; first < selection.tensors; first += kCapacity) {
-    const int32_t count = std::min(kCapacity, selection.tensors - first);
-    TableChunk<kCapacity> chunk = {};
-    std::copy_n(table.begin() + first, count, chunk.entries);
-    launcher.launch(start_selection_kernel<Key, kCapacity>, count, kThreads, 0, selection, chunk,
-                    first);
-  }
 }
 
 template <typename Key, typename Counters>
@@ -122,18 +105,15 @@ void launch_selection(Launcher& launcher, const Selection<Key>& selection,
                       const std::vector<TableEntry>& table, const DeviceLimits& limits) {
   using Radix = RadixSelect<Key>;
   constexpr int kDigits = std::size(Radix::kDigits);
-  if (selection.tensors <= kSmallChunk) {
-    launch_start<Key, kSmallChunk>(launcher, selection, table);
-  } else {
-    launch_start<Key, kLargeChunk>(launcher, selection, table);
-  }
+  launch_start(launcher, start_selection_kernel<Key, kSmallChunk>,
+               start_selection_kernel<Key, kLargeChunk>, selection, table);
   if (selection.blocks == 0) return;
 
   int shift = 8 * sizeof(Key) - 1;
   for (int i = 0; i < kDigits; ++i) {
     const int bits = Radix::kDigits[i];
     shift -= bits;
-    const Digit digit = {shift, bits, i == kDigits - 1};
+    const Digit digit = {shift, bits, i == 0, i == kDigits - 1};
     if (i > 0) {
       if constexpr (kDigits > 1) {
         launcher.launch(later_digit_kernel<Key>, selection.blocks, Radix::kThreads,

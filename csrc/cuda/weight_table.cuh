@@ -1,5 +1,5 @@
-// A list of weights on the device: a table with one entry per tensor, the state of the selection in
-// each, and the way the list's work is shared among blocks.
+// A list of weights on the device: a table with one entry per tensor, the way the list's work is
+// shared among blocks, and the state of the selection in each tensor.
 //
 // Each tensor is cut into tiles, and every block takes one run of consecutive tiles of the whole
 // list. A run is one contiguous range of each tensor it touches, and at most one tensor is cut at
@@ -8,10 +8,13 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../magnitude.h"
 #include "block.cuh"
+#include "launch.cuh"
 
 namespace pdp {
 
@@ -74,23 +77,23 @@ struct ThresholdOutput {
   }
 };
 
-// Tensors whose keys have one width, and everything the passes over them share.
+// Tensors whose keys have one width, and the runs of tiles of their list.
 template <typename Key>
-struct Selection {
-  const int64_t* prune_counts;  // by position
-  ThresholdOutput thresholds;   // by position
+struct WeightTable {
+  TableEntry* entries;
   int32_t tensors;
   int32_t blocks;
-  int32_t bins;            // of a histogram
-  int64_t keys_per_flush;  // after which a block must merge its histogram
-  TableEntry* entries;
-  SelectionState<Key>* states;
-  Count* histograms;  // zero between passes
-  Key* candidates;
 
   // Every block has a run of run_tiles tiles, the first longer_runs blocks one more.
   int32_t run_tiles;
   int32_t longer_runs;
+
+  void share_tiles(int32_t tiles, int32_t most_blocks) {
+    blocks = std::min(tiles, most_blocks);
+    if (blocks == 0) return;
+    run_tiles = tiles / blocks;
+    longer_runs = tiles % blocks;
+  }
 
   __device__ int32_t run_begin(int32_t block) const {
     return block * run_tiles + min(block, longer_runs);
@@ -100,6 +103,18 @@ struct Selection {
     if (tile < in_longer) return tile / (run_tiles + 1);
     return longer_runs + (tile - in_longer) / run_tiles;
   }
+};
+
+// Everything the passes of a selection share.
+template <typename Key>
+struct Selection : WeightTable<Key> {
+  const int64_t* prune_counts;  // by position
+  ThresholdOutput thresholds;   // by position
+  int32_t bins;                 // of a histogram
+  int64_t keys_per_flush;       // after which a block must merge its histogram
+  SelectionState<Key>* states;
+  Count* histograms;  // zero between passes
+  Key* candidates;
 };
 
 // The part of one tensor that one block has.
@@ -122,18 +137,17 @@ struct Share {
 // Calls process() for every tensor that this block has tiles of (and empty ones between), with
 // `share` (in shared memory) telling which. Called by all threads.
 template <typename Key, typename Process>
-__device__ void for_each_share(const Selection<Key>& selection, Share<Key>& share,
-                               Process process) {
+__device__ void for_each_share(const WeightTable<Key>& table, Share<Key>& share, Process process) {
   const auto block = static_cast<int32_t>(blockIdx.x);
   const auto take = [&](int32_t tensor, int32_t tile) {
-    const TableEntry entry = selection.entries[tensor];
-    const int32_t run_end = selection.run_begin(block + 1);
+    const TableEntry entry = table.entries[tensor];
+    const int32_t run_end = table.run_begin(block + 1);
     const int32_t end = min(run_end, entry.tile_begin + tiles_of<Key>(entry.size));
     share = {entry, tensor, tile - entry.tile_begin, end - tile, end < run_end};
   };
-  const int32_t begin = selection.run_begin(block);
-  for (int32_t i = threadIdx.x; i < selection.tensors; i += blockDim.x) {
-    const TableEntry& entry = selection.entries[i];
+  const int32_t begin = table.run_begin(block);
+  for (int32_t i = threadIdx.x; i < table.tensors; i += blockDim.x) {
+    const TableEntry& entry = table.entries[i];
     const bool starts_here =
         entry.tile_begin <= begin && begin < entry.tile_begin + tiles_of<Key>(entry.size);
     if (starts_here) take(i, begin);
@@ -145,7 +159,7 @@ __device__ void for_each_share(const Selection<Key>& selection, Share<Key>& shar
     __syncthreads();
     if (threadIdx.x == 0) {
       const int32_t next = share.tensor + 1;
-      take(next, selection.entries[next].tile_begin);
+      take(next, table.entries[next].tile_begin);
     }
     __syncthreads();
   }
@@ -175,8 +189,38 @@ struct TableChunk {
   TableEntry entries[kCapacity];
 };
 
-// Block b writes entry first + b of the table and readies that tensor's state and histogram. Where
-// all weights or none are pruned there is nothing to select, and the threshold is written here.
+// Block b of such a kernel writes entry first + b of the plan's table and readies what the plan has
+// for that tensor.
+template <typename Plan, int kCapacity>
+using StartKernel = void (*)(Plan plan, TableChunk<kCapacity> chunk, int32_t first);
+
+template <typename Plan, int kCapacity>
+void launch_start_chunks(Launcher& launcher, StartKernel<Plan, kCapacity> kernel, const Plan& plan,
+                         const std::vector<TableEntry>& table) {
+  constexpr int kThreads = 256;
+  const auto entries = static_cast<int32_t>(table.size());
+  for (int32_t first = 0; first < entries; first += kCapacity) {
+    const int32_t count = std::min(kCapacity, entries - first);
+    TableChunk<kCapacity> chunk = {};
+    std::copy_n(table.begin() + first, count, chunk.entries);
+    launcher.launch(kernel, count, kThreads, 0, plan, chunk, first);
+  }
+}
+
+// One launch, or one per kLargeChunk tensors, of the kernel for chunks of either size.
+template <typename Plan>
+void launch_start(Launcher& launcher, StartKernel<Plan, kSmallChunk> small_chunks,
+                  StartKernel<Plan, kLargeChunk> large_chunks, const Plan& plan,
+                  const std::vector<TableEntry>& table) {
+  if (table.size() <= kSmallChunk) {
+    launch_start_chunks(launcher, small_chunks, plan, table);
+  } else {
+    launch_start_chunks(launcher, large_chunks, plan, table);
+  }
+}
+
+// A StartKernel: readies the tensor's state and histogram. Where all weights or none are pruned
+// there is nothing to select, and the threshold is written here.
 template <typename Key, int kCapacity>
 __global__ void start_selection_kernel(const __grid_constant__ Selection<Key> selection,
                                        const __grid_constant__ TableChunk<kCapacity> chunk,

@@ -31,6 +31,7 @@ constexpr bool compiled_for(std::string_view feature) {
 #define __builtin_cpu_supports(feature) compiled_for(feature)
 
 #include "../../csrc/cpu/compress.cpp"
+#include "../../csrc/cpu/digit_counts.h"
 #include "../../csrc/cpu/gather.cpp"
 #include "../../csrc/cpu/hard_mask.cpp"
 #include "../../csrc/cpu/power_sums.cpp"
@@ -91,6 +92,17 @@ void thresholds(int64_t count, const void* const* data, const int64_t* numel, co
       results[i] = pdp::threshold_between<Stored>(found[i].kth, found[i].next, k[i], numel[i]);
     });
   }
+}
+
+void digit_counts(int64_t count, const void* const* data, const int64_t* numel,
+                  const int64_t* types, const int64_t* prefixes, int64_t weight_bytes,
+                  int64_t digit, int64_t* counts, int64_t* above) {
+  std::vector<Weight> weights;
+  for (int64_t i = 0; i < count; ++i) {
+    weights.push_back({data[i], numel[i], static_cast<WeightType>(types[i])});
+  }
+  pdp::cpu::digit_counts(weights, prefixes, pdp::counted_digit(weight_bytes, digit), counts, above,
+                         two_ranges);
 }
 
 void hard_mask(const void* weight, int64_t type, int64_t numel, int64_t k, bool* kept) {

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/digit_counts.cuh"
 #include "../../csrc/cuda/hard_mask.cuh"
 #include "../../csrc/cuda/power_sums.cuh"
 #include "../../csrc/cuda/prune_counts.cuh"
@@ -109,6 +110,21 @@ const char* host_thresholds(int64_t tensors, const void* const* data, const int6
     } else {
       read_buffered<uint32_t>(request, workspace.data(), buffered);
     }
+  });
+}
+
+const char* host_digit_counts(int64_t tensors, const void* const* data, const int64_t* sizes,
+                              const int32_t* types, const int64_t* prefixes, int64_t weight_bytes,
+                              int64_t digit, int64_t* counts, int64_t* above) {
+  return report([&] {
+    pdp::DigitCountsRequest request = {{},     prefixes, pdp::counted_digit(weight_bytes, digit),
+                                       counts, above,    limits()};
+    for (int64_t i = 0; i < tensors; ++i) {
+      request.weights.push_back({data[i], sizes[i], i, static_cast<pdp::WeightType>(types[i])});
+    }
+    NoisyWorkspace workspace(pdp::digit_counts_workspace_bytes(request));
+    pdp::launch_digit_counts(request, workspace.data(), nullptr);
+    workspace.check();
   });
 }
 
