@@ -18,7 +18,10 @@ constexpr int64_t kGrain = 16384;
 // depend on the number of threads.
 constexpr int64_t kPiece = 32768;
 
-// Of rows of all channels no more: every piece has a sum for each channel.
+// Of rows of all channels a piece has this many at least, and there are no more pieces than that:
+// each has a sum for every channel. How many rows does not depend on the number of channels, so that
+// the part of them that another rank holds gets the same sums there.
+constexpr int64_t kPieceRows = 8;
 constexpr int64_t kMostRowPieces = 64;
 
 // Of a channel's neighbours fewer are a short run: see columns_of.
@@ -163,8 +166,7 @@ std::vector<double> channel_products(const Products& products, bool is_double,
   // outer == 1: pieces of one channel each. Else: pieces of whole rows, for all channels at once.
   const bool in_runs = layout.outer == 1;
   const int64_t row = layout.channels * layout.inner;
-  const int64_t step =
-      in_runs ? kPiece : std::max({int64_t{1}, kPiece / row, layout.outer / kMostRowPieces});
+  const int64_t step = in_runs ? kPiece : std::max(kPieceRows, layout.outer / kMostRowPieces);
   const int64_t length = in_runs ? layout.inner : layout.outer;
   const int64_t pieces = (length + step - 1) / step;
   std::vector<double> partial(pieces * layout.channels);
