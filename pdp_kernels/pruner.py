@@ -54,6 +54,9 @@ class PDPPruner:
     and torch.compile see an ordinary model. Weights that layers share are pruned once; one that is
     shared with a layer that is not pruned (an embedding, say) is left alone.
 
+    Under DDP, FSDP2 (`fully_shard`) and tensor parallelism every rank makes a pruner of its own,
+    before or after the model is sharded, and all find the thresholds of the whole weights.
+
     With gradient accumulation or several optimizers call `step` once, after the last of them; with
     a GradScaler after scaler.step, or see `attach`. Code that reads layer.weight without calling
     the layer computes with the dense weight. One thread at a time may run a pruned layer.
@@ -113,6 +116,8 @@ class PDPPruner:
         A constant number of kernel launches for the whole model (and one per layer for norms of
         channels), without waiting for the device, except where a global budget is shared out with
         `global_prune_counts`: when the warm-up ends, and whenever the configuration reallocates.
+        Of a sharded model every rank calls; four collectives for the whole model (as
+        `pdp_thresholds`, one for channels).
 
         Arguments:
             progress: where the training is, in epochs, fractions included.

@@ -1,7 +1,7 @@
 """Data-parallel training: every rank prunes the same weights, and those of one process."""
 
 import torch
-import torch.distributed as dist
+from ranks import results_on_ranks
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner
@@ -37,21 +37,15 @@ def batches():
     ]
 
 
-def run_rank(rank, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
+def train_on_rank(rank):
     module = network()
     model = nn.parallel.DistributedDataParallel(module)
-    own = [batch.chunk(RANKS, dim=1)[rank] for batch in batches()]
-    torch.save(train(model, module, *own), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return train(model, module, *(batch.chunk(RANKS, dim=1)[rank] for batch in batches()))
 
 
 def test_two_ranks_prune_as_one_process_does(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=RANKS)
-    (weights, thresholds), (others, other_thresholds) = (
-        torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)
+    (weights, thresholds), (others, other_thresholds) = results_on_ranks(
+        train_on_rank, RANKS, tmp_path
     )
     assert thresholds == other_thresholds
     assert all(torch.equal(own, other) for own, other in zip(weights, others, strict=True))
