@@ -121,8 +121,7 @@ def outcome(model, pruner, thresholds, data):
     }
 
 
-def trained(pattern, rank=None, ranks=1, how=None, pruner_first=False):
-    device = "cpu" if rank is None else device_of(rank)
+def trained(pattern, device, rank=0, ranks=1, how=None, pruner_first=False):
     model, part, data = network(device), (0, 1), batches(device)
     if pruner_first:
         pruner = PDPPruner(model, config(pattern))
@@ -151,8 +150,8 @@ def cases(ranks):
 
 def trainings(rank, ranks):
     return {
-        (pattern, how, pruner_first): trained(pattern, rank, ranks, how, pruner_first)
-        for pattern, how, pruner_first in cases(ranks)
+        (pattern, how, first): trained(pattern, device_of(rank), rank, ranks, how, first)
+        for pattern, how, first in cases(ranks)
     }
 
 
@@ -170,8 +169,13 @@ def by_rank(request, backend, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone():
-    return {pattern: trained(pattern) for pattern in PATTERNS}
+def one_device(backend):
+    return "cuda" if backend == "nccl" else "cpu"
+
+
+@pytest.fixture(scope="module")
+def alone(one_device):
+    return {pattern: trained(pattern, one_device) for pattern in PATTERNS}
 
 
 def test_all_ranks_find_the_same_thresholds(by_rank):
@@ -238,16 +242,19 @@ class GPT(nn.Module):
         return self.head(self.blocks(self.tokens(tokens) + self.places))
 
 
-def train_gpt(rank=None, ranks=1):
+def train_gpt_on_rank(rank, ranks):
+    return train_gpt(device_of(rank), rank, ranks)
+
+
+def train_gpt(device, rank=0, ranks=1):
     from torch.distributed.fsdp import fully_shard
 
-    device = "cpu" if rank is None else device_of(rank)
     torch.manual_seed(0)
     model = GPT().to(device)
     text = torch.randint(0, 40, (50, BATCH, 17)).to(device)
     text[:, :, 1::2] = text[:, :, ::2][:, :, :8]  # something to learn: every token comes twice
     part = slice(None)
-    if rank is not None:
+    if ranks > 1:
         mesh = mesh_of(rank, (ranks,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -270,9 +277,9 @@ def train_gpt(rank=None, ranks=1):
     return thresholds, losses, [whole(parameter.detach()) for parameter in model.parameters()]
 
 
-def test_fifty_steps_of_a_gpt_under_fsdp(backend, tmp_path):
-    by_rank = results_on_ranks(train_gpt, 2, tmp_path, 2, backend=backend)
-    thresholds, losses, weights = train_gpt()
+def test_fifty_steps_of_a_gpt_under_fsdp(backend, one_device, tmp_path):
+    by_rank = results_on_ranks(train_gpt_on_rank, 2, tmp_path, 2, backend=backend)
+    thresholds, losses, weights = train_gpt(one_device)
     assert losses[-1] < 0.8 * losses[0]
     assert (thresholds[-1] > 0).all()
     for step, found in enumerate(zip(*(result[0] for result in by_rank), strict=True)):
