@@ -81,7 +81,7 @@ def power_sums(
     """The operator `power_sums` of weights, and masks distributed like them, on every rank.
 
     On a CPU bit for bit that of the whole weights in row-major order. A part that is no range of
-    rows is first exchanged for one, which moves the weight once but gathers it nowhere.
+    rows is first exchanged for one, by whatever means DTensor.redistribute has for it.
     """
     sharded = [index for index, weight in enumerate(weights) if is_sharded(weight)]
     if not sharded:
