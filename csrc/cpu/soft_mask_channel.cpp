@@ -19,8 +19,8 @@ constexpr int64_t kGrain = 16384;
 constexpr int64_t kPiece = 32768;
 
 // Of rows of all channels a piece has this many at least, and there are no more pieces than that:
-// each has a sum for every channel. How many rows does not depend on the number of channels, so that
-// the part of them that another rank holds gets the same sums there.
+// each has a sum for every channel. How many rows does not depend on the number of channels, so
+// that the part of them that another rank holds gets the same sums there.
 constexpr int64_t kPieceRows = 8;
 constexpr int64_t kMostRowPieces = 64;
 
