@@ -37,9 +37,9 @@ TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.ge
 export TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1
 
 # A small matrix of every kernel: each tool runs it some 10 to 50 times slower than it is.
-SANITIZED=(tests/test_threshold.py tests/test_hard_mask.py tests/test_soft_mask.py tests/test_soft_mask_nm.py
-  tests/test_soft_mask_channel.py tests/test_pq_index.py
-  -k "gpu and (mixed or special or tiles or layouts or out_dtype or unusual)")
+SANITIZED=(tests/test_threshold.py tests/test_digit_counts.py tests/test_hard_mask.py tests/test_soft_mask.py
+  tests/test_soft_mask_nm.py tests/test_soft_mask_channel.py tests/test_pq_index.py
+  -k "gpu and (mixed or special or tiles or layouts or out_dtype or unusual or inf_and_nan or both_half)")
 
 part environment environment
 part build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable .
