@@ -2,11 +2,14 @@
 `--benchmark-compare` after a change. On a GPU it times with the device synchronised.
 """
 
+from collections.abc import Callable
 from math import prod
 
 import pytest
 import torch
+from torch import nn
 
+from benchmarks import models
 from benchmarks.batches import make_batches
 from benchmarks.networks import NETWORKS
 from benchmarks.steps import STEPS
@@ -51,3 +54,13 @@ def test_speed(benchmark, step: str, name: str, dtype: str) -> None:
 )
 def test_layer_list_has_all_weights_of_the_network(name: str, total: int) -> None:
     assert sum(prod(shape) for shape, _ in NETWORKS[name]()) == total
+
+
+@pytest.mark.parametrize(("make", "name"), [(models.resnet50, "resnet50"), (models.gpt2, "gpt2")])
+def test_trained_network_has_the_weights_of_its_list(make: Callable, name: str) -> None:
+    with torch.device("meta"):
+        model = make()
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    assert sorted(layer.weight.numel() for layer in layers) == sorted(
+        prod(shape) for shape, _ in NETWORKS[name]()
+    )

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from benchmarks.eager import kthvalue_threshold
 from benchmarks.environment import describe_environment
+from benchmarks.models import character_gpt, digits, gpt2, mlp, photographs, resnet50, text
 from benchmarks.networks import NETWORKS
 from benchmarks.report import format_environment, write_json
 from benchmarks.timing import clock_for, time_interleaved
@@ -28,97 +29,69 @@ SPARSITY = 0.9
 RELATIVE_TAU = 0.1
 CONFIG = PDPConfig(SPARSITY, scope="layer", relative_tau=RELATIVE_TAU, warmup=0, ramp=0)
 
-# Of float64 gradients; the eager thresholds are float32.
-TOLERANCE = 1e-5
-
-
-class Block(nn.Module):
-    """A transformer block as in GPT-2."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.attention = nn.Linear(width, 3 * width, bias=False)
-        self.projection = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
-        joint = self.attention(self.norms[0](x)).view(batch, tokens, 3, self.heads, -1)
-        query, key, value = joint.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.projection(mixed.transpose(1, 2).reshape(x.shape))
-        return x + self.down(functional.gelu(self.up(self.norms[1](x))))
-
-
-class GPT(nn.Module):
-    """nanoGPT's character model: 6 blocks of width 384, 10.6 million weights in Linear layers."""
-
-    def __init__(self, characters: int = 65, length: int = 256):
-        super().__init__()
-        self.tokens = nn.Embedding(characters, 384)
-        self.positions = nn.Embedding(length, 384)
-        self.blocks = nn.Sequential(*[Block(384, 6) for _ in range(6)])
-        self.norm = nn.LayerNorm(384)
-        self.head = nn.Linear(384, characters, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
-
-
-def mlp() -> nn.Module:
-    """The 784-300-100-10 network of the MNIST examples."""
-    layers = [nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)]
-    return nn.Sequential(*layers)
-
-
-def images(batch: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, 784), torch.randint(10, (batch,))
-
-
-def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(65, (batch, length + 1))
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+# Of float64 gradients at the same thresholds, relative to the layer's largest; and of thresholds,
+# which eager has in float32.
+TOLERANCE = 1e-8
+THRESHOLD_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Task:
+    """autocast: to bfloat16. on_gpu_only: on a CPU a step takes too long."""
+
     network: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
     optimizer: Callable[..., torch.optim.Optimizer]
+    autocast: bool = False
+    on_gpu_only: bool = False
 
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
 
 TASKS = {
-    "MLP 784-300-100-10, batch 128": Task(mlp, partial(images, 128), SGD),
-    "MLP 784-300-100-10, batch 512": Task(mlp, partial(images, 512), SGD),
-    "GPT 10.6M, 12 x 64 tokens": Task(GPT, partial(text, 12, 64), ADAMW),
-    "GPT 10.6M, 64 x 256 tokens": Task(GPT, partial(text, 64, 256), ADAMW),
+    "MLP 784-300-100-10, batch 128": Task(mlp, partial(digits, 128), SGD),
+    "MLP 784-300-100-10, batch 512": Task(mlp, partial(digits, 512), SGD),
+    "GPT 10.6M, 12 x 64 tokens": Task(character_gpt, partial(text, 65, 12, 64), ADAMW),
+    "GPT 10.6M, 64 x 256 tokens": Task(
+        character_gpt, partial(text, 65, 64, 256), ADAMW, on_gpu_only=True
+    ),
+    "ResNet-50, 128 images, bfloat16": Task(
+        resnet50, partial(photographs, 128, 224), SGD, autocast=True, on_gpu_only=True
+    ),
+    "GPT-2 124M, 8 x 1024 tokens, bfloat16": Task(
+        gpt2, partial(text, 50257, 8, 1024), ADAMW, autocast=True, on_gpu_only=True
+    ),
 }
-ON_GPU_ONLY = {"GPT 10.6M, 64 x 256 tokens"}
+
+# Of a batch, the examples on which gradients are checked in float64.
+CHECKED = 16
 
 
-class EagerLayer(nn.Linear):
+def eager_weight(layer: nn.Module) -> Tensor:
     """PDP in eager PyTorch: Eq. 1 at the layer's threshold; autograd derives its backward."""
+    t = layer.threshold
+    return torch.sigmoid((layer.weight**2 - t**2) / (RELATIVE_TAU * t**2)) * layer.weight
 
+
+class EagerLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        t = self.threshold
-        mask = torch.sigmoid((self.weight**2 - t**2) / (RELATIVE_TAU * t**2))
-        return functional.linear(x, mask * self.weight, self.bias)
+        return functional.linear(x, eager_weight(self), self.bias)
+
+
+class EagerConvolution(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, eager_weight(self), self.bias)
 
 
 class EagerPruner:
     """The thresholds of all layers, two kthvalue calls each."""
 
     def __init__(self, model: nn.Module):
-        self.layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        classes = {nn.Linear: EagerLinear, nn.Conv2d: EagerConvolution}
+        self.layers = [layer for layer in model.modules() if type(layer) in classes]
         for layer in self.layers:
-            layer.__class__ = EagerLayer
+            layer.__class__ = classes[type(layer)]
         self.step(0)
 
     @torch.no_grad()
@@ -138,10 +111,13 @@ class Training:
         self.inputs, self.targets = batch
         self.pruner = PRUNERS[name](self.model) if PRUNERS[name] else None
         self.optimizer = task.optimizer(self.model.parameters())
+        self.autocast = task.autocast
 
     def backward(self) -> None:
-        outputs = self.model(self.inputs)
-        functional.cross_entropy(outputs.flatten(0, -2), self.targets.flatten()).backward()
+        with torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=self.autocast):
+            outputs = self.model(self.inputs)
+            loss = functional.cross_entropy(outputs.flatten(0, -2), self.targets.flatten())
+        loss.backward()
 
     def step(self) -> None:
         self.backward()
@@ -152,13 +128,22 @@ class Training:
 
 
 def difference(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> float:
-    """Of the gradients by the two ways of pruning, in float64, to the layer's largest."""
-    inputs, targets = batch
+    """Of the gradients by the two ways of pruning, in float64, to the layer's largest.
+
+    At the same thresholds: where a batch norm sees few values, a gradient amplifies what they
+    differ by. Infinite if they differ by more than rounding to float32.
+    """
+    inputs, targets = (part[:CHECKED] for part in batch)
     batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
-    trainings = [Training(model.double(), task, batch, name) for name in ("pdp", "eager")]
-    for training in trainings:
-        training.backward()
-    pairs = zip(*(training.model.parameters() for training in trainings), strict=True)
+    ours, eager = (Training(model.double(), task, batch, name) for name in ("pdp", "eager"))
+    thresholds = ours.pruner.state_dict()["thresholds"].values()
+    for layer, threshold in zip(eager.pruner.layers, thresholds, strict=True):
+        if not torch.isclose(layer.threshold.double(), threshold, THRESHOLD_TOLERANCE, 0):
+            return float("inf")
+        layer.threshold = threshold
+    ours.backward()
+    eager.backward()
+    pairs = zip(ours.model.parameters(), eager.model.parameters(), strict=True)
     gradients = [(own.grad, other.grad) for own, other in pairs]
     return max(((own - other).abs().max() / other.abs().max()).item() for own, other in gradients)
 
@@ -228,7 +213,7 @@ def main() -> int:
     measurements = {
         name: partial(measure, task)
         for name, task in TASKS.items()
-        if device.type == "cuda" or name not in ON_GPU_ONLY
+        if device.type == "cuda" or not task.on_gpu_only
     }
     measurements["pruner.step, GPT-2"] = measure_thresholds
     rows = []
