@@ -1,7 +1,8 @@
 # make bench   the microbenchmark against eager PyTorch, on the GPU if there is one
 # make test    the tests, and the extension against a CPU-only torch
 # make lint    ruff and clang-format; make format mends
-# make gpu     on a GPU machine: everything that needs one, with PYTHON's own packages
+# make gpu     on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS="tests
+#              ncu" runs those parts alone
 #
 # Each makes .venv first. Versions of the tools stand in pyproject.toml, those of torch here.
 
@@ -36,7 +37,7 @@ format: $(VENV)/tools
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 gpu:
-	PYTHON="$(PYTHON)" OUT="$(GPU_OUT)" benchmarks/gpu.sh
+	PYTHON="$(PYTHON)" OUT="$(GPU_OUT)" benchmarks/gpu.sh $(PARTS)
 
 $(VENV)/tools: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)

@@ -31,7 +31,7 @@ INPUTS_ON_GPU = [
     *("digits", "resnet50", "mobilenet-v1", "bert-base", "gpt2"),
 ]
 # On a CPU these are no better than the eager providers, and cost most of the time of a run.
-PROVIDERS_ON_GPU_ONLY = {"one-topk", "sort"}
+PROVIDERS_ON_GPU_ONLY = {"one-topk", "sort", "autotuned"}
 
 
 def parse_input(text: str) -> str:

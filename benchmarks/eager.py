@@ -57,11 +57,17 @@ torch._inductor.config.compile_threads = 1
 
 # One kernel for all sizes: a static one would be compiled anew for each layer shape.
 _compiled = torch.compile(soft_mask, dynamic=True)
+_autotuned = torch.compile(soft_mask, dynamic=True, mode="max-autotune-no-cudagraphs")
 
 
 def compiled_soft_mask(weight: Tensor, threshold: Tensor) -> Tensor:
     """`soft_mask` and its backward through torch.compile."""
     return _compiled(weight.flatten(), threshold).view_as(weight)
+
+
+def autotuned_soft_mask(weight: Tensor, threshold: Tensor) -> Tensor:
+    """The same, compiled as torch.compile's max-autotune mode does it, without CUDA graphs."""
+    return _autotuned(weight.flatten(), threshold).view_as(weight)
 
 
 def _midpoint(low: Tensor, high: Tensor) -> Tensor:

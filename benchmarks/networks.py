@@ -1,6 +1,7 @@
 """The weights measured on: single tensors, layer lists of networks, a small trained network."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -78,6 +79,11 @@ def llama_7b() -> Iterator[Layer]:
     yield (32000, 4096), normal
 
 
+def llama_7b_block() -> Iterator[Layer]:
+    """One of Llama 2 7B's blocks: 202,375,168 weights."""
+    return itertools.islice(llama_7b(), 7)
+
+
 def convolution(*shape: int) -> Iterator[Layer]:
     """One layer alone, with its shape: what a plain number of weights does not have."""
     yield shape, partial(nn.init.kaiming_normal_, mode="fan_in", nonlinearity="linear")
@@ -93,6 +99,7 @@ NETWORKS: dict[str, Callable[[], Iterator[Layer]]] = {
     "bert-base": bert_base,
     "gpt2": gpt2,
     "llama-7b": llama_7b,
+    "llama-7b-block": llama_7b_block,
     "conv-1x1": partial(convolution, 2048, 1024, 1, 1),
     "conv-3x3": partial(convolution, 512, 512, 3, 3),
 }

@@ -94,6 +94,11 @@ def copy(batch: Batch) -> Callable[[], Tensors]:
     return lambda: list(map(Tensor.copy_, copies, weights))
 
 
+def sums(batch: Batch) -> Tensors:
+    """The roof of what only reads."""
+    return [weight.detach().sum(dtype=torch.float32) for weight in batch.weights]
+
+
 SELECTIONS: dict[str, Callable[[Batch], Tensors]] = {
     "eager-kthvalue": select(eager.kthvalue_threshold),
     "eager-topk": select(eager.topk_threshold),
@@ -105,11 +110,13 @@ SELECTIONS: dict[str, Callable[[Batch], Tensors]] = {
 SOFT_MASKS: dict[str, SoftMask] = {
     "eager": eager.soft_mask,
     "compiled": eager.compiled_soft_mask,
+    "autotuned": eager.autotuned_soft_mask,
     "ours": our_mask,
 }
 
 STEPS = {
     "copy": Step(2, {"copy": copy}, truth.check_copy),
+    "sum": Step(1, {"sum": all_timed(sums)}, truth.check_sums),
     "threshold": Step(
         passes=1,
         providers={name: all_timed(selection) for name, selection in SELECTIONS.items()},

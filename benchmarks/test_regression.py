@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import models
+from benchmarks import models, profile
 from benchmarks.batches import make_batches
 from benchmarks.networks import NETWORKS
 from benchmarks.steps import STEPS
@@ -50,10 +50,21 @@ def test_speed(benchmark, step: str, name: str, dtype: str) -> None:
         ("bert-base", 85_524_480),
         ("gpt2", 123_532_032),
         ("llama-7b", 6_607_077_376),
+        ("llama-7b-block", 202_375_168),
     ],
 )
 def test_layer_list_has_all_weights_of_the_network(name: str, total: int) -> None:
     assert sum(prod(shape) for shape, _ in NETWORKS[name]()) == total
+
+
+@pytest.mark.parametrize("dtype", profile.DTYPES.values())
+def test_everything_that_is_profiled_runs(dtype: torch.dtype) -> None:
+    names = []
+    for operation in profile.operations(32, dtype, DEVICE):
+        assert operation.run() is not None
+        assert operation.bytes >= 8 * profile.COLUMNS * dtype.itemsize
+        names.append(operation.name)
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(("make", "name"), [(models.resnet50, "resnet50"), (models.gpt2, "gpt2")])

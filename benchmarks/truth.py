@@ -54,6 +54,15 @@ def check_copy(batch: Batch, copies: Sequence[Tensor]) -> str | None:
     return None if same else "the copy differs from its source"
 
 
+def check_sums(batch: Batch, sums: Sequence[Tensor]) -> str | None:
+    """Whether the sums are right but for rounding."""
+    for weight, total in zip(batch.weights, sums, strict=True):
+        exact = weight.detach().double()
+        if not (total.double() - exact.sum()).abs() <= 1e-5 * exact.abs().sum():
+            return f"the sum is {total.item():.6g} instead of {exact.sum().item():.6g}"
+    return None
+
+
 def _masked_weight(w: Tensor, t: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid((w * w - t * t) / TAU) * w, w.abs()
 

@@ -1,0 +1,95 @@
+"""Every kernel of the package run once, for a profiler to look at.
+
+`ncu --profile-from-start off ... python -m benchmarks.profile`. Prints the bytes that each operator
+should move, next to which the profiler's count of bytes and of atomics can be read.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from pdp_kernels import (
+    compress_2to4,
+    hard_mask,
+    pdp_mask,
+    pdp_mask_channel,
+    pdp_mask_nm,
+    pdp_threshold,
+    pq_index,
+    reference,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLUMNS = 4096
+
+
+class Operation(NamedTuple):
+    """bytes: what the best implementation reads and writes."""
+
+    name: str
+    bytes: int
+    run: Callable[[], object]
+
+
+def operations(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Operation]:
+    """Of a weight of (rows, 4096); what a run needs is there before it."""
+    weight = (0.02 * torch.randn(rows, COLUMNS, device=device)).to(dtype).requires_grad_()
+    grad = torch.randn_like(weight)
+    plain = weight.detach()
+    one = weight.numel() * weight.element_size()
+    threshold = pdp_threshold(plain, 0.9)
+    bits = reference.DIGIT_BITS[weight.element_size()]
+    key = int(threshold.to(dtype).view(reference.INTEGERS[weight.element_size()]))
+    yield Operation("threshold", one, lambda: pdp_threshold(plain, 0.9))
+    for digit in range(len(bits)):
+        prefix = torch.tensor([key >> sum(bits[digit:])], device=device)
+        yield Operation(
+            f"digit {digit}",
+            one,
+            lambda prefix=prefix, digit=digit: torch.ops.pdp.digit_counts([plain], prefix, digit),
+        )
+    yield Operation("hard mask", one + weight.numel(), lambda: hard_mask(plain, 0.9))
+    yield Operation("PQ Index", one, lambda: pq_index(plain))
+    masks = {
+        "mask": lambda: pdp_mask(weight, threshold=threshold),
+        "2:4 mask": lambda: pdp_mask_nm(weight, 2, 4),
+        "channel mask": lambda: pdp_mask_channel(weight, 0.5),
+    }
+    for name, mask in masks.items():
+        norms = one if name == "channel mask" else 0  # read for the norms, and for <g, W>
+        masked = mask()
+        yield Operation(f"{name}, forward", 2 * one + norms, mask)
+        yield Operation(
+            f"{name}, backward",
+            3 * one + 2 * norms,
+            lambda masked=masked: torch.autograd.grad(masked, weight, grad, retain_graph=True),
+        )
+    if dtype == torch.bfloat16:
+        yield Operation("2:4 packed", one + one // 2 + one // 16, lambda: compress_2to4(plain))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.profile", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--rows", type=int, default=2**14, help="of 4096 weights (default: 2^14)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    for name, dtype in DTYPES.items():
+        for operation in operations(arguments.rows, dtype, torch.device("cuda")):
+            operation.run()  # compiles
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStart()
+            operation.run()
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStop()
+            print(f"{operation.name}, {name}: {operation.bytes:,} B", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
