@@ -189,6 +189,12 @@ def _check_prunable(holders: list[Holder]) -> None:
                 "set on the instance, which masks would not reach; exclude it"
             )
         check_weight(f"model's {name}", weight, distributed=True)
+        if weight.dim() < 2:
+            raise ValueError(
+                f"model's {name} must have two dimensions or more, got shape "
+                f"{tuple(weight.shape)}: FullyShardedDataParallel flattens weights, fully_shard "
+                "does not"
+            )
 
 
 def _check_pattern_fits(entry: Selected, config: PDPConfig) -> None:

@@ -92,6 +92,7 @@ class PDPPruner:
             raise TypeError(f"config must be a PDPConfig, got {type(config).__name__}")
         self.config = config
         self._weights = select_weights(model, config)
+        self._shapes = [entry.weight.shape for entry in self._weights]
         for members in self._budgets().values():
             sizes = [self._weights[index].units(config) for index in members]
             check_budget(sizes, config.sparsity, config.max_layer_sparsity)
@@ -125,7 +126,8 @@ class PDPPruner:
         Raises:
             TypeError: progress is no number.
             ValueError: it is negative or not finite.
-            RuntimeError: the pruner is finalized, or another one has taken its model over.
+            RuntimeError: the pruner is finalized, or another one has taken its model over, or a
+                weight's shape has changed.
         """
         check_non_negative("progress", progress)
         self._check_in_charge()
@@ -326,7 +328,13 @@ class PDPPruner:
     def _check_in_charge(self) -> None:
         if self._finalized:
             raise RuntimeError("the pruner is finalized: make a new one to prune on")
-        for entry, mask in zip(self._weights, self._masks, strict=True):
+        for entry, mask, shape in zip(self._weights, self._masks, self._shapes, strict=True):
+            if entry.weight.shape != shape:
+                raise RuntimeError(
+                    f"{entry.name} had shape {tuple(shape)} and now has "
+                    f"{tuple(entry.weight.shape)}: FullyShardedDataParallel flattens weights, "
+                    "fully_shard does not"
+                )
             for holder in entry.holders:
                 masks = vars(holder.layer).get("pdp_masks", {})
                 if masks.get(holder.slot.name) is not mask:

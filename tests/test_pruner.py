@@ -409,12 +409,19 @@ def complex_weights():
     return nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))
 
 
+def flattened():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.randn(16))
+    return model
+
+
 BAD_MODELS = {
     "nothing": (nn.Sequential(nn.ReLU()), {}, ValueError, "model must have a weight.*Sequential"),
     "only empty": (nn.Linear(0, 4), {}, ValueError, "model must have a weight"),
     "no model": ([], {}, TypeError, "model must be a torch.nn.Module, got list"),
     "lazy": (lazy(), {}, ValueError, "0.weight must have its shape: run the lazy layer"),
     "parametrized": (parametrized(), {}, ValueError, "must hold 0.weight as a parameter"),
+    "flattened": (flattened(), {}, ValueError, "0.weight must have two dimensions or more"),
     "patched": (patched(), {}, ValueError, "layer '0' must have the forward of its class"),
     "complex": (complex_weights(), {}, TypeError, "model's 0.weight must have dtype.*complex64"),
     "lstm": (nn.LSTM(4, 4), {"include": [nn.LSTM]}, ValueError, "LSTM keeps its weights in a list"),
@@ -493,6 +500,15 @@ def test_a_second_pruner_takes_the_model_over():
             call()
     second.finalize()
     assert sum(zeros_of(model)) == math.floor(0.5 * sum(w.numel() for w in weights_of(model)) + 0.5)
+
+
+def test_a_weight_that_changes_its_shape_is_not_pruned():
+    model = mlp()
+    pruner = PDPPruner(model, PDPConfig(0.9, **AT_ONCE))
+    model[0].weight = nn.Parameter(model[0].weight.detach()[:3])
+    for call in (lambda: pruner.step(1), pruner.finalize):
+        with pytest.raises(RuntimeError, match=r"0\.weight had shape \(\d+, \d+\) and now"):
+            call()
 
 
 def test_finalize_before_the_end_of_the_schedule_warns_and_meets_the_sparsity():
