@@ -118,7 +118,7 @@ class PDPPruner:
         channels), without waiting for the device, except where a global budget is shared out with
         `global_prune_counts`: when the warm-up ends, and whenever the configuration reallocates.
         Of a sharded model every rank calls: four collectives for the whole model (as
-        `pdp_thresholds`), one for all norms of channels, and some more where a budget is shared out.
+        `pdp_thresholds`), one for all norms of channels, and more where a budget is shared out.
 
         Arguments:
             progress: where the training is, in epochs, fractions included.
