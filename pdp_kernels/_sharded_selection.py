@@ -5,12 +5,12 @@ decide the next digit on every rank alike. So the result is that of the whole we
 and a weight takes some kilobytes on the wire, however large it is.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from pdp_kernels import _ops  # noqa: F401
 from pdp_kernels._sharding import (
     ShardedList,
     is_sharded,
@@ -21,7 +21,7 @@ from pdp_kernels.reference import (
     DIGIT_BITS,
     magnitude_keys,
     magnitudes_of_keys,
-    midpoint,
+    threshold_between,
     threshold_dtype,
 )
 
@@ -188,6 +188,5 @@ class _Search:
             magnitudes_of_keys(keys, dtype).to(threshold_dtype(self.parts))
             for keys in (self.prefix, torch.where(self.next_here, self.next, above))
         )
-        between = torch.where(self.prune_counts >= self.sizes, math.inf, midpoint(kth, following))
-        t = torch.where(self.prune_counts <= 0, -math.inf, between)
+        t = threshold_between(kth, following, self.prune_counts, self.sizes)
         return dict(zip(self.places, t, strict=True))

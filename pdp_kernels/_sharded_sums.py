@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pdp_kernels import _ops  # noqa: F401
 from pdp_kernels._sharding import (
     ShardedList,
     borders_along,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels import _ops, _sharded_sums  # noqa: F401
+from pdp_kernels import _sharded_sums
 from pdp_kernels._validation import (
     check_exponents,
     check_has_rows,

@@ -48,6 +48,12 @@ def midpoint(low: Tensor, high: Tensor) -> Tensor:
     return torch.where(high > 1, 0.5 * low + 0.5 * high, 0.5 * (low + high))
 
 
+def threshold_between(low: Tensor, high: Tensor, prune_count: Tensor, size: int | Tensor) -> Tensor:
+    """t between v_k and v_{k+1} of n = size magnitudes: -inf for k = 0, +inf for k = n."""
+    between = torch.where(prune_count >= size, math.inf, midpoint(low, high))
+    return torch.where(prune_count <= 0, -math.inf, between)
+
+
 def threshold(weight: Tensor, prune_count: Tensor) -> Tensor:
     """t = (v_k + v_{k+1}) / 2 of the sorted |w| (Algorithm 1, lines 14-16).
 
@@ -60,8 +66,7 @@ def threshold(weight: Tensor, prune_count: Tensor) -> Tensor:
     magnitudes = weight.abs().flatten().sort().values
     ranks = torch.stack([prune_count - 1, prune_count]).clamp(0, count - 1)
     low, high = magnitudes.gather(0, ranks).to(dtype).unbind()
-    between = torch.where(prune_count >= count, math.inf, midpoint(low, high))
-    return torch.where(prune_count <= 0, -math.inf, between).to(dtype)
+    return threshold_between(low, high, prune_count, count).to(dtype)
 
 
 def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:

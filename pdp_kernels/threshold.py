@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels import _ops, _sharded_selection, reference  # noqa: F401
+from pdp_kernels import _sharded_selection, reference
 from pdp_kernels._sharding import is_distributed
 from pdp_kernels._validation import check_ratio, check_ratio_tensor, check_weight, check_weights
 
