@@ -147,7 +147,11 @@ def main() -> int:
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
             given = (ranks, arguments.inputs, arguments.device, folder)
-            torch.multiprocessing.spawn(measure, given, nprocs=ranks)
+            # Processes of a fork server end without shutting Python down, which gloo's threads,
+            # holding tensors a moment longer, would make abort.
+            torch.multiprocessing.start_processes(
+                measure, given, nprocs=ranks, start_method="forkserver"
+            )
             for row in torch.load(f"{folder}/rows{ranks}.pt"):
                 rows.append(row)
                 print(
