@@ -2,22 +2,20 @@
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks import masks
 from benchmarks.batches import make_batches
-from benchmarks.environment import describe_environment
-from benchmarks.measure import Bench, Row
+from benchmarks.environment import describe_environment, device_is_lost
+from benchmarks.measure import Bench, note_of
 from benchmarks.networks import NETWORKS
-from benchmarks.report import (
-    format_environment,
-    format_headlines,
-    format_table,
-    write_results,
-)
+from benchmarks.report import describe, format_environment, format_headlines, format_table
+from benchmarks.rows import ResultFiles, Row
 from benchmarks.steps import STEPS
 
 PROVIDERS = list(dict.fromkeys(name for step in STEPS.values() for name in step.providers))
@@ -31,7 +29,7 @@ INPUTS_ON_GPU = [
     *("digits", "resnet50", "mobilenet-v1", "bert-base", "gpt2"),
 ]
 # On a CPU these are no better than the eager providers, and cost most of the time of a run.
-PROVIDERS_ON_GPU_ONLY = {"one-topk", "sort", "autotuned"}
+PROVIDERS_ON_GPU_ONLY = {"one-topk", "sort", "autotuned", "compiled-sort"}
 
 
 def parse_input(text: str) -> str:
@@ -52,7 +50,7 @@ def parse_sparsity(text: str) -> float:
     return sparsity
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time PDP's steps against eager PyTorch and torch.compile. Every answer is "
@@ -65,6 +63,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS_BY_DEFAULT)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument(
+        "--masks", nargs="+", choices=masks.NAMES, default=list(masks.NAMES),
+        help="the paper's: tau = 1e-4, w_hat as the weight; the pruner's: relative_tau = 0.1 on "
+        "the device, w_hat in bfloat16 (default: both)",
+    )  # fmt: skip
     parser.add_argument("--sparsity", type=parse_sparsity, default=0.9, metavar="R")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer inputs: about a minute")
@@ -80,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, metavar="PATH", help="FILE.csv, FILE.json, or a folder for both"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="speedup over eager by n")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = arguments.device == "cuda"
@@ -99,42 +102,66 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace) -> list[Row]:
-    """Every row that the arguments ask for, with a progress bar on stderr."""
+def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows that the arguments ask for, step by step as they are measured.
+
+    They end early where the device is lost: all that follows in this process would fail.
+    """
     bench = Bench(
         device=torch.device(arguments.device),
         providers=set(arguments.providers),
         budget=arguments.budget,
         limit=arguments.limit,
     )
-    rows = []
-    total = len(arguments.dtypes) * len(arguments.inputs) * len(arguments.steps)
-    with tqdm(total=total, file=sys.stderr, unit="row") as progress:
+    # Steps without a mask run once, with the first.
+    cells = [
+        (mask, step)
+        for mask in arguments.masks
+        for step in arguments.steps
+        if STEPS[step].masked or mask == arguments.masks[0]
+    ]
+    total = len(arguments.dtypes) * len(arguments.inputs) * len(cells)
+    with tqdm(total=total, file=sys.stderr, unit="row", disable=None) as progress:
         for dtype in arguments.dtypes:
             for name in arguments.inputs:
                 progress.set_description(f"{name}, {dtype}: making weights")
-                batches = make_batches(name, DTYPES[dtype], bench.device, arguments.sparsity)
-                for step in arguments.steps:
+                try:
+                    batches = make_batches(name, DTYPES[dtype], bench.device, arguments.sparsity)
+                except Exception as error:
+                    yield [Row(name, 0, 0, dtype, "", "", "", 0, note=note_of(error))]
+                    if device_is_lost(bench.device):
+                        return
+                    continue
+                masked = {}
+                for mask, step in cells:
+                    if mask not in masked:
+                        masked = {mask: [batch.masked_by(mask) for batch in batches]}
                     progress.set_description(f"{name}, {dtype}: {step}")
-                    rows += bench.measure(name, step, batches)
+                    rows = bench.measure(name, step, masked[mask])
+                    yield rows
+                    if any(row.is_error for row in rows) and device_is_lost(bench.device):
+                        return
                     progress.update()
-    return rows
 
 
 def main() -> int:
     arguments = parse_arguments()
     environment = describe_environment(torch.device(arguments.device))
-    rows = run(arguments)
     print(format_environment(environment))
-    print(f"sparsity: {arguments.sparsity}\n")
+    print(f"sparsity: {arguments.sparsity}\n", flush=True)
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "plot")}
+    files = ResultFiles(arguments.out, environment, settings) if arguments.out else None
+    rows = []
+    for measured in run(arguments):
+        rows += measured
+        if files:
+            files.add(measured)
     print(format_table(rows))
     if arguments.device == "cpu":
         print("\nRead the ratios: on a shared CPU the times themselves vary from run to run.")
     print(f"\n{format_headlines(rows)}")
-    if arguments.out:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "plot")}
-        for path in write_results(arguments.out, rows, environment, settings):
-            print(f"wrote {path}")
+    for path in files.paths if files else ():
+        print(f"wrote {path}")
     if arguments.plot:
         from benchmarks.plot import plot_speedups
 
@@ -143,7 +170,7 @@ def main() -> int:
         print(f"wrote {arguments.plot}")
     errors = [row for row in rows if row.is_error]
     for row in errors:
-        print(f"{row.input} {row.dtype} {row.step} {row.provider}: {row.note}", file=sys.stderr)
+        print(f"{describe(row)}: {row.note}", file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -1,12 +1,13 @@
 """A batch: the weights of one input, with their exact thresholds and random gradients."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
 from torch import Tensor
 
+from benchmarks.masks import Mask
 from benchmarks.networks import make_weights
 
 # Runs of the smallest inputs rotate over this many batches: past L2, and quick to build.
@@ -21,18 +22,27 @@ class Batch:
     thresholds: list[Tensor]
     """The exact threshold of each weight, 0-d, as the package returns it."""
     grads: list[Tensor]
-    """A random gradient with respect to each masked weight."""
+    """A random gradient with respect to each masked weight, in its dtype."""
     sparsity: float
+    mask: Mask
 
     @property
     def numel(self) -> int:
         return sum(weight.numel() for weight in self.weights)
 
+    def masked_by(self, name: str) -> "Batch":
+        """The same weights with another mask, and gradients in the dtype of its w_hat."""
+        mask = Mask.of(name, self.weights[0].dtype, self.weights[0].device)
+        return replace(self, mask=mask, grads=[grad.to(mask.out_dtype) for grad in self.grads])
+
 
 def make_batches(
     name: str, dtype: torch.dtype, device: torch.device, sparsity: float, seed: int = 0
 ) -> list[Batch]:
-    """Enough batches of one input that a rotation over their weights does not fit in the cache."""
+    """Enough batches of one input that a rotation over their weights does not fit in the cache.
+
+    Their mask is the paper's.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     first = _make_batch(name, dtype, sparsity, generator)
     count = math.ceil(2 * cache_bytes(device) / (first.numel * dtype.itemsize))
@@ -52,6 +62,7 @@ def _make_batch(
             for weight in weights
         ],
         sparsity=sparsity,
+        mask=Mask.of("paper", dtype, generator.device),
     )
 
 
@@ -61,12 +72,19 @@ def prune_count(n: int, sparsity: float) -> int:
 
 
 def exact_threshold(weight: Tensor, sparsity: float) -> Tensor:
-    """Midpoint of the k-th and k+1-th smallest magnitude, by NumPy's partial sort."""
+    """Midpoint of the k-th and k+1-th smallest magnitude, by NumPy's partial sort.
+
+    On a GPU by a full sort: a billion weights need not travel to the host.
+    """
     n, k = weight.numel(), prune_count(weight.numel(), sparsity)
     if not 0 < k < n:
         raise ValueError(f"sparsity {sparsity} prunes {k} of {n} weights: nothing to select")
-    magnitudes = weight.detach().flatten().float().abs().cpu().numpy()
-    low, high = numpy.partition(magnitudes, (k - 1, k))[k - 1 : k + 1].astype(numpy.float64)
+    magnitudes = weight.detach().flatten().float().abs()
+    if weight.is_cuda:
+        low, high = magnitudes.sort().values[k - 1 : k + 1].double().tolist()
+    else:
+        two = numpy.partition(magnitudes.numpy(), (k - 1, k))[k - 1 : k + 1]
+        low, high = two.astype(numpy.float64)
     return torch.tensor((low + high) / 2, dtype=torch.float32, device=weight.device)
 
 

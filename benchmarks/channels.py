@@ -1,8 +1,11 @@
 """Channel masks: PyTorch's own way, ours, and what both are checked with.
 
-Channels are those of dim 0; a weight of one dimension is taken as rows of 3,072 where its size
-allows, and as one row otherwise. Providers find the threshold of the norms too.
+Channels are those of dim 0; a weight of one dimension is taken as a matrix (`groups.as_matrix`).
+Providers find the threshold of the norms too.
 """
+
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,11 +13,17 @@ from torch import Tensor
 from benchmarks.batches import Batch, prune_count
 from benchmarks.eager import kthvalue_threshold
 from benchmarks.groups import as_matrix, forward_backward
+from benchmarks.masks import Mask
 from benchmarks.truth import TOLERANCE
 from pdp_kernels import pdp_mask_channel
 
-# In units of the norm squared, which is near 1: of 1,000 weights of 0.03, say.
+# Where it is not relative, in units of the norm squared, which is near 1: of 1,000 weights of 0.03,
+# say.
 TAU = 1e-2
+
+
+def mask_of(batch: Batch) -> Mask:
+    return batch.mask if batch.mask.relative else replace(batch.mask, tau=TAU)
 
 
 def with_channels(weight: Tensor) -> Tensor:
@@ -31,27 +40,39 @@ def threshold_of(norms: Tensor, sparsity: float) -> Tensor:
     return kthvalue_threshold(norms, sparsity)
 
 
-def soft_mask(weight: Tensor, norms: Tensor, threshold: Tensor) -> Tensor:
-    mask = torch.sigmoid((norms - threshold) * (norms + threshold.abs()) / TAU)
-    return (mask.view(-1, *[1] * (weight.dim() - 1)) * weight).to(weight.dtype)
+def soft_mask(weight: Tensor, norms: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
+    """Eq. 1 with norms, of a weight in float32."""
+    m = torch.sigmoid((norms - threshold) * (norms + threshold.abs()) / mask.temperature(threshold))
+    return (m.view(-1, *[1] * (weight.dim() - 1)) * weight).to(mask.out_dtype)
 
 
-def eager_mask(weight: Tensor, sparsity: float) -> Tensor:
-    """Eq. 1 with norms: vector_norm, kthvalue, sigmoid, multiply."""
+def eager_mask(weight: Tensor, batch: Batch) -> Tensor:
+    """vector_norm, kthvalue, sigmoid, multiply.
+
+    In float32 until the end: in bfloat16 the two parts of the gradient, through the weight and
+    through its norm, would be rounded each before they are added.
+    """
+    weight = weight.float()
     norms = norms_of(weight)
-    return soft_mask(weight, norms, threshold_of(norms.detach(), sparsity))
+    threshold = threshold_of(norms.detach(), batch.sparsity)
+    return soft_mask(weight, norms, threshold, mask_of(batch))
 
 
-# As above but for the threshold, which kthvalue finds outside.
-compiled = torch.compile(lambda weight, t: soft_mask(weight, norms_of(weight), t), dynamic=True)
+@partial(torch.compile, dynamic=True)
+def _compiled(weight: Tensor, threshold: Tensor, tau: float | Tensor, relative: bool, dtype):
+    weight = weight.float()
+    return soft_mask(weight, norms_of(weight), threshold, Mask("", tau, relative, dtype))
 
 
-def compiled_mask(weight: Tensor, sparsity: float) -> Tensor:
-    return compiled(weight, threshold_of(norms_of(weight.detach()), sparsity))
+def compiled_mask(weight: Tensor, batch: Batch) -> Tensor:
+    """As above but for the threshold, which kthvalue finds outside."""
+    threshold = threshold_of(norms_of(weight.detach()), batch.sparsity)
+    mask = mask_of(batch)
+    return _compiled(weight, threshold, mask.tau, mask.relative, mask.out_dtype)
 
 
-def our_mask(weight: Tensor, sparsity: float) -> Tensor:
-    return pdp_mask_channel(weight, sparsity, tau=TAU)
+def our_mask(weight: Tensor, batch: Batch) -> Tensor:
+    return pdp_mask_channel(weight, batch.sparsity, **mask_of(batch).arguments)
 
 
 MASKS = {
@@ -68,15 +89,15 @@ def check_masks(batch: Batch, answer: tuple) -> str | None:
     ):
         w, g = (with_channels(x.detach()).double().flatten(1) for x in (weight, grad))
         t = threshold_of(norms_of(with_channels(weight.detach())), batch.sparsity).double()
+        tau = mask_of(batch).temperature(t)
         squares = w.square().sum(1, keepdim=True)
-        m = torch.sigmoid((squares - t * t.abs()) / TAU)
-        pull = 2 / TAU * m * (1 - m) * (g * w).sum(1, keepdim=True)
+        m = torch.sigmoid((squares - t * t.abs()) / tau)
+        pull = 2 / tau * m * (1 - m) * (g * w).sum(1, keepdim=True)
         size = g.abs() + (pull * w).abs() + squares.sqrt()
-        tolerance = TOLERANCE[weight.dtype]
         error = (w_hat.detach().double().view_as(w) - m * w).abs()
         error_grad = (own.double().view_as(w) - m * g - pull * w).abs()
-        if not (error <= tolerance * squares.sqrt()).all():
+        if not (error <= TOLERANCE[w_hat.dtype] * squares.sqrt()).all():
             return f"w_hat of tensor {index} is off by up to {error.max().item():.3g}"
-        if not (error_grad <= tolerance * size).all():
+        if not (error_grad <= TOLERANCE[weight.dtype] * size).all():
             return f"gradient of tensor {index} is off by up to {error_grad.max().item():.3g}"
     return None

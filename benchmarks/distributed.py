@@ -23,7 +23,8 @@ from torch import Tensor
 
 from benchmarks.environment import describe_environment
 from benchmarks.networks import NETWORKS, make_weights
-from benchmarks.report import format_environment, write_json
+from benchmarks.report import format_environment
+from benchmarks.rows import write_json
 from pdp_kernels import pdp_thresholds
 from pdp_kernels.reference import DIGIT_BITS
 
@@ -118,7 +119,7 @@ def time_both(
     return medians | {"faster": medians["gather (s)"] / medians["ours (s)"]}
 
 
-def main() -> int:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distributed", description=__doc__.splitlines()[0]
     )
@@ -126,7 +127,11 @@ def main() -> int:
     parser.add_argument("--inputs", nargs="+", choices=NETWORKS, default=MEASURED)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    arguments = parse_arguments()
     environment = describe_environment(torch.device(arguments.device))
     print(format_environment(environment), "\n", sep="")
 

@@ -4,11 +4,12 @@ Arithmetic is float32 whatever the storage dtype; in bfloat16 the mask would mis
 """
 
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from torch import Tensor
 
 from benchmarks.batches import prune_count
-from benchmarks.truth import TAU
+from benchmarks.masks import Mask
 
 
 def topk_threshold(weight: Tensor, sparsity: float) -> Tensor:
@@ -31,7 +32,7 @@ def one_topk_threshold(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def kthvalue_threshold(weight: Tensor, sparsity: float) -> Tensor:
-    """Two kthvalue calls: O(n) each."""
+    """Two kthvalue calls: O(n) each, by one block of a GPU."""
     magnitude = weight.detach().abs().flatten()
     k = prune_count(magnitude.numel(), sparsity)
     return _midpoint(magnitude.kthvalue(k).values, magnitude.kthvalue(k + 1).values)
@@ -45,29 +46,47 @@ def sort_threshold(weight: Tensor, sparsity: float) -> Tensor:
     return _midpoint(values[k - 1], values[k])
 
 
-def soft_mask(weight: Tensor, threshold: Tensor) -> Tensor:
+def soft_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
     """The masked weight, Eq. 1; autograd derives its backward."""
+    return _soft_mask(weight, threshold, mask.tau, mask.relative, mask.out_dtype)
+
+
+def _soft_mask(
+    weight: Tensor,
+    threshold: Tensor,
+    tau: float | Tensor,
+    relative: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
     w = weight.float()
-    mask = torch.sigmoid((w * w - threshold * threshold) / TAU)
-    return (mask * w).to(weight.dtype)
+    if relative:
+        tau = tau * threshold * threshold
+    mask = torch.sigmoid((w * w - threshold * threshold) / tau)
+    return (mask * w).to(out_dtype)
 
 
 # Worker processes of the compiler would go on starting up while the first rows are timed.
 torch._inductor.config.compile_threads = 1
 
+# Past the limit functions would run uncompiled: one graph for each mask and dtype is meant.
+torch._dynamo.config.recompile_limit = 32
+torch._dynamo.config.fail_on_recompile_limit_hit = True
+
 # One kernel for all sizes: a static one would be compiled anew for each layer shape.
-_compiled = torch.compile(soft_mask, dynamic=True)
-_autotuned = torch.compile(soft_mask, dynamic=True, mode="max-autotune-no-cudagraphs")
+_compiled = torch.compile(_soft_mask, dynamic=True)
+_autotuned = torch.compile(_soft_mask, dynamic=True, mode="max-autotune-no-cudagraphs")
 
 
-def compiled_soft_mask(weight: Tensor, threshold: Tensor) -> Tensor:
+def compiled_soft_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
     """`soft_mask` and its backward through torch.compile."""
-    return _compiled(weight.flatten(), threshold).view_as(weight)
+    flat = _compiled(weight.flatten(), threshold, mask.tau, mask.relative, mask.out_dtype)
+    return flat.view_as(weight)
 
 
-def autotuned_soft_mask(weight: Tensor, threshold: Tensor) -> Tensor:
+def autotuned_soft_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
     """The same, compiled as torch.compile's max-autotune mode does it, without CUDA graphs."""
-    return _autotuned(weight.flatten(), threshold).view_as(weight)
+    flat = _autotuned(weight.flatten(), threshold, mask.tau, mask.relative, mask.out_dtype)
+    return flat.view_as(weight)
 
 
 def _midpoint(low: Tensor, high: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What a result was measured on and with."""
 
+import os
 import platform
 import subprocess
 import time
@@ -9,6 +10,17 @@ from pathlib import Path
 import torch
 
 import pdp_kernels
+
+# What nvidia-smi is asked for, and under which name it is stated.
+GPU_STATE = {
+    "driver": "driver_version",
+    "SM clock": "clocks.sm",
+    "highest SM clock": "clocks.max.sm",
+    "memory clock": "clocks.mem",
+    "temperature": "temperature.gpu",
+    "power": "power.draw",
+    "highest power": "power.limit",
+}
 
 
 def describe_environment(device: torch.device) -> dict[str, object]:
@@ -26,7 +38,29 @@ def describe_environment(device: torch.device) -> dict[str, object]:
         "commit": _commit(),
         "pdp_kernels": pdp_kernels.__version__,
         "backends": ", ".join(name for name, live in backends.items() if live),
-    }
+    } | (gpu_state() if device.type == "cuda" else {})
+
+
+def gpu_state() -> dict[str, str]:
+    """The first GPU's driver and clocks as they are now; "unknown" without nvidia-smi."""
+    query = f"--query-gpu={','.join(GPU_STATE.values())}"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return dict.fromkeys(GPU_STATE, "unknown")
+    return dict(zip(GPU_STATE, answer.stdout.strip().split(", "), strict=True))
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """Whether an earlier error (an illegal access, say) makes all later calls here fail."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _cpu_model() -> str:
@@ -47,6 +81,10 @@ def _installed_version(package: str) -> str:
 
 
 def _commit() -> str:
+    """Of the checkout, or what PDP_COMMIT says where the sources came without it."""
+    if "PDP_COMMIT" in os.environ:
+        return os.environ["PDP_COMMIT"]
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,7 +1,7 @@
 """2:4 groups: PyTorch's own ways to mask and to pack them, ours, and what both are checked with.
 
-A weight is taken as rows of 3,072, as the linear layers of a transformer have them, where its size
-allows, and as one row otherwise; groups lie along the rows.
+A weight is taken as rows of 3,072 or 4,096, as the linear layers of a transformer have them, or of
+64, whichever its size allows first; groups lie along the rows.
 """
 
 from collections.abc import Callable
@@ -14,46 +14,64 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from benchmarks.batches import Batch
-from benchmarks.truth import CHUNK, TAU, TOLERANCE
+from benchmarks.masks import Mask
+from benchmarks.truth import CHUNK, TOLERANCE
 from pdp_kernels import compress_2to4, pdp_mask_nm
 
-COLUMNS = 3072
+COLUMNS = (3072, 4096, 64)
+
+# Packing works on blocks of this many rows.
+ROWS = 32
 
 Packed = tuple[Tensor, Tensor]
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """The weight as a matrix: a view, through which gradients flow back."""
-    return weight.view(-1, COLUMNS) if weight.numel() % COLUMNS == 0 else weight.view(1, -1)
+    """The weight as a matrix that can be packed, or else as one row: a view, through which
+    gradients flow back."""
+    fitting = (columns for columns in COLUMNS if weight.numel() % (ROWS * columns) == 0)
+    return weight.view(-1, next(fitting, weight.numel()))
 
 
-def eager_mask(weight: Tensor) -> Tensor:
+def eager_mask(weight: Tensor, mask: Mask) -> Tensor:
     """Eq. 1 with a threshold in each group of four: reshape, topk, sigmoid."""
+    return _eager_mask(weight, mask.tau, mask.relative, mask.out_dtype)
+
+
+def _eager_mask(
+    weight: Tensor, tau: float | Tensor, relative: bool, out_dtype: torch.dtype
+) -> Tensor:
     groups = weight.float().unflatten(-1, (-1, 4))
     largest = groups.detach().abs().topk(3).values
     t = (largest[..., 1:2] + largest[..., 2:3]) / 2
-    mask = torch.sigmoid((groups * groups - t * t) / TAU)
-    return (mask * groups).flatten(-2).to(weight.dtype)
+    if relative:
+        tau = tau * t * t
+    mask = torch.sigmoid((groups * groups - t * t) / tau)
+    return (mask * groups).flatten(-2).to(out_dtype)
 
 
-compiled_mask = torch.compile(eager_mask, dynamic=True)
+_compiled = torch.compile(_eager_mask, dynamic=True)
 
 
-def our_mask(weight: Tensor) -> Tensor:
-    return pdp_mask_nm(weight, 2, 4)
+def compiled_mask(weight: Tensor, mask: Mask) -> Tensor:
+    return _compiled(weight, mask.tau, mask.relative, mask.out_dtype)
+
+
+def our_mask(weight: Tensor, mask: Mask) -> Tensor:
+    return pdp_mask_nm(weight, 2, 4, **mask.arguments)
 
 
 def forward_backward(
-    mask: Callable[[Tensor, float], Tensor], view: Callable[[Tensor], Tensor] = as_matrix
+    mask: Callable[[Tensor, Batch], Tensor], view: Callable[[Tensor], Tensor] = as_matrix
 ):
-    """Provider of (masked weights, gradients): mask(weight, sparsity), with weights seen through
+    """Provider of (masked weights, gradients): mask(weight, batch), with weights seen through
     `view`."""
 
     def prepare(batch: Batch):
         grads = [view(grad) for grad in batch.grads]
 
         def run():
-            masked = [mask(view(weight), batch.sparsity) for weight in batch.weights]
+            masked = [mask(view(weight), batch) for weight in batch.weights]
             return masked, torch.autograd.grad(masked, batch.weights, grads)
 
         return run
@@ -80,10 +98,9 @@ def eager_pack(matrix: Tensor) -> Packed:
 
 PACKERS = {"eager": pack(eager_pack), "ours": pack(compress_2to4)}
 MASKS = {
-    # The pattern is the sparsity.
-    "eager": forward_backward(lambda weight, _: eager_mask(weight)),
-    "compiled": forward_backward(lambda weight, _: compiled_mask(weight)),
-    "ours": forward_backward(lambda weight, _: our_mask(weight)),
+    "eager": forward_backward(lambda weight, batch: eager_mask(weight, batch.mask)),
+    "compiled": forward_backward(lambda weight, batch: compiled_mask(weight, batch.mask)),
+    "ours": forward_backward(lambda weight, batch: our_mask(weight, batch.mask)),
 }
 
 
@@ -98,15 +115,15 @@ def check_masks(batch: Batch, answer: tuple) -> str | None:
             groups = w.double().view(-1, 4)
             ordered = groups.abs().sort().values
             t = (ordered[:, 1:2] + ordered[:, 2:3]) / 2
-            m = torch.sigmoid((groups * groups - t * t) / TAU)
-            factor = m + 2 * groups * groups / TAU * m * (1 - m)
-            tolerance = TOLERANCE[weight.dtype]
+            tau = batch.mask.temperature(t)
+            m = torch.sigmoid((groups * groups - t * t) / tau)
+            factor = m + 2 * groups * groups / tau * m * (1 - m)
             error = (got.double().view(-1, 4) - m * groups).abs()
             error_grad = (got_grad.double().view(-1, 4) - g.double().view(-1, 4) * factor).abs()
             size = g.double().view(-1, 4).abs() * (1 + factor)
-            if not (error <= tolerance * groups.abs()).all():
+            if not (error <= TOLERANCE[w_hat.dtype] * groups.abs()).all():
                 return f"w_hat of tensor {index} is off by up to {error.max().item():.3g}"
-            if not (error_grad <= tolerance * size).all():
+            if not (error_grad <= TOLERANCE[weight.dtype] * size).all():
                 return f"gradient of tensor {index} is off by up to {error_grad.max().item():.3g}"
     return None
 

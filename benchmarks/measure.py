@@ -1,12 +1,16 @@
-"""From one input and one step to rows of the table: check the answers, then time."""
+"""From one input and one step to rows of the table: check the answers, then time.
+
+Whatever goes wrong with one provider becomes the note of its row; the others go on.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks.batches import Batch
+from benchmarks.rows import Row
 from benchmarks.steps import STEPS
-from benchmarks.timing import Timing, clock_for, time_interleaved
+from benchmarks.timing import ProviderError, Timing, clock_for, time_interleaved
 
 # A first run longer than this is warm-up enough, unless it compiled something.
 LONG_RUN = 1.0
@@ -14,36 +18,21 @@ LONG_RUN = 1.0
 MIN_EXTRAPOLATED = 0.1
 
 
-@dataclass
-class Row:
-    """One line of the result."""
+def note_of(error: Exception) -> str:
+    """What a row says about an exception."""
+    if isinstance(error, ProviderError):
+        error = error.__cause__
+    if isinstance(error, torch.OutOfMemoryError):
+        return "skipped: out of memory"
+    text = str(error).strip() or "no message"
+    return f"failed: {type(error).__name__}: {text.splitlines()[0]}"
 
-    input: str
-    tensors: int
-    n: int
-    dtype: str
-    step: str
-    provider: str
-    bytes_per_weight: int
-    median_s: float | None = None
-    quartile_low_s: float | None = None
-    quartile_high_s: float | None = None
-    runs: int = 0
-    gb_per_s: float | None = None
-    speedup: float | None = None
-    """Median of the step's base over this median."""
-    note: str = ""
-    """Why there is no time: "wrong: ...", "failed: ..." or "skipped: ..."."""
 
-    @property
-    def is_error(self) -> bool:
-        return self.note.startswith(("wrong", "failed"))
-
-    def set_timing(self, timing: Timing, base: Timing | None) -> None:
-        self.median_s, self.runs = timing.median, timing.runs
-        self.quartile_low_s, self.quartile_high_s = timing.quartiles
-        self.gb_per_s = self.bytes_per_weight * self.n / timing.median / 1e9
-        self.speedup = base.median / timing.median if base else None
+def set_timing(row: Row, timing: Timing, base: Timing | None) -> None:
+    row.median_s, row.runs = timing.median, timing.runs
+    row.quartile_low_s, row.quartile_high_s = timing.quartiles
+    row.gb_per_s = row.bytes_per_weight * row.n / timing.median / 1e9
+    row.speedup = base.median / timing.median if base else None
 
 
 @dataclass
@@ -68,9 +57,10 @@ class Bench:
                 tensors=len(first.weights),
                 n=first.numel,
                 dtype=str(dtype).removeprefix("torch."),
+                mask=first.mask.name if step.masked else "",
                 step=step_name,
                 provider=provider,
-                bytes_per_weight=step.passes * dtype.itemsize,
+                bytes_per_weight=step.moved(dtype.itemsize, first.mask.out_dtype.itemsize),
             )
             for provider in step.providers
             if provider in self.providers
@@ -79,13 +69,18 @@ class Bench:
         for provider, row in rows.items():
             row.note, estimates[provider] = self._warm_up(step_name, provider, first)
         ready = {name: step.providers[name] for name, row in rows.items() if not row.note}
-        if ready:
-            clock = clock_for(self.device)
-            timings = time_interleaved(ready, estimates, batches, clock, self.budget)
-            for provider, timing in timings.items():
-                rows[provider].set_timing(timing, timings.get(step.base))
-                if timing.median > MIN_EXTRAPOLATED:
-                    self.seconds_per_weight[step_name, provider] = timing.median / first.numel
+        timings: dict[str, Timing] = {}
+        while ready and not timings:
+            try:
+                clock = clock_for(self.device)
+                timings = time_interleaved(ready, estimates, batches, clock, self.budget)
+            except ProviderError as failure:
+                rows[failure.provider].note = note_of(failure)
+                del ready[failure.provider]
+        for provider, timing in timings.items():
+            set_timing(rows[provider], timing, timings.get(step.base))
+            if timing.median > MIN_EXTRAPOLATED:
+                self.seconds_per_weight[step_name, provider] = timing.median / first.numel
         return list(rows.values())
 
     def _warm_up(self, step_name: str, provider: str, batch: Batch) -> tuple[str, float]:
@@ -103,10 +98,8 @@ class Bench:
                 return f"wrong: {wrong}", seconds
             if seconds < LONG_RUN or seconds > self.limit:
                 seconds, _ = clock(prepare(batch))
-        except torch.OutOfMemoryError:
-            return "skipped: out of memory", seconds
-        except RuntimeError as error:
-            return f"failed: {str(error).splitlines()[0]}", seconds
+        except Exception as error:
+            return note_of(error), seconds
         if may_skip and seconds > self.limit:
             return f"skipped: {seconds:.1f} s per run, limit {self.limit:g} s", seconds
         return "", seconds

@@ -1,16 +1,19 @@
 """Every kernel of the package run once, for a profiler to look at.
 
 `ncu --profile-from-start off ... python -m benchmarks.profile`. Prints the bytes that each operator
-should move, next to which the profiler's count of bytes and of atomics can be read.
+should move, next to which the profiler's count of bytes and of atomics can be read
+(`benchmarks/kernels.py`).
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.masks import Mask
 from pdp_kernels import (
     compress_2to4,
     hard_mask,
@@ -53,32 +56,39 @@ def operations(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[
         )
     yield Operation("hard mask", one + weight.numel(), lambda: hard_mask(plain, 0.9))
     yield Operation("PQ Index", one, lambda: pq_index(plain))
+    pruner = Mask.of("pruner", dtype, device)
     masks = {
         "mask": lambda: pdp_mask(weight, threshold=threshold),
+        "pruner's mask": lambda: pdp_mask(weight, threshold=threshold, **pruner.arguments),
         "2:4 mask": lambda: pdp_mask_nm(weight, 2, 4),
         "channel mask": lambda: pdp_mask_channel(weight, 0.5),
     }
     for name, mask in masks.items():
         norms = one if name == "channel mask" else 0  # read for the norms, and for <g, W>
         masked = mask()
-        yield Operation(f"{name}, forward", 2 * one + norms, mask)
-        yield Operation(
-            f"{name}, backward",
-            3 * one + 2 * norms,
-            lambda masked=masked: torch.autograd.grad(masked, weight, grad, retain_graph=True),
+        w_hat = masked.numel() * masked.element_size()
+        yield Operation(f"{name}, forward", one + w_hat + norms, mask)
+        backward = partial(
+            torch.autograd.grad, masked, weight, grad.to(masked.dtype), retain_graph=True
         )
+        yield Operation(f"{name}, backward", 2 * one + w_hat + 2 * norms, backward)
     if dtype == torch.bfloat16:
         yield Operation("2:4 packed", one + one // 2 + one // 16, lambda: compress_2to4(plain))
 
 
-def main() -> int:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profile", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--rows", type=int, default=2**14, help="of 4096 weights (default: 2^14)")
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    arguments = parse_arguments()
     if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+        print("profiling needs a CUDA device", file=sys.stderr)
+        return 2
     for name, dtype in DTYPES.items():
         for operation in operations(arguments.rows, dtype, torch.device("cuda")):
             operation.run()  # compiles

@@ -1,20 +1,23 @@
-"""Rows as a table, as CSV or JSON, and as the few ratios that matter most."""
+"""Rows as a table, as one line for each input, and as the few ratios that matter most.
 
-import csv
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+`python -m benchmarks.report FOLDER` prints the short table of every benchmark.csv in a folder, and
+that of kernels of ncu.csv.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.measure import Row
+from benchmarks.kernels import format_kernels
+from benchmarks.rows import Environment, Row, read_rows
 
-Environment = dict[str, object]
-
-# (step, input, other provider): the ratios that the last lines state, where they were measured.
+# (step, input, other provider): the ratios that the last lines state, where they were measured,
+# with the paper's mask.
 HEADLINES = (
     ("threshold", "2359296", "eager-kthvalue"),
     ("step", "2359296", "eager-kthvalue"),
-    ("step", "2359296", "compiled"),
+    ("step", "2359296", "compiled-kthvalue"),
     ("mask", "2359296", "compiled"),
     ("threshold", "gpt2", "eager-kthvalue"),
     ("step", "gpt2", "eager-kthvalue"),
@@ -24,6 +27,7 @@ COLUMNS = {
     "input": str.ljust,
     "n": str.rjust,
     "dtype": str.ljust,
+    "mask": str.ljust,
     "step": str.ljust,
     "provider": str.ljust,
     "vs eager": str.rjust,
@@ -42,10 +46,54 @@ def format_environment(environment: Environment) -> str:
 
 def format_table(rows: Sequence[Row]) -> str:
     """A GitHub table, padded so that it reads as plain text too. IQR is relative to the median."""
-    copies = {(row.input, row.dtype): row.gb_per_s for row in rows if row.step == "copy"}
-    lines = [tuple(COLUMNS), *(_cells(row, copies.get((row.input, row.dtype))) for row in rows)]
+    copies = copy_rates(rows)
+    lines = [_cells(row, copies.get((row.input, row.dtype))) for row in rows]
+    return _table(COLUMNS, lines)
+
+
+def format_short_table(rows: Sequence[Row]) -> str:
+    """One line for each input, dtype and mask: of `ours` the time of each step, and its rate as a
+    fraction of the copy's. Then the rows in error."""
+    copies = copy_rates(rows)
+    ours = [row for row in rows if row.provider == "ours" and row.median_s]
+    steps = list(dict.fromkeys(row.step for row in ours))
+    masks: dict[tuple[str, str], list[str]] = {}
+    for row in ours:
+        masks.setdefault((row.input, row.dtype), [])
+        if row.mask and row.mask not in masks[row.input, row.dtype]:
+            masks[row.input, row.dtype].append(row.mask)
+    cells = {}
+    for row in ours:
+        # A step without a mask stands in the first line of its input.
+        mask = row.mask or next(iter(masks[row.input, row.dtype]), "")
+        copy = copies.get((row.input, row.dtype))
+        fraction = f" {row.gb_per_s / copy:4.0%}" if copy else ""
+        cells[row.input, row.dtype, mask, row.step] = f"{row.median_s * 1e3:.3g}{fraction}"
+    lines = [
+        (*key, mask, f"{copies.get(key, 0):.0f}", *(cells.get((*key, mask, s), "") for s in steps))
+        for key, names in masks.items()
+        for mask in names or [""]
+    ]
+    columns = {"input": str.ljust, "dtype": str.ljust, "mask": str.ljust, "copy GB/s": str.rjust}
+    table = _table(columns | dict.fromkeys(steps, str.rjust), lines)
+    errors = [f"{describe(row)}: {row.note}" for row in rows if row.is_error]
+    return "\n".join(["ours, in ms, and its GB/s as a fraction of the copy's:", table, *errors])
+
+
+def describe(row: Row) -> str:
+    return " ".join(filter(None, (row.input, row.dtype, row.mask, row.step, row.provider)))
+
+
+def copy_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """GB/s of the copy, by input and dtype."""
+    copies = (row for row in rows if row.step == "copy" and row.gb_per_s)
+    return {(row.input, row.dtype): row.gb_per_s for row in copies}
+
+
+def _table(columns: dict[str, Callable], lines: Iterable[Sequence[str]]) -> str:
+    lines = [tuple(columns), *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligns = COLUMNS.values()
+    aligns = columns.values()
     rule = [
         "-" * (width - 1) + (":" if align is str.rjust else "-")
         for align, width in zip(aligns, widths, strict=True)
@@ -58,7 +106,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row, copy: float | None) -> tuple[str, ...]:
-    key = (row.input, f"{row.n:,}", row.dtype, row.step, row.provider)
+    key = (row.input, f"{row.n:,}", row.dtype, row.mask, row.step, row.provider)
     if row.note:
         return (*key, "", "", "", "", "", "", row.note)
     return (
@@ -66,7 +114,7 @@ def _cells(row: Row, copy: float | None) -> tuple[str, ...]:
         f"{row.speedup:.3g}x" if row.speedup else "",
         f"{row.median_s * 1e3:.4g}",
         f"{(row.quartile_high_s - row.quartile_low_s) / row.median_s:.0%}",
-        str(row.bytes_per_weight),
+        f"{row.bytes_per_weight:g}",
         f"{row.gb_per_s:.3g}",
         f"{row.gb_per_s / copy:.0%}" if copy else "",
         str(row.runs),
@@ -76,7 +124,9 @@ def _cells(row: Row, copy: float | None) -> tuple[str, ...]:
 def format_headlines(rows: Iterable[Row]) -> str:
     """One line per headline and dtype: how many times faster ours is."""
     medians = {
-        (row.step, row.input, row.dtype, row.provider): row.median_s for row in rows if row.median_s
+        (row.step, row.input, row.dtype, row.provider): row.median_s
+        for row in rows
+        if row.median_s and row.mask in ("", "paper")
     }
     dtypes = dict.fromkeys(dtype for _, _, dtype, _ in medians)
     lines = []
@@ -90,45 +140,18 @@ def format_headlines(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_results(
-    destination: Path, rows: Sequence[Row], environment: Environment, settings: Environment
-) -> list[Path]:
-    """Write FILE.csv or FILE.json, or both as benchmark.* into a folder; returns what it wrote."""
-    writers = {".csv": _write_csv, ".json": _write_json}
-    if destination.suffix in writers:
-        paths = [destination]
-    else:
-        paths = [destination / f"benchmark{suffix}" for suffix in writers]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writers[path.suffix](path, rows, environment, settings)
-    return paths
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.splitlines()[2]
+    )
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    for path in sorted(folder.rglob("benchmark.csv")):
+        print(f"{path.parent.name}\n{format_short_table(list(read_rows(path)))}\n")
+    for path in sorted(folder.rglob("ncu.csv")):
+        print(format_kernels(path))
+    return 0
 
 
-def _write_csv(
-    path: Path, rows: Sequence[Row], environment: Environment, settings: Environment
-) -> None:
-    """Comment lines with environment and settings, then a header, then the rows."""
-    with path.open("w", newline="") as file:
-        for name, value in (environment | settings).items():
-            print(f"# {name}: {value}", file=file)
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
-
-
-def _write_json(
-    path: Path, rows: Sequence[Row], environment: Environment, settings: Environment
-) -> None:
-    content = {
-        "environment": environment,
-        "settings": settings,
-        "rows": [asdict(row) for row in rows],
-    }
-    write_json(path, content)
-
-
-def write_json(path: Path, content: dict[str, object]) -> None:
-    """Environment and rows as JSON, in a folder that is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ the ratio is dense over sparse.
 import argparse
 import copy
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import describe_environment
-from benchmarks.report import format_environment, write_json
+from benchmarks.measure import note_of
+from benchmarks.report import format_environment
+from benchmarks.rows import write_json
 from benchmarks.timing import Timing, cuda_clock, time_interleaved
 from pdp_kernels import hard_mask_nm, to_semi_structured
 
@@ -79,30 +82,42 @@ def row(timings: dict[str, Timing], operations: int) -> dict[str, object]:
     }
 
 
-def main() -> int:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sparse_linear", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="per shape")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    arguments = parse_arguments()
     if not torch.cuda.is_available():
-        parser.error("sparse tensor cores need a CUDA device, and torch finds none")
+        print("sparse tensor cores need a CUDA device, and torch finds none", file=sys.stderr)
+        return 2
     environment = describe_environment(torch.device("cuda"))
     print(format_environment(environment), "\n", sep="")
     rows = []
     for name, shape in SHAPES.items():
-        result = {"shape": name, "sizes": shape} | measure(*shape, arguments.budget)
-        rows.append(result)
-        print(
-            f"{name}: {result['note']}"
-            if "note" in result
-            else f"{name}: dense {result['dense_s'] * 1e3:.4g} ms, 2:4 "
-            f"{result['sparse_s'] * 1e3:.4g} ms, {result['speedup']:.3g}x"
-        )
-    if arguments.out:
-        write_json(arguments.out, {"environment": environment, "rows": rows})
+        try:
+            result = measure(*shape, arguments.budget)
+        except Exception as error:
+            result = {"note": note_of(error)}
+        rows.append({"shape": name, "sizes": shape} | result)
+        print(describe(rows[-1]), flush=True)
+        if arguments.out:
+            write_json(arguments.out, {"environment": environment, "rows": rows})
     return 1 if any("note" in result for result in rows) else 0
+
+
+def describe(result: dict) -> str:
+    if "note" in result:
+        return f"{result['shape']}: {result['note']}"
+    return (
+        "{shape}: dense {dense_s:.4g} s, 2:4 {sparse_s:.4g} s, {speedup:.3g}x, "
+        "{sparse_tflop_per_s:.4g} TFLOP/s".format(**result)
+    )
 
 
 if __name__ == "__main__":

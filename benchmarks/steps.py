@@ -14,24 +14,28 @@ from torch import Tensor
 
 from benchmarks import channels, eager, groups, sparsity, truth
 from benchmarks.batches import Batch
+from benchmarks.masks import Mask
 from pdp_kernels import pdp_mask, pdp_threshold, pdp_thresholds
 
 Tensors = Sequence[Tensor]
 Provider = Callable[[Batch], Callable[[], Any]]
-SoftMask = Callable[[Tensor, Tensor], Tensor]
+SoftMask = Callable[[Tensor, Tensor, Mask], Tensor]
 
 
 @dataclass(frozen=True)
 class Step:
     """One thing to time."""
 
-    passes: int
-    """Elements that the best implementation reads and writes per weight."""
+    moved: Callable[[int, int], float]
+    """Bytes that the best implementation reads and writes per weight, from the bytes of a weight
+    and of an element of w_hat."""
     providers: dict[str, Provider]
     check: Callable[[Batch, Any], str | None]
     """Says what is wrong with a provider's answer, or None."""
     base: str | None = None
     """The provider that ratios are taken to."""
+    masked: bool = False
+    """Whether the batch's mask makes a difference."""
 
 
 def all_timed(run: Callable[[Batch], Any]) -> Provider:
@@ -51,14 +55,21 @@ def our_thresholds(batch: Batch) -> Tensors:
     return pdp_thresholds(batch.weights, batch.sparsity).unbind()
 
 
-def our_mask(weight: Tensor, threshold: Tensor) -> Tensor:
+def our_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
     """`pdp_mask` at a given threshold."""
-    return pdp_mask(weight, threshold=threshold)
+    return pdp_mask(weight, threshold=threshold, **mask.arguments)
+
+
+def masked_weights(soft_mask: SoftMask, batch: Batch, thresholds: Tensors) -> Tensors:
+    return [
+        soft_mask(weight, threshold, batch.mask)
+        for weight, threshold in zip(batch.weights, thresholds, strict=True)
+    ]
 
 
 def forward(soft_mask: SoftMask) -> Provider:
     """Masked weights at given thresholds, with what autograd keeps for backward."""
-    return all_timed(lambda batch: list(map(soft_mask, batch.weights, batch.thresholds)))
+    return all_timed(lambda batch: masked_weights(soft_mask, batch, batch.thresholds))
 
 
 def backward(soft_mask: SoftMask) -> Provider:
@@ -68,7 +79,7 @@ def backward(soft_mask: SoftMask) -> Provider:
     """
 
     def prepare(batch: Batch) -> Callable[[], Tensors]:
-        masked = list(map(soft_mask, batch.weights, batch.thresholds))
+        masked = masked_weights(soft_mask, batch, batch.thresholds)
         return partial(torch.autograd.grad, masked, batch.weights, batch.grads)
 
     return prepare
@@ -81,7 +92,7 @@ def forward_backward(
 
     def run(batch: Batch) -> tuple[Tensors, Tensors]:
         selected = thresholds(batch) if thresholds else batch.thresholds
-        masked = list(map(soft_mask, batch.weights, selected))
+        masked = masked_weights(soft_mask, batch, selected)
         return masked, torch.autograd.grad(masked, batch.weights, batch.grads)
 
     return all_timed(run)
@@ -115,45 +126,57 @@ SOFT_MASKS: dict[str, SoftMask] = {
 }
 
 STEPS = {
-    "copy": Step(2, {"copy": copy}, truth.check_copy),
-    "sum": Step(1, {"sum": all_timed(sums)}, truth.check_sums),
+    "copy": Step(lambda w, h: 2 * w, {"copy": copy}, truth.check_copy),
+    "sum": Step(lambda w, h: w, {"sum": all_timed(sums)}, truth.check_sums),
     "threshold": Step(
-        passes=1,
-        providers={name: all_timed(selection) for name, selection in SELECTIONS.items()},
-        check=truth.check_thresholds,
+        lambda w, h: w,
+        {name: all_timed(selection) for name, selection in SELECTIONS.items()},
+        truth.check_thresholds,
         base="eager-kthvalue",
     ),
     "forward": Step(
-        passes=2,
-        providers={name: forward(mask) for name, mask in SOFT_MASKS.items()},
-        check=truth.check_forward,
+        lambda w, h: w + h,
+        {name: forward(mask) for name, mask in SOFT_MASKS.items()},
+        truth.check_forward,
         base="eager",
+        masked=True,
     ),
     "backward": Step(
-        passes=3,
-        providers={name: backward(mask) for name, mask in SOFT_MASKS.items()},
-        check=truth.check_backward,
+        lambda w, h: 2 * w + h,
+        {name: backward(mask) for name, mask in SOFT_MASKS.items()},
+        truth.check_backward,
         base="eager",
+        masked=True,
     ),
     "mask": Step(
-        passes=5,
-        providers={name: forward_backward(mask) for name, mask in SOFT_MASKS.items()},
-        check=truth.check_forward_backward,
+        lambda w, h: 3 * w + 2 * h,
+        {name: forward_backward(mask) for name, mask in SOFT_MASKS.items()},
+        truth.check_forward_backward,
         base="eager",
+        masked=True,
     ),
     "step": Step(
-        passes=6,
-        providers={
+        lambda w, h: 4 * w + 2 * h,
+        {
             "eager-kthvalue": forward_backward(eager.soft_mask, SELECTIONS["eager-kthvalue"]),
             "eager-topk": forward_backward(eager.soft_mask, SELECTIONS["eager-topk"]),
-            "compiled": forward_backward(eager.compiled_soft_mask, SELECTIONS["eager-kthvalue"]),
+            "compiled-kthvalue": forward_backward(
+                eager.compiled_soft_mask, SELECTIONS["eager-kthvalue"]
+            ),
+            "compiled-sort": forward_backward(eager.compiled_soft_mask, SELECTIONS["sort"]),
             "ours": forward_backward(our_mask, our_thresholds),
         },
-        check=truth.check_forward_backward,
+        truth.check_forward_backward,
         base="eager-kthvalue",
+        masked=True,
     ),
-    "mask-2:4": Step(5, groups.MASKS, groups.check_masks, base="eager"),
-    "mask-channel": Step(6, channels.MASKS, channels.check_masks, base="eager"),
-    "pack-2:4": Step(3, groups.PACKERS, groups.check_packed, base="eager"),
-    "pq-index": Step(1, sparsity.PROVIDERS, sparsity.check, base="eager"),
+    "mask-2:4": Step(
+        lambda w, h: 3 * w + 2 * h, groups.MASKS, groups.check_masks, base="eager", masked=True
+    ),
+    "mask-channel": Step(
+        lambda w, h: 4 * w + 2 * h, channels.MASKS, channels.check_masks, base="eager", masked=True
+    ),
+    # In bfloat16 whatever the weights are in: read, and half of it and one bit a weight written.
+    "pack-2:4": Step(lambda w, h: 2 + 1 + 1 / 8, groups.PACKERS, groups.check_packed, base="eager"),
+    "pq-index": Step(lambda w, h: w, sparsity.PROVIDERS, sparsity.check, base="eager"),
 }

@@ -35,6 +35,14 @@ class Timing:
         return cls(median, (low, high), len(seconds))
 
 
+class ProviderError(Exception):
+    """A provider failed while it was timed; the cause is what it raised."""
+
+    def __init__(self, provider: str):
+        super().__init__(provider)
+        self.provider = provider
+
+
 def cpu_clock(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds that `run` takes on the host, and what it returns."""
     start = time.perf_counter()
@@ -71,6 +79,9 @@ def time_interleaved(
     """Time warmed-up providers in turn for `budget` seconds, and for MIN_ROUNDS at the least.
 
     estimates: seconds that one run of each takes, from its warm-up.
+
+    Raises:
+        ProviderError: one of them failed.
     """
     share = max(estimates[name] for name in providers) / 4
     runs_per_round = {
@@ -90,5 +101,8 @@ def time_interleaved(
             break
         for name, provider in providers.items():
             for _ in range(runs_per_round[name]):
-                seconds[name].append(clock(provider(next(rotations[name])))[0])
+                try:
+                    seconds[name].append(clock(provider(next(rotations[name])))[0])
+                except Exception as error:
+                    raise ProviderError(name) from error
     return {name: Timing.of(samples) for name, samples in seconds.items()}

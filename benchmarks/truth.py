@@ -7,19 +7,17 @@ from torch import Tensor
 
 from benchmarks.batches import Batch
 
-TAU = 1e-4
-
-# Error allowed in the mask, and in dw/g relative to 1 + dw/g. float32: z = (w^2 - t^2) / tau is
-# rounded by about 2^-23 w^2 / tau, up to 1e-3 for weights near 1. bfloat16: half a unit in the
-# last place of the result, 2^-9, and as much again.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2**-8}
+# Error allowed in the mask, and in dw/g relative to 1 + dw/g: z = (w^2 - t^2) / tau in float32 is
+# rounded by about 2^-23 w^2 / tau, up to 1e-3 for weights near 1; and a result in bfloat16 is
+# rounded once more, by up to half a unit in its last place, 2^-8 of it.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-3 + 2**-8}
 
 # Elements compared at a time: float64 temporaries that stay in a CPU's cache and that PyTorch does
 # not hand to other threads, or that fill a GPU.
 CHUNK = {"cpu": 2**15, "cuda": 2**24}
 
-# (w, t, g) in float64 -> (right answer, the size that the tolerance is relative to)
-Formula = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (w, t, g, tau) in float64 -> (right answer, the size that the tolerance is relative to)
+Formula = Callable[[Tensor, Tensor, Tensor, float | Tensor], tuple[Tensor, Tensor]]
 
 
 def check_thresholds(batch: Batch, thresholds: Sequence[Tensor]) -> str | None:
@@ -32,12 +30,12 @@ def check_thresholds(batch: Batch, thresholds: Sequence[Tensor]) -> str | None:
 
 def check_forward(batch: Batch, masked: Sequence[Tensor]) -> str | None:
     """What is wrong with the masked weights, or None."""
-    return _compare("w_hat", batch, masked, _masked_weight)
+    return _compare("w_hat", batch, masked, batch.mask.out_dtype, _masked_weight)
 
 
 def check_backward(batch: Batch, gradients: Sequence[Tensor]) -> str | None:
     """What is wrong with the gradients with respect to the weights, or None."""
-    return _compare("gradient", batch, gradients, _gradient)
+    return _compare("gradient", batch, gradients, batch.weights[0].dtype, _gradient)
 
 
 def check_forward_backward(
@@ -63,26 +61,30 @@ def check_sums(batch: Batch, sums: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _masked_weight(w: Tensor, t: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.sigmoid((w * w - t * t) / TAU) * w, w.abs()
+def _masked_weight(w: Tensor, t: Tensor, g: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor]:
+    return torch.sigmoid((w * w - t * t) / tau) * w, w.abs()
 
 
-def _gradient(w: Tensor, t: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    m = torch.sigmoid((w * w - t * t) / TAU)
-    factor = m + 2 * w * w / TAU * m * (1 - m)
+def _gradient(w: Tensor, t: Tensor, g: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor]:
+    m = torch.sigmoid((w * w - t * t) / tau)
+    factor = m + 2 * w * w / tau * m * (1 - m)
     return g * factor, g.abs() * (1 + factor)
 
 
-def _compare(name: str, batch: Batch, outputs: Sequence[Tensor], formula: Formula) -> str | None:
+def _compare(
+    name: str, batch: Batch, outputs: Sequence[Tensor], dtype: torch.dtype, formula: Formula
+) -> str | None:
     tensors = zip(batch.weights, batch.thresholds, batch.grads, outputs, strict=True)
     for index, (weight, threshold, grad, output) in enumerate(tensors):
-        if output.shape != weight.shape or output.dtype != weight.dtype:
+        if output.shape != weight.shape or output.dtype != dtype:
             return f"{name} of tensor {index} is {tuple(output.shape)} in {output.dtype}"
+        t = threshold.double()
+        tau = batch.mask.temperature(t)
         chunk = CHUNK[weight.device.type]
         flat = (tensor.detach().flatten().split(chunk) for tensor in (weight, grad, output))
         for w, g, got in zip(*flat, strict=True):
-            want, size = formula(w.double(), threshold.double(), g.double())
-            right = (got.double() - want).abs() <= TOLERANCE[weight.dtype] * size
+            want, size = formula(w.double(), t, g.double(), tau)
+            right = (got.double() - want).abs() <= TOLERANCE[dtype] * size
             if not right.all():
                 at = int(right.logical_not().int().argmax())
                 return (

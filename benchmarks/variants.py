@@ -1,0 +1,169 @@
+"""Constants of the CUDA kernels: builds of the sources with another value each, timed.
+
+`python -m benchmarks.variants build FOLDER` copies the sources once for each variant, changes its
+constants and builds; `time FOLDER` runs the benchmark of thresholds in each, the unchanged build of
+this checkout first.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.report import copy_rates
+from benchmarks.rows import read_rows
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("csrc", "pdp_kernels", "setup.py", "pyproject.toml")
+LINKED = ("benchmarks", "triton_kernels", "README.md", "LICENSE")
+
+
+# What is timed of each build.
+BENCHMARK = (
+    *("--device", "cuda", "--dtypes", "float32", "bfloat16", "--budget", "0.2"),
+    *("--inputs", "2359296", "100000000", "resnet50", "--steps", "copy", "threshold"),
+    *("--providers", "copy", "ours"),
+)
+
+
+class Change(NamedTuple):
+    """A constant of csrc/cuda/FILE, in the struct of that name if there is one, and its value."""
+
+    file: str
+    constant: str
+    value: str
+    struct: str = ""
+
+
+SELECT_32 = "RadixSelect<uint32_t>"
+SELECT_16 = "RadixSelect<uint16_t>"
+
+VARIANTS = {
+    "2 packets in flight": (Change("block.cuh", "kPacketsInFlight", "2"),),
+    "8 packets in flight": (Change("block.cuh", "kPacketsInFlight", "8"),),
+    "tiles of 8 KiB": (Change("weight_table.cuh", "kTile", "8 * 1024 / sizeof(Key)"),),
+    "tiles of 64 KiB": (Change("weight_table.cuh", "kTile", "64 * 1024 / sizeof(Key)"),),
+    "32 bits: 4 blocks": (Change("radix_select.cuh", "kBlocks", "4", SELECT_32),),
+    "32 bits: 8 blocks": (Change("radix_select.cuh", "kBlocks", "8", SELECT_32),),
+    "32 bits: 512 threads, 3 blocks": (
+        Change("radix_select.cuh", "kThreads", "512", SELECT_32),
+        Change("radix_select.cuh", "kBlocks", "3", SELECT_32),
+    ),
+    "16 bits: 512 threads": (Change("radix_select.cuh", "kThreads", "512", SELECT_16),),
+}
+
+
+def changed(source: str, change: Change) -> str:
+    """The source with the constant's new value.
+
+    Raises:
+        ValueError: it has no such constant, or several.
+    """
+    begin, end = 0, len(source)
+    if change.struct:
+        begin = source.find(f"struct {change.struct} {{")
+        end = source.find("};", begin)
+        if begin < 0:
+            raise ValueError(f"{change.file} has no struct {change.struct}")
+    pattern = rf"(constexpr \w+ {change.constant} = )[^;]+;"
+    part, count = re.subn(pattern, rf"\g<1>{change.value};", source[begin:end])
+    if count != 1:
+        raise ValueError(f"{change.file} has {count} constants {change.constant}, not one")
+    return source[:begin] + part + source[end:]
+
+
+def folder_of(parent: Path, name: str) -> Path:
+    return parent / re.sub(r"\W+", "-", name)
+
+
+def copy_sources(folder: Path, changes: Sequence[Change]) -> None:
+    """The sources in a folder of their own, changed; what stays as it is is linked."""
+    folder.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    for old in folder.glob("pdp_kernels/*.so"):
+        old.unlink()
+    for change in changes:
+        path = folder / "csrc" / "cuda" / change.file
+        path.write_text(changed(path.read_text(), change))
+
+
+def build(folder: Path, name: str) -> bool:
+    """Build one variant; what its compilers print stands in build.log of its folder."""
+    folder = folder_of(folder, name)
+    copy_sources(folder, VARIANTS[name])
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    with (folder / "build.log").open("w") as log:
+        environment = os.environ | {"MAX_JOBS": "2"}  # of each of the builds at a time
+        result = subprocess.run(
+            command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    print(f"{name}: {'built' if result.returncode == 0 else f'failed, see {log.name}'}", flush=True)
+    return result.returncode == 0
+
+
+def time_build(checkout: Path, name: str, result: Path) -> bool:
+    """Run the benchmark of thresholds in a checkout and print a line for each input."""
+    command = [sys.executable, "-m", "benchmarks", *BENCHMARK, "--out", str(result)]
+    subprocess.run(command, cwd=checkout, stdout=subprocess.DEVNULL)
+    rows = list(read_rows(result)) if result.exists() else []
+    copies = copy_rates(rows)
+    timed = [row for row in rows if row.step == "threshold" and row.median_s]
+    for row in timed:
+        of_copy = row.gb_per_s / copies[row.input, row.dtype]
+        figures = f"{row.median_s * 1e6:9.1f} us {of_copy:5.0%}"
+        print(f"{name:32}{row.input:12}{row.dtype:10}{figures}", flush=True)
+    notes = [f"{row.input} {row.dtype}: {row.note}" for row in rows if row.is_error]
+    if not timed:
+        notes.append("nothing was timed")
+    for note in notes:
+        print(f"{name:32}{note}", flush=True)
+    return not notes
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.variants", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("action", choices=("build", "time"))
+    parser.add_argument("folder", type=Path, help="where the builds are")
+    parser.add_argument(
+        "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
+        help=f"any of: {'; '.join(VARIANTS)}",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=len(VARIANTS), help="builds at a time")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where time leaves a CSV file for each"
+    )
+    arguments = parser.parse_args(words)
+    if arguments.action == "time" and not arguments.out:
+        parser.error("time needs --out")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.action == "build":
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            built = pool.map(lambda name: build(arguments.folder, name), arguments.only)
+            return 0 if all(list(built)) else 1
+    out = arguments.out.resolve()
+    right = [time_build(ROOT, "as it is", out / "as-it-is.csv")]
+    for name in arguments.only:
+        folder = folder_of(arguments.folder, name)
+        right.append(time_build(folder, name, out / f"{folder.name}.csv"))
+    return 0 if all(right) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
