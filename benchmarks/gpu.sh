@@ -1,94 +1,172 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: build for the card, tests, compute-sanitizer, benchmark.
-# Downloads nothing. A part that fails does not stop the others; the last lines say which failed.
+# Everything that needs a GPU, in three calls, each in order of worth: is it right, how fast is it, and
+# which constants suit the card. For a machine that is rented by the minute, and bare: builds for its
+# card, downloads nothing.
 #
-#   PYTHON=python3 OUT=benchmarks/results/gpu benchmarks/gpu.sh [PART ...]
+#   PYTHON=python3 OUT=folder DEADLINE=540 PDP_COMMIT=$(git describe --always --dirty) \
+#     benchmarks/gpu.sh [right|fast|tuned|PART ...]
 #
-# With names of parts, such as tests or ncu, it runs those alone.
+# With no name all parts run; with names those alone, after environment and build. A name may be a
+# pattern: 'memcheck-*'. The sanitizers of the CUDA kernels need the part workloads.
+# What comes back: $OUT/gpu.tar.gz (logs and results), $OUT/summary.csv (how each part ended) and
+# $OUT/table.txt (the benchmarks in short), refreshed after each part.
+#
+# Limits are several times what bytes over 3 TB/s, compile times and 6 s for a process that imports
+# torch add up to; parts that fail cost the others nothing but time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-OUT=$(realpath -m "${OUT:-benchmarks/results/gpu}")
-mkdir -p "$OUT"
-failed=()
-only=("$@")
+OUT=${OUT:-benchmarks/results/gpu}
+DEADLINE=${DEADLINE:-1800}
+CHOSEN=("$@")
 
-part() {
-  local name=$1
-  shift
-  if ((${#only[@]})) && [[ " ${only[*]} " != *" $name "* ]]; then return; fi
-  echo "== $name: $*"
-  if "$@" >"$OUT/$name.log" 2>&1; then
-    tail -n 3 "$OUT/$name.log"
-  else
-    failed+=("$name")
-    tail -n 40 "$OUT/$name.log"
-  fi
-}
+names="right fast tuned $(sed -nE 's/^ *(part|start|bench) ([a-z0-9-]+) .*/\2/p' "${BASH_SOURCE[0]}")"
+for pattern in "$@"; do
+  for name in $names; do
+    [[ $name == $pattern ]] && continue 2
+  done
+  echo "no part is called $pattern; there are:" $names >&2
+  exit 2
+done
+((${#CHOSEN[@]})) && CHOSEN+=(environment build)
 
-environment() {
-  nvidia-smi
-  nvcc --version
-  "$PYTHON" -c "import torch, triton; print(torch.__version__, torch.version.cuda, triton.__version__)"
-  git rev-parse HEAD
-  git status --porcelain
-}
+. benchmarks/parts.sh
 
+PATH=$PATH:/usr/local/cuda/bin:$(echo /opt/nvidia/nsight-compute/*/ | tr ' ' :)
+PDP_COMMIT=${PDP_COMMIT:-$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
 TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") || {
   echo "no CUDA device that $PYTHON's torch can use"
   exit 1
 }
-export TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1
+export PYTHON PDP_COMMIT TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1 PYTHONUNBUFFERED=1
+export NVCC_APPEND_FLAGS="-lineinfo -Xptxas -v"
+{
+  echo "# commit: $PDP_COMMIT"
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader | sed 's/^/# card: /'
+} >>"$RESULTS/summary.csv"
 
-# A small matrix of every kernel: each tool runs it some 10 to 50 times slower than it is.
-SANITIZED=(tests/test_threshold.py tests/test_digit_counts.py tests/test_hard_mask.py tests/test_soft_mask.py
-  tests/test_soft_mask_nm.py tests/test_soft_mask_channel.py tests/test_pq_index.py
-  -k "gpu and (mixed or special or tiles or layouts or out_dtype or unusual or inf_and_nan or both_half)")
+short_table() { "$PYTHON" -m benchmarks.report "$RESULTS"; }
+
+environment() {
+  uname -a
+  nproc
+  nvidia-smi
+  nvidia-smi -q -d CLOCK,POWER,PERFORMANCE,ECC
+  nvcc --version
+  "$PYTHON" -m pip list --disable-pip-version-check
+}
+
+build() {
+  "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable . || return
+  "$PYTHON" -c "
+import json, pdp_kernels
+info = pdp_kernels.build_info()
+print(json.dumps(info, indent=1))
+assert all(info['backends'].values()), info['reasons']"
+}
+
+# Builds and runs the torch-free program over csrc/cuda.
+workloads() {
+  nvcc -std=c++17 -O2 -lineinfo -arch=native -I csrc -o "$1" instruments/host_cuda/workloads.cu && "$1"
+}
+export -f environment build workloads
+
+# Fewest bytes back, most said: what fails stands in a file of its own, as it happens.
+tests() {
+  local workers
+  workers=$(nproc)
+  OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m gpu -q --tb=short -p no:cacheprovider \
+    -n "$((workers < 16 ? workers : 16))" --dist worksteal \
+    -p benchmarks.gpu_tests --test-limit 90 --failures "$1" --durations 15
+}
+export -f tests
+
+bench() {
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
+    --out "$RESULTS/$name" "$@"
+}
 
 # Of each kernel: time, bytes moved, occupancy, and what atomics and banks of shared memory cost.
 METRICS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
 METRICS+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
-METRICS+=,smsp__inst_executed_op_shared_atom.sum,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum
+METRICS+=,smsp__inst_executed.sum,smsp__inst_executed_op_shared_atom.sum
+METRICS+=,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum
 
-part environment environment
-part build "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index --editable .
-part build-info "$PYTHON" -c "import json, pdp_kernels; print(json.dumps(pdp_kernels.build_info(), indent=1))"
-part tests "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck initcheck; do
-    part "$tool" timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$PYTHON" -m pytest -q -p no:cacheprovider "${SANITIZED[@]}"
-  done
-else
-  echo "compute-sanitizer is not installed: left out"
-fi
-part benchmark "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 --budget 0.5 \
-  --steps copy sum threshold forward backward mask step --out "$OUT" --plot "$OUT/benchmark.png"
-part benchmark-large "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 --budget 0.5 \
-  --inputs 1e9 llama-7b-block --steps copy sum threshold forward backward \
-  --providers copy sum compiled ours --out "$OUT/large"
-for share in 0.5 0.8; do
-  part "benchmark-$share" "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 --budget 0.5 \
-    --sparsity "$share" --inputs 16777216 gpt2 --steps sum threshold --out "$OUT/sparsity-$share"
+# Our kernels by their demangled names: those of csrc/cuda, and those of triton_kernels.
+KERNELS='.*pdp::.*|_(soft_mask|hard_mask|products|compress)_.*'
+
+GROUP=always
+start environment 30 environment
+# 25 s of nvcc for one architecture, and 20 s of CPU kernels over all cores.
+start build 120 build
+GROUP=right
+start workloads 120 workloads "$SCRATCH/workloads"
+GROUP=tuned
+start variants-build 150 "$PYTHON" -m benchmarks.variants build "$SCRATCH/variants"
+finish
+GROUP=right
+ok build || stop "the build failed"
+
+# Is it right?
+# 45 variants compiled by Triton, half a second each.
+part smoke 60 "$PYTHON" -m benchmarks.smoke
+# A thousand tests and as many compilations, by 16 workers.
+part tests 180 tests "$RESULTS/failures.txt"
+# All tools at once: a few MB of weights, 10 to 50 times slower than without; Triton's kernels come
+# from the cache that smoke has filled.
+for tool in memcheck racecheck initcheck synccheck; do
+  sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20)
+  start "$tool-cuda" 75 "${sanitizer[@]}" "$SCRATCH/workloads"
+  start "$tool-triton" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    "${sanitizer[@]}" "$PYTHON" -m benchmarks.smoke --triton --no-poison
 done
-part benchmark-2to4 "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
-  --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4 --out "$OUT/2to4"
-part benchmark-channel "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
-  --inputs conv-1x1 conv-3x3 100663296 resnet50 --steps copy mask-channel --out "$OUT/channel"
-part benchmark-pq-index "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
-  --inputs 100663296 resnet50 gpt2 --steps copy pq-index --out "$OUT/pq-index"
-part training-step "$PYTHON" -m benchmarks.training_step --device cuda --budget 3 --out "$OUT/training_step.json"
-part distributed "$PYTHON" -m benchmarks.distributed --device cuda --ranks 1 --out "$OUT/distributed.json"
-if command -v ncu >/dev/null; then
-  part ncu ncu --profile-from-start off --csv --log-file "$OUT/ncu.csv" --metrics "$METRICS" \
-    "$PYTHON" -m benchmarks.profile
-else
-  echo "ncu is not installed: left out"
-fi
-part sparse-linear "$PYTHON" -m benchmarks.sparse_linear --out "$OUT/sparse_linear.json"
+finish
+# 3 inputs x 2 dtypes x 9 steps of 0.3 s, and 8 compilations by inductor of 3 s.
+bench core 75 --budget 0.2 --inputs 2359296 100000000 resnet50 \
+  --steps copy sum threshold forward backward step --providers copy sum compiled ours
+# 60 launches, each replayed for a handful of counters.
+part ncu 60 ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
+  --kernel-name "regex:$KERNELS" --csv --print-units base --log-file "$RESULTS/ncu.csv" \
+  --metrics "$METRICS" "$PYTHON" -m benchmarks.profile --rows 8192
 
-if ((${#failed[@]})); then
-  echo "failed: ${failed[*]}; logs in $OUT"
-  exit 1
-fi
-echo "all passed; results in $OUT"
+# How fast is it?
+GROUP=fast
+# 7 inputs x 2 dtypes x 9 steps of 0.3 s, and compilations.
+bench sizes 120 --budget 0.2 --limit 0.5 \
+  --inputs 65536 1048576 16777216 100000000 resnet50 bert-base gpt2 \
+  --steps copy sum threshold forward backward step \
+  --providers copy sum sort eager compiled compiled-sort ours
+# One size for the eager providers: kthvalue is one block's work, 2.5 s at 1e8.
+bench eager 75 --budget 0.5 --inputs 2359296 --steps copy threshold mask step
+bench 2to4 60 --budget 0.2 --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4
+bench channel 75 --budget 0.2 --inputs conv-1x1 conv-3x3 100663296 resnet50 \
+  --steps copy mask-channel
+bench pq-index 40 --budget 0.2 --inputs 100663296 resnet50 gpt2 --steps copy pq-index
+bench sparsity-50 30 --budget 0.2 --sparsity 0.5 --inputs 16777216 gpt2 \
+  --steps copy sum threshold --providers copy sum ours
+bench sparsity-80 30 --budget 0.2 --sparsity 0.8 --inputs 16777216 gpt2 \
+  --steps copy sum threshold --providers copy sum ours
+# 9 shapes of 0.5 s, and their packing.
+TAIL=9 part sparse-linear 45 "$PYTHON" -m benchmarks.sparse_linear --budget 0.5 \
+  --out "$RESULTS/sparse_linear.json"
+part distributed 40 "$PYTHON" -m benchmarks.distributed --device cuda --ranks 1 \
+  --out "$RESULTS/distributed.json"
+
+# Whole training steps, the largest weights, and other constants.
+GROUP=tuned
+# 4 tasks: float64 gradients once, then 3 s.
+TAIL=4 part training 120 "$PYTHON" -m benchmarks.training_step --device cuda --budget 3 \
+  --out "$RESULTS/training_step.json" --tasks "ResNet-50, 128 images, bfloat16" \
+  "GPT-2 124M, 8 x 1024 tokens, bfloat16" "GPT 10.6M, 64 x 256 tokens" "pruner.step, GPT-2"
+# A sort of 1e9 weights for their thresholds, and 2 s for a billion in float64.
+bench large 100 --budget 0.3 --masks pruner --inputs 1e9 llama-7b-block \
+  --steps copy sum threshold forward backward --providers copy sum compiled ours
+# 35 choices x 2 dtypes x 2 to 3 steps of 0.2 s, and two compilations for each.
+TAIL=80 part sweep 120 "$PYTHON" -m benchmarks.sweep --out "$RESULTS/sweep.csv"
+# 9 builds of 10 s.
+TAIL=54 part variants 110 "$PYTHON" -m benchmarks.variants time "$SCRATCH/variants" \
+  --out "$RESULTS/variants"
+
+conclude
