@@ -28,7 +28,8 @@ def _offsets(stride, M: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr
     inside = group % stride
     first = (group - inside) * M + inside
     member = tl.arange(0, PADDED)[None, :]
-    return first[:, None] + member * stride, member < M
+    # In int64: the last member may lie more than 2^31 elements behind the first.
+    return first[:, None] + member.to(tl.int64) * stride, member < M
 
 
 @triton.jit
