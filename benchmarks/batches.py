@@ -39,20 +39,16 @@ class Batch:
 def make_batches(
     name: str, dtype: torch.dtype, device: torch.device, sparsity: float, seed: int = 0
 ) -> list[Batch]:
-    """Enough batches of one input that a rotation over their weights does not fit in the cache.
-
-    Their mask is the paper's.
-    """
+    """Enough batches of one input that a rotation over their weights does not fit in the cache."""
     generator = torch.Generator(device).manual_seed(seed)
-    first = _make_batch(name, dtype, sparsity, generator)
+    first = make_batch(name, dtype, sparsity, generator)
     count = math.ceil(2 * cache_bytes(device) / (first.numel * dtype.itemsize))
     others = range(1, min(count, MAX_BATCHES))
-    return [first, *(_make_batch(name, dtype, sparsity, generator) for _ in others)]
+    return [first, *(make_batch(name, dtype, sparsity, generator) for _ in others)]
 
 
-def _make_batch(
-    name: str, dtype: torch.dtype, sparsity: float, generator: torch.Generator
-) -> Batch:
+def make_batch(name: str, dtype: torch.dtype, sparsity: float, generator: torch.Generator) -> Batch:
+    """One batch on the generator's device; its mask is the paper's."""
     weights = [weight.to(dtype, copy=True) for weight in make_weights(name, generator)]
     return Batch(
         weights=[weight.requires_grad_() for weight in weights],

@@ -1,0 +1,298 @@
+"""Every step of the benchmark, run small: right answers pass, wrong ones do not, no row is lost."""
+
+import json
+import sys
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import __main__ as benchmark
+from benchmarks import channels, groups, models, profile, report, sparse_linear, training_step
+from benchmarks.batches import make_batch
+from benchmarks.environment import describe_environment
+from benchmarks.measure import Bench
+from benchmarks.networks import NETWORKS
+from benchmarks.rows import ResultFiles, Row, read_rows
+from benchmarks.steps import STEPS
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def batch_of(name="65536", dtype=torch.float32, mask="paper"):
+    return make_batch(name, dtype, 0.9, torch.Generator().manual_seed(0)).masked_by(mask)
+
+
+CASES = [
+    pytest.param(step, provider, mask, id=f"{step} {provider} {mask}")
+    for step, entry in STEPS.items()
+    for provider in entry.providers
+    for mask in (("paper", "pruner") if entry.masked else ("paper",))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("step", "provider", "mask"), CASES)
+def test_every_provider_is_right(step, provider, mask, dtype):
+    batch = batch_of(dtype=dtype, mask=mask)
+    with torch.compiler.set_stance("force_eager"):
+        answer = STEPS[step].providers[provider](batch)()
+        assert STEPS[step].check(batch, answer) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "mask"), [("mask", "pruner"), ("mask-2:4", "pruner"), ("mask-channel", "pruner")]
+)
+def test_what_is_compiled_compiles(step, mask):
+    batch = batch_of(mask=mask)
+    assert STEPS[step].check(batch, STEPS[step].providers["compiled"](batch)()) is None
+
+
+def spoiled(answer, index):
+    """The answer with 1% more in the largest element of one of its tensors."""
+    if isinstance(answer, Tensor):
+        answer = answer.detach().clone()
+        flat = answer.view(-1)
+        flat[flat.abs().argmax()] *= 1.01
+        return answer
+    if isinstance(answer, dict):
+        return {name: spoiled(value, index) for name, value in answer.items()}
+    answer = list(answer)
+    nested = not isinstance(answer[0], Tensor) and index < len(answer)
+    at = index if nested else 0
+    answer[at] = spoiled(answer[at], index)
+    return tuple(answer) if nested else answer
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "pack-2:4"])
+def test_an_answer_that_is_off_by_a_hundredth_is_wrong(step, index):
+    batch = batch_of()
+    provider = "ours" if "ours" in STEPS[step].providers else step
+    answer = STEPS[step].providers[provider](batch)()
+    assert STEPS[step].check(batch, spoiled(answer, index)) is not None
+
+
+def test_packed_weights_that_stand_elsewhere_are_wrong():
+    batch = batch_of(dtype=torch.bfloat16)
+    values, metadata = STEPS["pack-2:4"].providers["ours"](batch)()[0]
+    assert STEPS["pack-2:4"].check(batch, [(values.flip(0), metadata)]) is not None
+
+
+def test_channel_baseline_is_right_where_gradients_through_norms_are_large():
+    """In bfloat16 its two parts were rounded each, and their sum again: past the tolerance."""
+    batch = batch_of("2097152", torch.bfloat16)
+    assert channels.check_masks(batch, channels.MASKS["eager"](batch)()) is None
+
+
+@pytest.mark.parametrize("count", [65536, 2359296, 16777216, 67108864, 100663296])
+def test_sizes_that_are_measured_can_be_packed(count):
+    rows, columns = groups.as_matrix(torch.empty(count, device="meta")).shape
+    assert rows % 32 == 0 and columns % 64 == 0
+
+
+def test_bytes_of_a_step_follow_the_dtypes():
+    moved = {step: STEPS[step].moved for step in STEPS}
+    assert [moved["forward"](4, h) for h in (4, 2)] == [8, 6]
+    assert [moved["backward"](4, h) for h in (4, 2)] == [12, 10]
+    assert moved["pack-2:4"](4, 4) == moved["pack-2:4"](2, 2) == 3.125
+
+
+@pytest.fixture
+def broken_step(monkeypatch):
+    """A step whose providers fail in each way there is, beside one that does not."""
+    runs = []
+
+    def fails_later():
+        runs.append(None)
+        if len(runs) > 2:
+            raise RuntimeError("while timed")
+        return [torch.zeros(())]
+
+    def fail(error):
+        def raise_it():
+            raise error
+
+        return raise_it
+
+    providers = {
+        "no such size": lambda batch: fail(ValueError("rows must be a multiple of 32"))(),
+        "no memory": lambda batch: fail(torch.OutOfMemoryError("CUDA out of memory")),
+        "bug": lambda batch: fail(KeyError("w")),
+        "later": lambda batch: fails_later,
+        "wrong": lambda batch: lambda: [torch.ones(())],
+        "ours": lambda batch: lambda: [torch.zeros(())],
+    }
+    check = lambda batch, answer: None if answer[0] == 0 else "it is not 0"  # noqa: E731
+    step = replace(STEPS["sum"], providers=providers, check=check)
+    monkeypatch.setitem(STEPS, "broken", step)
+    return list(providers)
+
+
+def test_what_fails_becomes_a_note_and_the_others_are_timed(broken_step):
+    bench = Bench(CPU, set(broken_step), budget=0.01, limit=1)
+    rows = {row.provider: row for row in bench.measure("65536", "broken", [batch_of()])}
+    assert {name: row.note for name, row in rows.items()} == {
+        "no such size": "failed: ValueError: rows must be a multiple of 32",
+        "no memory": "skipped: out of memory",
+        "bug": "failed: KeyError: 'w'",
+        "later": "failed: RuntimeError: while timed",
+        "wrong": "wrong: it is not 0",
+        "ours": "",
+    }
+    assert rows["ours"].runs >= 3 and rows["ours"].median_s > 0
+    assert [row.is_error for row in rows.values()] == [True, False, True, True, True, False]
+
+
+def run_benchmark(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", *words])
+    return benchmark.main()
+
+
+def test_an_input_that_cannot_be_made_costs_its_own_rows(monkeypatch, tmp_path, capsys):
+    result = tmp_path / "rows.csv"
+    words = ("--inputs", "1", "4096", "--steps", "copy", "forward", "--budget", "0.01")
+    assert run_benchmark(monkeypatch, *words, "--providers", "copy", "ours", "--out", str(result))
+    first, *others = read_rows(result)
+    assert first.input == "1" and first.note.startswith("failed: ValueError: sparsity 0.9 prunes")
+    assert [(row.step, row.mask, row.bytes_per_weight, row.note) for row in others] == [
+        ("copy", "", 8, ""),
+        ("forward", "paper", 8, ""),
+        ("forward", "pruner", 6, ""),
+    ]
+    assert "1 float32: failed" in capsys.readouterr().err
+
+
+def row_of(step="forward", mask="paper", provider="ours", median=1e-3, **others):
+    row = Row("1000", 1, 1000, "float32", mask, step, provider, 8.0, median, median, median, 5)
+    return replace(row, gb_per_s=8e-6 / median, **others)
+
+
+def test_rows_are_in_the_file_before_the_run_ends(tmp_path):
+    files = ResultFiles(tmp_path, {"commit": "0123abc"}, {"sparsity": 0.9})
+    rows = [row_of(), row_of(provider="eager", note="failed: KeyError: 'w'")]
+    for number, row in enumerate(rows, 1):
+        files.add([row])
+        assert list(read_rows(tmp_path / "benchmark.csv")) == rows[:number]
+        content = json.loads((tmp_path / "benchmark.json").read_text())
+        assert len(content["rows"]) == number and content["environment"] == {"commit": "0123abc"}
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".json"]
+
+
+def test_a_last_row_that_is_cut_off_is_left_out(tmp_path):
+    ResultFiles(tmp_path, {}, {}).add([row_of(), row_of(mask="pruner")])
+    path = tmp_path / "benchmark.csv"
+    path.write_text(path.read_text().rstrip()[:-20])
+    assert list(read_rows(path)) == [row_of()]
+
+
+def test_short_table_has_a_line_for_each_input_and_mask(tmp_path, monkeypatch, capsys):
+    rows = [
+        row_of("copy", "", "copy", 1e-3),
+        row_of("threshold", "", median=2e-3),
+        row_of("forward", "paper", median=4e-3),
+        row_of("forward", "pruner", median=8e-3),
+        row_of("forward", "paper", "eager", median=1.0),
+        row_of("backward", "paper", note="failed: KeyError: 'w'"),
+    ]
+    ResultFiles(tmp_path / "core", {}, {}).add(rows)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    assert report.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "core"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:6]]
+    assert cells[0] == ["input", "dtype", "mask", "copy GB/s", "threshold", "forward", "backward"]
+    assert cells[2][2:] == ["paper", "0", "2  50%", "4  25%", "1 100%"]
+    assert cells[3][2:] == ["pruner", "0", "", "8  12%", ""]
+    assert lines[6] == "1000 float32 paper backward ours: failed: KeyError: 'w'"
+
+
+def test_headlines_are_those_of_the_papers_mask():
+    rows = [
+        replace(row_of("mask", mask, provider, median), input="2359296")
+        for mask, factor in (("paper", 1), ("pruner", 7))
+        for provider, median in (("ours", 1.0), ("compiled", 3.0 * factor))
+    ]
+    line = "mask, 2359296, float32: ours is 3x as fast as compiled"
+    assert report.format_headlines(rows) == line
+
+
+def test_commit_may_be_told(monkeypatch):
+    monkeypatch.setenv("PDP_COMMIT", "0123abc")
+    assert describe_environment(CPU)["commit"] == "0123abc"
+
+
+def run_training(monkeypatch, tmp_path, *tasks):
+    result = tmp_path / "training.json"
+    words = ["--device", "cpu", "--budget", "0.01", "--out", str(result), "--tasks", *tasks]
+    monkeypatch.setattr(sys, "argv", ["training_step", *words])
+    return training_step.main(), json.loads(result.read_text())["rows"]
+
+
+def test_a_training_step_is_checked_and_timed_and_one_that_fails_is_noted(monkeypatch, tmp_path):
+    def fail(device, budget):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    task = "MLP 784-300-100-10, batch 128"
+    monkeypatch.setitem(training_step.MEASUREMENTS, "too large", fail)
+    status, rows = run_training(monkeypatch, tmp_path, "too large", task)
+    assert status == 1
+    assert rows[0] == {"task": "too large", "note": "skipped: out of memory"}
+    assert rows[1]["difference"] < training_step.TOLERANCE
+    assert set(rows[1]["ratios"]) == {"dense", "pdp", "eager", "pdp's step"}
+
+
+@pytest.mark.parametrize("name", [name for name, t in training_step.TASKS.items() if t.on_gpu_only])
+def test_batches_of_the_large_networks_fit_them(name):
+    task = training_step.TASKS[name]
+    with torch.device("meta"):
+        model = task.network()
+    inputs, targets = task.batch()
+    with torch.no_grad():
+        outputs = model(inputs[:1].to("meta"))
+    assert outputs.flatten(0, -2).shape[0] == targets[:1].numel()
+
+
+def test_sparse_linear_describes_what_it_measured(capsys):
+    row = {"shape": "a", "dense_s": 2e-3, "sparse_s": 1e-3, "speedup": 2.0}
+    line = sparse_linear.describe(row | {"sparse_tflop_per_s": 500.0})
+    assert line == "a: dense 0.002 s, 2:4 0.001 s, 2x, 500 TFLOP/s"
+    assert sparse_linear.describe({"shape": "a", "note": "failed: x"}) == "a: failed: x"
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("resnet50", 25_502_912),
+        ("mobilenet-v1", 4_209_088),
+        ("bert-base", 85_524_480),
+        ("gpt2", 123_532_032),
+        ("llama-7b", 6_607_077_376),
+        ("llama-7b-block", 202_375_168),
+    ],
+)
+def test_layer_list_has_all_weights_of_the_network(name, total):
+    assert sum(prod(shape) for shape, _ in NETWORKS[name]()) == total
+
+
+@pytest.mark.parametrize(("make", "name"), [(models.resnet50, "resnet50"), (models.gpt2, "gpt2")])
+def test_trained_network_has_the_weights_of_its_list(make, name):
+    with torch.device("meta"):
+        model = make()
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
+    assert sorted(layer.weight.numel() for layer in layers) == sorted(
+        prod(shape) for shape, _ in NETWORKS[name]()
+    )
+
+
+@pytest.mark.parametrize("dtype", profile.DTYPES.values())
+def test_everything_that_is_profiled_runs(dtype):
+    names = []
+    for operation in profile.operations(32, dtype, CPU):
+        assert operation.run() is not None
+        assert operation.bytes >= 32 * profile.COLUMNS * dtype.itemsize
+        names.append(operation.name)
+    assert len(names) == len(set(names))
