@@ -16,6 +16,11 @@ from pdp_kernels import _ops
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 
 
+def pytest_configure(config):
+    # pytest-xdist's, and known without it: --dist loadgroup runs tests of one group in one process.
+    config.addinivalue_line("markers", "xdist_group(name): tests that must not run side by side")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

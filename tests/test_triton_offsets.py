@@ -11,10 +11,10 @@ from pdp_kernels.triton_kernels.soft_mask_nm import _offsets  # noqa: E402
 
 @triton.jit
 def _store_offsets(
-    offsets_ptr, stride, M: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr
+    offsets_ptr, stride, m: tl.constexpr, padded: tl.constexpr, groups: tl.constexpr
 ):
-    offsets, is_member = _offsets(stride, M, PADDED, GROUPS)
-    place = tl.arange(0, GROUPS)[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
+    offsets, is_member = _offsets(stride, m, padded, groups)
+    place = tl.arange(0, groups)[:, None] * padded + tl.arange(0, padded)[None, :]
     tl.store(offsets_ptr + place, offsets, mask=is_member)
 
 
@@ -24,7 +24,7 @@ def test_members_of_a_group_may_lie_more_than_2_to_31_elements_apart(stride, m):
     """Of m rows that are `stride` long, groups 0 to 3 begin in as many columns."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     offsets = torch.full((4, 8), -1, device=device)
-    _store_offsets[(1,)](offsets, stride, M=m, PADDED=8, GROUPS=4)
+    _store_offsets[(1,)](offsets, stride, m=m, padded=8, groups=4)
     group = torch.arange(4).unsqueeze(1)
     row, column = group // stride, group % stride
     expected = row * stride * m + column + torch.arange(m) * stride

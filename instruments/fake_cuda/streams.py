@@ -1,0 +1,114 @@
+"""Streams of a device that this machine has not: who may already see what another has written.
+
+Each stream has a clock, and what it knows of the clocks of others; the host is one of them. Reading
+what another stream has written without having waited for it is an error, though here everything
+runs in order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from instruments.fake_cuda.device import Block
+
+
+class Stream:
+    """Stands for torch.cuda.Stream."""
+
+    def __init__(self, streams: Streams, device: int):
+        self.streams = streams
+        streams.all.append(self)
+        self.device_index = device
+        self.cuda_stream = id(self)
+        self.time = 0
+        self.known: dict[Stream, int] = {}  # what has happened before whatever comes next
+
+    def wait_stream(self, other: Stream) -> None:
+        learn(self.known, other.everything())
+
+    def wait_event(self, event: Event) -> None:
+        learn(self.known, event.known)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event(self.streams)
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self.streams.host_waits(self)
+
+    def everything(self) -> dict[Stream, int]:
+        return self.known | {self: self.time}
+
+
+class Event:
+    """Stands for torch.cuda.Event; the time that passes is a microsecond an operation."""
+
+    def __init__(self, streams: Streams):
+        self.streams = streams
+        self.known: dict[Stream, int] = {}
+        self.time = 0
+
+    def record(self, stream: Stream) -> None:
+        self.known, self.time = stream.everything(), stream.time
+
+    def synchronize(self) -> None:
+        learn(self.streams.host, self.known)
+
+    def elapsed_time(self, end: Event) -> float:
+        return max(1, end.time - self.time) * 1e-3
+
+
+class Streams:
+    """The streams of all devices, and which of them is current on each."""
+
+    def __init__(self):
+        self.host: dict[Stream, int] = {}
+        self.all: list[Stream] = []
+        self._default: dict[int, Stream] = {}
+        self._current: dict[int, Stream] = {}
+
+    def of(self, device: int) -> list[Stream]:
+        return [stream for stream in self.all if stream.device_index == device]
+
+    def default(self, device: int) -> Stream:
+        if device not in self._default:
+            self._default[device] = Stream(self, device)
+        return self._default[device]
+
+    def current(self, device: int) -> Stream:
+        return self._current.get(device) or self.default(device)
+
+    def set_current(self, stream: Stream) -> None:
+        self._current[stream.device_index] = stream
+
+    def host_waits(self, stream: Stream) -> None:
+        learn(self.host, stream.everything())
+
+    def launch(self, stream: Stream) -> None:
+        """What the host has waited for happens before anything it launches from now on."""
+        learn(stream.known, self.host)
+        stream.time += 1
+
+    def check(self, block: Block, stream: Stream, writes: bool, what: str) -> None:
+        before = dict(block.read) if writes else {}
+        if block.written is not None:
+            learn(before, dict([block.written]))
+        for other, time in before.items():
+            if other is not stream and stream.known.get(other, 0) < time:
+                raise RuntimeError(
+                    f"{what} {'writes' if writes else 'reads'} what another stream is still using: "
+                    "one must wait for the other"
+                )
+
+    def note(self, block: Block, stream: Stream, writes: bool) -> None:
+        if writes:
+            block.written, block.read = (stream, stream.time), {}
+        else:
+            block.read[stream] = stream.time
+
+
+def learn(known: dict[Stream, int], more: dict[Stream, int]) -> None:
+    for stream, time in more.items():
+        known[stream] = max(known.get(stream, 0), time)

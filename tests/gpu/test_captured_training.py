@@ -1,0 +1,82 @@
+"""A captured training or evaluation step of a pruned model follows PDPPruner's schedule."""
+
+import itertools
+
+import pytest
+import torch
+from operations import captured
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner
+
+pytestmark = pytest.mark.gpu
+
+PATTERNS = {
+    "unstructured": {"sparsity": 0.9},
+    "channel": {"sparsity": 0.5, "pattern": "channel"},
+    "2:4": {"pattern": "2:4", "ramp_shape": "linear"},
+}
+SCHEDULE = (0, 1, 2, 3, 4)
+
+
+def pruned_network(pattern):
+    model = nn.Sequential(*[nn.Linear(64, 64, device="cuda") for _ in range(2)])
+    options = {"warmup": 0, "ramp": 4, "relative_tau": 0.3} | PATTERNS[pattern]
+    return model, PDPPruner(model, PDPConfig(**options)), torch.randn(8, 64, device="cuda")
+
+
+def training_step(model, inputs):
+    outputs = model(inputs)
+    return outputs, *torch.autograd.grad(outputs.square().sum(), list(model.parameters()))
+
+
+def assert_follows(graph, results, step):
+    """Matrix products may be another kernel's in a graph, masks may not."""
+    graph.replay()
+    torch.testing.assert_close(results, step())
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+def test_training_follows_the_schedule(pattern):
+    model, pruner, inputs = pruned_network(pattern)
+    graph, results = captured(lambda: training_step(model, inputs))
+    outputs = []
+    for progress in SCHEDULE:
+        pruner.step(progress)
+        assert_follows(graph, results, lambda: training_step(model, inputs))
+        outputs.append(results[0].clone())
+    assert not any(torch.equal(*pair) for pair in itertools.pairwise(outputs))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+def test_evaluation_follows_the_schedule(pattern):
+    model, pruner, inputs = pruned_network(pattern)
+    model.eval().requires_grad_(False)
+    graph, outputs = captured(lambda: model(inputs))
+    for progress in SCHEDULE:
+        pruner.step(progress)
+        assert_follows(graph, outputs, lambda: model(inputs))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_n_m_keeps_the_number_of_pruned_members_it_was_captured_with(training):
+    """That is a constant of its kernels, unlike all else of the schedule."""
+    model, pruner, inputs = pruned_network("2:4")
+    model.train(training)
+
+    def step():
+        return training_step(model, inputs) if training else (model(inputs),)
+
+    ramp = (0, 2, 4)  # none, one and two of four are pruned
+    graphs = []
+    for progress in ramp:
+        pruner.step(progress)
+        graphs.append(captured(step))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.normal_()
+    for progress, (graph, results) in zip(ramp, graphs, strict=True):
+        pruner.step(progress)
+        assert_follows(graph, results, step)
+    graphs[0][0].replay()
+    assert not torch.equal(graphs[0][1][0], step()[0])
