@@ -1,0 +1,210 @@
+"""What the compilers made of the kernels: registers, widths, instructions per element, and the
+fraction of a card's copy bandwidth that they leave room for. Needs nvcc or Triton, no GPU.
+
+    python -m instruments.compiled                                what ships, for sm_90, on an H200
+    python -m instruments.compiled --kernels "*backward bf16*" --card H100
+    python -m instruments.compiled --arch sm_100                  counts only: no card is known
+    python -m instruments.compiled --update                       rewrite compiled_figures.json
+
+CUDA kernels are counted in the loop that reads the weights (cuda_loops.py), Triton's from end to
+end (triton_code.py), both for one element (measured.py), and compared with what a multiprocessor
+can issue (cards.py). Counts are static: they know nothing of stalls, latency, occupancy, bank
+conflicts, and how often a branch is taken or an atomic meets another. So "of copy" is a ceiling:
+below 100% it is not memory that bounds the kernel; at 100% a measurement has to tell.
+
+tests/test_compiled_kernels.py keeps the instructions per element at or below the committed figures.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from instruments import cuda_loops, triton_code
+from instruments.build import ROOT, build
+from instruments.cards import CARDS, Card, fractions
+from instruments.measured import Compiled, Measured
+
+FIGURES = ROOT / "instruments" / "compiled_figures.json"
+FIGURES_ARCHITECTURES = ("sm_90", "sm_100")
+
+COMPILERS = {"nvcc": cuda_loops.nvcc_version, "triton": triton_code.triton_version}
+MODULES = {"nvcc": "cuda_loops", "triton": "triton_code"}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the compilers that are there."""
+    found = {}
+    for compiler, version in COMPILERS.items():
+        try:
+            found[compiler] = version()
+        except RuntimeError as error:
+            print(f"{error}: its kernels are left out", file=sys.stderr)
+    return found
+
+
+def compile_and_measure(jobs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Compiled]:
+    """Return what (compiler, architecture) makes, for each of them; side by side, and kept."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(lambda job: _measure(*job), jobs), strict=True))
+
+
+def _measure(compiler: str, architecture: str) -> Compiled:
+    module = MODULES[compiler]
+    name = f"{module}_{architecture}.json"
+    parts = ("cards", "cubin", "measured", "sass", "triton_launches", module)
+    sources = [ROOT / "instruments" / f"{part}.py" for part in parts]
+    if compiler == "nvcc":
+        sources += cuda_loops.sources()
+    else:
+        sources += (ROOT / "triton_kernels").glob("*.py")
+    # As a variable nobody reads, the compiler's version is part of what the build is kept by.
+    environment = ["env", f"PYTHONPATH={ROOT}", f"VERSION={COMPILERS[compiler]()}"]
+    program = [sys.executable, "-m", f"instruments.{module}", architecture, name]
+    return Compiled.read(build(name, sorted(sources), [*environment, *program]))
+
+
+# Widths of the report's columns; the units' counts are of cards.cost.
+COLUMNS = {"kernel": 48, "regs": 4, "spill": 5, "loads": 8, "stores": 7, "bytes": 5}
+COLUMNS |= {"instr": 6, "most": 5, "MUFU": 5, "FP64": 5, "cvt64": 5, "of copy": 7}
+UNITS = ("MUFU", "FP64", "conversions")
+
+LEGEND = """\
+per element: bytes moved; instructions; most, with subroutines for rare operands; those of MUFU
+(exponential, reciprocal, root), float64 arithmetic, conversions from or to 64 bits; shared atomics.
+loads, stores: bits of one access, those that move a quarter or more; g: by generic addresses.
+of copy: the ceiling that the units set, issue slots among them; XU has MUFU and conversions.
+f32>bf16: float32 weights to bfloat16 w_hat. odd: 16 does not divide the number of elements. linear:
+4096 x 4096, conv: 512 x 512 x 3 x 3."""
+
+
+def table(results: Iterable[Measured], card: Card | None) -> Iterator[str]:
+    """Yield the lines of the report on kernels of one architecture."""
+    yield _line([*COLUMNS][: None if card else -1], "bound by" if card else "", "shared atomics")
+    previous = ""
+    for measured in results:
+        if measured.name.split()[0] != previous:
+            yield ""
+        previous = measured.name.split()[0]
+        each = measured.per_element
+        most = each["with_subroutines"]
+        cells = [
+            measured.name,
+            measured.registers,
+            measured.stack or "-",
+            _widths(measured.loads),
+            _widths(measured.stores),
+            f"{measured.bytes_moved:.3g}",
+            f"{measured.instructions:.1f}",
+            f"{most:.0f}" if most > measured.instructions else "-",
+            *(f"{each[unit]:.3g}" if each[unit] >= 0.01 else "-" for unit in UNITS),
+        ]
+        bound = ""
+        if card is not None:
+            allowed = fractions(card, each, measured.bytes_moved)
+            cells.append(f"{min(1.0, *allowed.values()):.0%}")
+            bound = _bound(allowed)
+        atomics = [f"{count:.2g} {kind}" for kind, count in measured.atomics.items()]
+        yield _line(cells, bound, ", ".join(atomics))
+
+
+def _line(cells: Sequence[object], bound: str, atomics: str) -> str:
+    first, *rest = COLUMNS.values()
+    columns = [f"{cells[0]:<{first}}"]
+    columns += [f"{cell:>{width}}" for cell, width in zip(cells[1:], rest, strict=False)]
+    return " ".join([*columns, f" {bound:<22}", atomics]).rstrip()
+
+
+def _widths(accesses: dict[str, float]) -> str:
+    """The widths that move at least a quarter of the bytes, the first the most."""
+    moved = {width: int(width.rstrip("g")) * count for width, count in accesses.items()}
+    chosen = [width for width in moved if moved[width] >= sum(moved.values()) / 4]
+    return "+".join(sorted(chosen, key=moved.__getitem__, reverse=True)) or "-"
+
+
+def _bound(allowed: dict[str, float]) -> str:
+    """The units that allow less than the copy, or what the tightest allows."""
+    below = [f"{unit} {fraction:.0%}" for unit, fraction in allowed.items() if fraction < 1]
+    unit, fraction = next(iter(allowed.items()))
+    return ", ".join(below) or f"memory ({unit} {fraction:.1f}x)"
+
+
+def figures(results: dict[tuple[str, str], Compiled]) -> dict:
+    """Return what compiled_figures.json holds, for each compiler: its version, and by architecture
+    the instructions per element of every kernel measured."""
+    found: dict = {}
+    for (compiler, architecture), compiled in results.items():
+        entry = found.setdefault(compiler, {"version": COMPILERS[compiler]()})
+        entry[architecture] = {each.name: each.instructions for each in shipped(compiled)}
+    return found
+
+
+def shipped(compiled: Compiled) -> list[Measured]:
+    """Return what the report is on; what is left was compiled for the tests."""
+    return [each for each in compiled.measured if not each.name.endswith("(all outputs)")]
+
+
+def rises(committed: dict[str, float], measured: dict[str, float]) -> list[str]:
+    """Return what is wrong with the figures of one compiler and architecture, a line each."""
+    wrong = [f"{name}: no committed figure" for name in measured if name not in committed]
+    wrong += [f"{name}: committed, but not measured" for name in committed if name not in measured]
+    return wrong + [
+        f"{name}: {measured[name]} instructions per element, {committed[name]} are committed"
+        for name in committed
+        if name in measured and measured[name] > committed[name]
+    ]
+
+
+def main() -> None:
+    """Print the report, or rewrite the committed figures."""
+    parser = argparse.ArgumentParser(
+        prog="python -m instruments.compiled",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=FIGURES_ARCHITECTURES)
+    parser.add_argument("--kernels", metavar="GLOB", default="*", help="only those with such names")
+    parser.add_argument("--card", choices=CARDS, default="H200", help="default: H200")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything there, too")
+    parser.add_argument("--update", action="store_true", help=f"rewrite {FIGURES.name}")
+    options = parser.parse_args()
+    found = versions()
+    if not found:
+        sys.exit("neither nvcc nor Triton is there")
+    architectures = FIGURES_ARCHITECTURES if options.update else options.arch
+    jobs = [(compiler, architecture) for architecture in architectures for compiler in found]
+    results = compile_and_measure(jobs)
+    if options.update:
+        kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+        FIGURES.write_text(json.dumps(kept | figures(results), indent=1) + "\n")
+        return
+    for architecture in options.arch:
+        card = CARDS[options.card] if CARDS[options.card].architecture == architecture else None
+        print(f"{architecture}, {card.description if card else 'counts only'}")
+        print(LEGEND, end="\n\n")
+        compiled = [results[key] for key in results if key[1] == architecture]
+        every = [measured for each in compiled for measured in shipped(each)]
+        chosen = [each for each in every if fnmatch.fnmatch(each.name, options.kernels)]
+        print("\n".join(table(chosen, card)), end="\n\n")
+        resources = {name: each for c in compiled for name, each in c.resources.items()}
+        spills = [
+            f"{name} {each['stack']} bytes" for name, each in resources.items() if each["stack"]
+        ]
+        print(
+            f"{len(resources)} kernels compiled, {len(spills)} with local memory", *spills, sep="\n"
+        )
+    if options.json:
+        document = {
+            "versions": found,
+            "resources": {f"{c} {a}": results[c, a].resources for c, a in results},
+            "measured": [each._asdict() for c in results.values() for each in c.measured],
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

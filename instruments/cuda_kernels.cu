@@ -1,0 +1,22 @@
+// Every CUDA kernel that ships, without Torch: for the compilers' reports.
+#include "../csrc/cuda/digit_counts.cuh"
+#include "../csrc/cuda/hard_mask.cuh"
+#include "../csrc/cuda/power_sums.cuh"
+#include "../csrc/cuda/prune_counts.cuh"
+#include "../csrc/cuda/thresholds.cuh"
+
+// What launches a kernel makes the compiler generate it.
+cudaError_t launch_all(const pdp::ThresholdRequest& thresholds,
+                       const pdp::DigitCountsRequest& digit_counts,
+                       const pdp::HardMaskRequest& hard_mask,
+                       const pdp::PowerSumsRequest& power_sums, const std::vector<int64_t>& counts,
+                       int64_t* prune_counts, void* workspace, cudaStream_t stream) {
+  for (const cudaError_t error : {pdp::launch_thresholds(thresholds, workspace, stream),
+                                  pdp::launch_digit_counts(digit_counts, workspace, stream),
+                                  pdp::launch_hard_mask(hard_mask, workspace, stream),
+                                  pdp::launch_power_sums(power_sums, workspace, stream),
+                                  pdp::launch_prune_counts(counts, prune_counts, stream)}) {
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}

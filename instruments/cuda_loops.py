@@ -1,0 +1,195 @@
+"""The CUDA kernels, compiled by nvcc, and the loops in which they read their weights.
+
+A hot loop is an innermost one of the loops whose loads come from a source line that reads weights.
+nvcc -lineinfo, which changes no instruction, tells the lines. Where the compiler unrolled a loop
+and left another for the rest, the one that reads more counts. An iteration handles as many weights
+as these loads read. A loop in a hot loop that reads none (it writes out candidates, once in a
+while) counts as if it ran once in every iteration.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from instruments.build import ROOT, build, cuda_sources
+from instruments.cubin import read_cubin
+from instruments.measured import LOADS, Compiled, Measured, bits, measure, width
+from instruments.sass import Function, Instruction, Loop, disassemble_with_lines
+
+KERNELS = ROOT / "instruments" / "cuda_kernels.cu"
+
+FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-cubin")  # the first two are setup.py's
+
+SIZES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8}
+
+
+class HotLoop(NamedTuple):
+    kernel: str  # its template's name
+    title: str
+    reads: str  # what the source line of its loads contains
+    contains: str = ""  # what another source line in the loop contains
+    writes: int = 0  # bytes for each weight
+
+
+# Of those of one kernel the first that fits counts.
+HOT_LOOPS = [
+    HotLoop("first_digit_kernel", "thresholds first digit packed", "packets[", "2 == 0 ? 1u"),
+    HotLoop("first_digit_kernel", "thresholds first digit", "packets["),
+    HotLoop("later_digit_kernel", "thresholds collecting", "packets[", "stage.push("),
+    HotLoop(
+        "later_digit_kernel",
+        "thresholds candidates",
+        "packets[",
+        "for_each<RadixSelect<Key>::kThreads",
+    ),
+    HotLoop("later_digit_kernel", "thresholds later digit", "packets["),
+    HotLoop("last_pruned_kernel", "hard_mask ties", "packets["),
+    HotLoop("write_mask_kernel", "hard_mask write", "loads[i]", writes=1),
+    HotLoop("write_mask_kernel", "hard_mask write unaligned", "weights[i]", writes=1),
+    HotLoop("count_digit_kernel", "digit_counts", "packets["),
+    HotLoop("sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1", "weights[i]"),
+    HotLoop("sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2", "weights[i]"),
+    HotLoop("sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2", "weights[i]"),
+    HotLoop("sum_tiles_kernel<(Norms)3>", "power_sums any p, q", "weights[i]"),
+]
+
+# The dtype of a loop's weights, by the kernel's first template argument, or by source lines in the
+# loop where the kernel serves several.
+ARGUMENT_DTYPES = {
+    "double": "f64",
+    "unsigned long": "f64",
+    "float": "f32",
+    "unsigned int": "f32",
+    "BFloat16": "bf16",
+    "Half": "f16",
+}
+LINE_DTYPES = {
+    "static_cast<const BFloat16*>": "bf16",
+    "static_cast<const Half*>": "f16",
+    "0x1p112": "f16",
+}
+WIDTH_DTYPES = {64: "f64", 32: "f32", 16: "bf16"}
+
+
+def find_nvcc() -> Path:
+    """Return nvcc's path: on PATH, in CUDA_HOME, or where it usually is.
+
+    Raises:
+        RuntimeError: it is in none of them.
+    """
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if found is None:
+        raise RuntimeError("no nvcc: put it on PATH or set CUDA_HOME")
+    return Path(found)
+
+
+def nvcc_version() -> str:
+    """Return its release, such as 13.0.88."""
+    printed = subprocess.check_output([find_nvcc(), "--version"], text=True)
+    return re.search(r"release .*, V([\d.]+)", printed)[1]
+
+
+def sources() -> list[Path]:
+    """Return what the kernels are compiled from."""
+    return [KERNELS, *(path for path in cuda_sources() if ROOT / "csrc" in path.parents)]
+
+
+def compile_cuda(architecture: str) -> Path:
+    """Return a cubin of all CUDA kernels."""
+    name = f"kernels_{architecture}.cubin"
+    command = [find_nvcc(), *FLAGS, f"-arch={architecture}", KERNELS, "-o", name]
+    return build(name, sources(), command)
+
+
+def read_kernels(architecture: str) -> dict[str, Function]:
+    """Return the CUDA kernels by their names in C++, such as write_mask_kernel<float>."""
+    cubin = compile_cuda(architecture)
+    functions = disassemble_with_lines(cubin, read_cubin(cubin.read_bytes()))
+    mangled = "\n".join(function.kernel.name for function in functions)
+    filtered = subprocess.run(
+        ["c++filt", "-p"], input=mangled, capture_output=True, text=True, check=True
+    )
+    names = filtered.stdout.replace("pdp::", "").splitlines()
+    return dict(zip(names, functions, strict=True))
+
+
+@cache
+def _source(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_relative_to(ROOT) else []
+
+
+def _lines(instructions: Iterable[Instruction]) -> set[str]:
+    """The project's source lines that instructions come from, and those they were inlined at."""
+    places = {place for instruction in instructions for place in instruction.places}
+    # nvdisasm names a wrong file now and then, which may be shorter.
+    return {_source(path)[line - 1] for path, line in places if line <= len(_source(path))}
+
+
+def measure_cuda(architecture: str) -> Compiled:
+    """Return all kernels, and what their hot loops cost."""
+    functions = read_kernels(architecture)
+    found: dict[str, Measured] = {}
+    for name, function in functions.items():
+        for outermost in function.loops():
+            for loop in outermost.with_nested():
+                hot = _measure_loop(architecture, name, function, loop)
+                if hot and (hot.name not in found or found[hot.name].elements < hot.elements):
+                    found[hot.name] = hot
+    names = [f"{hot.title} {dtype}" for hot in HOT_LOOPS for dtype in SIZES]
+    if missing := {hot.title for hot in HOT_LOOPS} - {name.rpartition(" ")[0] for name in found}:
+        raise RuntimeError(f"no loop is {sorted(missing)}: HOT_LOOPS names lines that are gone")
+    kernels = {name: function.kernel for name, function in functions.items()}
+    return Compiled.of(kernels, [found[name] for name in names if name in found])
+
+
+def _measure_loop(
+    architecture: str, kernel: str, function: Function, loop: Loop
+) -> Measured | None:
+    for hot in HOT_LOOPS:
+        if not kernel.startswith(hot.kernel):
+            continue
+        loads = _reading(function, loop.own_blocks, hot.reads)
+        if not loads or any(_reading(function, n.blocks, hot.reads) for n in loop.nested):
+            continue
+        body = function.instructions(loop.blocks)
+        lines = _lines(body)
+        if not any(hot.contains in line for line in lines):
+            continue
+        dtype = _dtype(kernel, lines, max(map(width, loads)))
+        elements = bits(loads) / 8 / SIZES[dtype]
+        moved = SIZES[dtype] + hot.writes
+        runs = [(body, 1.0)]
+        return measure(
+            f"{hot.title} {dtype}", architecture, function, runs, elements, moved, elements * moved
+        )
+    return None
+
+
+def _reading(function: Function, blocks: set[int], text: str) -> list[Instruction]:
+    """The loads that come from a source line with this text."""
+    return [
+        instruction
+        for instruction in function.instructions(blocks)
+        if instruction.name in LOADS and any(text in line for line in _lines([instruction]))
+    ]
+
+
+def _dtype(kernel: str, lines: set[str], widest: int) -> str:
+    argument = kernel.partition("<")[2].rstrip("> ").partition(",")[0]
+    if argument in ARGUMENT_DTYPES:
+        return ARGUMENT_DTYPES[argument]
+    for text, dtype in LINE_DTYPES.items():
+        if any(text in line for line in lines):
+            return dtype
+    return WIDTH_DTYPES[widest]
+
+
+if __name__ == "__main__":
+    measure_cuda(sys.argv[1]).write(Path(sys.argv[2]))

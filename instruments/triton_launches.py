@@ -1,0 +1,234 @@
+"""What Triton is asked to compile, compiled ahead of time for one architecture, without a GPU.
+
+The operators' own launchers run on tensors of device "meta", which have a shape but no memory,
+under a driver that compiles and launches nothing. So block sizes, numbers of warps and Triton's
+specialisation of arguments (divisible by 16, equal to 1) are those that ship. A meta tensor's
+address is 0, aligned to 16 bytes as those of torch's allocator are.
+
+    python -m instruments.triton_launches sm_90 FILE     writes the launches for sm_90 as JSON
+"""
+
+import base64
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from pdp_kernels.triton_kernels import compress, soft_mask, soft_mask_channel, soft_mask_nm
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Dtypes of the weight and of w_hat.
+MEASURED = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+]
+DTYPES = [*MEASURED, (torch.float64, torch.bfloat16), (torch.float16, torch.float64)]
+SHORT = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+LINEAR = (4096, 4096)
+CONVOLUTION = (512, 512, 3, 3)
+
+# By kernel, in the order of the report; sums of squares are norms.
+TITLES = {
+    "_soft_mask_fwd_kernel": "soft_mask forward",
+    "_soft_mask_bwd_kernel": "soft_mask backward",
+    "_soft_mask_nm_fwd_kernel": "N:M forward",
+    "_soft_mask_nm_bwd_kernel": "N:M backward",
+    "_hard_mask_nm_kernel": "N:M hard mask",
+    None: "channel norms",
+    "_soft_mask_channel_fwd_kernel": "channel forward",
+    "_products_kernel": "channel products",
+    "_soft_mask_channel_bwd_kernel": "channel backward",
+    "_compress_2to4_kernel": "compress_2to4",
+}
+OF_THE_WEIGHT_ALONE = ("N:M hard mask", "channel norms", "compress_2to4")
+WITHOUT_TEMPERATURE = (*OF_THE_WEIGHT_ALONE, "channel products")
+
+# Sizes of a tile or block among a kernel's compile-time constants: their product is the number of
+# elements that a program has registers for, or reads one tile after another.
+EXTENTS = ("BLOCK", "CHANNELS", "INNER", "TILES", "GROUPS", "PADDED", "ROWS", "COLUMNS")
+
+
+class Operators:
+    """The operators on a weight of one shape; `everything`: with the mask and its gradient too."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        relative: bool,
+        everything: bool,
+    ):
+        weight, w_hat = dtypes
+        real = torch.float64 if weight == torch.float64 else torch.float32
+        self.weight = torch.empty(shape, dtype=weight, device="meta")
+        self.w_hat = torch.empty(shape, dtype=w_hat, device="meta")
+        self.scalar = torch.empty((), dtype=real, device="meta")
+        self.relative = relative
+        self.everything = everything
+        self.grad_mask = self.w_hat if everything else None
+
+    def soft_mask(self) -> None:
+        w, g, t = self.weight, self.w_hat, self.scalar
+        soft_mask.soft_mask(w, t, t, self.relative, g.dtype, self.everything)
+        soft_mask.soft_mask_backward(g, self.grad_mask, w, t, t, self.relative)
+
+    def groups(self, m: int, pruned: int, dim: int) -> None:
+        w, g, tau = self.weight, self.w_hat, self.scalar
+        which = (m, pruned, dim)
+        soft_mask_nm.soft_mask_nm(w, tau, *which, self.relative, g.dtype, self.everything)
+        soft_mask_nm.soft_mask_nm_backward(g, self.grad_mask, w, tau, *which, self.relative)
+        soft_mask_nm.hard_mask_nm(w, *which)
+
+    def channels(self, dim: int) -> None:
+        w, g, t = self.weight, self.w_hat, self.scalar
+        norms = soft_mask_channel.channel_norms(w, dim, True)
+        which = (w, norms, t, t, dim, self.relative)
+        _, mask = soft_mask_channel.soft_mask_channel(*which, g.dtype)
+        grad_mask = mask if self.everything else None
+        soft_mask_channel.soft_mask_channel_backward(g, grad_mask, *which, True)
+
+    def compress(self) -> None:
+        if self.weight.dtype in compress.NAN:
+            compress.compress_2to4(self.weight)
+
+
+# (variant, shape, operators, their arguments). `odd`: 16 does not divide the number of elements.
+SOFT_MASK = ("", LINEAR, Operators.soft_mask, ())
+PATTERNS = [
+    ("2:4", LINEAR, Operators.groups, (4, 2, -1)),
+    ("4:8 conv dim=1", CONVOLUTION, Operators.groups, (8, 4, 1)),
+    ("3:5", (4096, 4000), Operators.groups, (5, 2, -1)),
+    ("linear dim=0", LINEAR, Operators.channels, (0,)),
+    ("linear dim=1", LINEAR, Operators.channels, (1,)),
+    ("conv dim=1", CONVOLUTION, Operators.channels, (1,)),
+]
+MEASURED_ONLY = [
+    ("odd", (4099 * 1021,), Operators.soft_mask, ()),
+    ("2:4 odd", (1_048_579, 4), Operators.groups, (4, 2, -1)),
+    ("2:4 conv dim=1", CONVOLUTION, Operators.groups, (4, 2, 1)),
+    ("conv dim=0", CONVOLUTION, Operators.channels, (0,)),
+    ("", LINEAR, Operators.compress, ()),
+]
+COMPILED_ONLY = [("", LINEAR, Operators.compress, ())]
+HUGE = [  # their sizes take 64 bits
+    ("huge", (1 << 31,), Operators.soft_mask, ()),
+    ("2:4 huge", (1 << 29, 4), Operators.groups, (4, 2, -1)),
+]
+
+
+def calls(architecture: str) -> Iterator[tuple[tuple, tuple, bool, bool]]:
+    """What to compile for an architecture: variant, dtypes, relative, measured.
+
+    Measured, on Hopper and Blackwell, are the dtypes and outputs of training with the relative
+    temperature that is the default. All dtypes are compiled with all outputs too: for Hopper with
+    an absolute temperature, for Ampere (and Blackwell, where not measured) with a relative one.
+    """
+    measured = MEASURED if architecture in ("sm_90", "sm_100") else []
+    for dtypes in measured:
+        yield SOFT_MASK, dtypes, False, True
+        for variant in [SOFT_MASK, *PATTERNS, *MEASURED_ONLY]:
+            yield variant, dtypes, True, True
+    for dtypes in DTYPES:
+        for relative in (True, False):
+            yield SOFT_MASK, dtypes, relative, False
+        if architecture != "sm_100" or dtypes not in measured:
+            for variant in [*PATTERNS, *COMPILED_ONLY]:
+                yield variant, dtypes, architecture != "sm_90", False
+    for variant in HUGE:
+        yield variant, (torch.bfloat16, torch.bfloat16), True, False
+
+
+class CompilingDriver(DriverBase):
+    """Stands for a GPU that is not there."""
+
+    def __init__(self, architecture: str):
+        self.capability = int(architecture.removeprefix("sm_"))
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self) -> Callable:
+        raise NotImplementedError("nothing runs here")
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Recorder:
+    """Takes the place of JITFunction.run: compiles, and keeps what would be launched."""
+
+    def __init__(self):
+        self.compile = JITFunction.run
+        self.launches: list[dict] = []
+
+    def run(self, kernel: JITFunction, *args, grid, warmup, **kwargs):
+        compiled = self.compile(kernel, *args, grid=grid, warmup=True, **kwargs)
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        tensors = [each for each in arguments.values() if torch.is_tensor(each)]
+        largest = max(each.numel() for each in tensors)
+        extents = [arguments[name] for name in EXTENTS if name in arguments]
+        of_squares = kernel.__name__ == "_products_kernel" and args[0] is args[1]
+        self.launches.append(
+            {
+                "title": TITLES[None if of_squares else kernel.__name__],
+                "threads": grid[0] * 32 * compiled.metadata.num_warps,
+                # Elements for which a thread has registers; with those that lie outside.
+                "padded": torch.Size(extents).numel() // (32 * compiled.metadata.num_warps),
+                "bytes": sum(each.nbytes for each in {id(each): each for each in tensors}.values()),
+                # What the kernel reads and writes of each element, were it all read or written.
+                "element_bytes": sum(each.itemsize for each in tensors if each.numel() == largest),
+                "cubin": base64.b64encode(compiled.asm["cubin"]).decode(),
+            }
+        )
+        return compiled
+
+
+def launches(architecture: str) -> list[dict]:
+    """Return everything to compile for an architecture, each under a name of its own."""
+    recorder = Recorder()
+    driver.set_active(CompilingDriver(architecture))
+    JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
+    found: dict[str, dict] = {}
+    order: dict[str, tuple] = {}
+    variants: list[str] = []
+    for (variant, shape, operator, arguments), dtypes, relative, measured in calls(architecture):
+        operators = Operators(shape, dtypes, relative, everything=not measured)
+        operator(operators, *arguments)
+        weight, w_hat = (SHORT[dtype] for dtype in dtypes)
+        for launch in recorder.launches:
+            title = launch.pop("title")
+            alone = weight == w_hat or title in OF_THE_WEIGHT_ALONE
+            words = [title, variant, weight if alone else f"{weight}>{w_hat}"]
+            if title not in WITHOUT_TEMPERATURE:
+                words.insert(2, "relative" if relative else "absolute")
+                words += [] if measured else ["(all outputs)"]
+            name = " ".join(filter(None, words))
+            variants += [variant] if variant not in variants else []
+            order[name] = (list(TITLES.values()).index(title), variants.index(variant), relative)
+            elements = operators.weight.numel()
+            found.setdefault(name, launch | {"measured": measured, "elements": elements})
+        recorder.launches.clear()
+    return [{"name": name} | found[name] for name in sorted(found, key=order.__getitem__)]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(launches(sys.argv[1])))

@@ -1,0 +1,248 @@
+"""What nvcc and Triton make of the kernels, ahead of time and without a GPU: python -m
+instruments.compiled prints it."""
+
+import fnmatch
+import itertools
+import json
+
+import pytest
+
+from instruments import cards, compiled
+from instruments.build import build
+from instruments.cubin import read_cubin
+from instruments.cuda_loops import HOT_LOOPS, find_nvcc
+from instruments.measured import LOADS, STORES, width
+from instruments.sass import disassemble
+
+# Ampere, Hopper, Blackwell. The CUDA source is compiled for the last two, as the figures are.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+DTYPES = ("f32", "f32>bf16", "bf16", "f64>bf16", "f16>f64")
+GROUPS = ("2:4", "4:8 conv dim=1", "3:5")
+TILES = ("linear dim=0", "linear dim=1", "conv dim=1")
+TRITON_KERNELS = {
+    "soft_mask forward": ("",),
+    "soft_mask backward": ("",),
+    "N:M forward": GROUPS,
+    "N:M backward": GROUPS,
+    "N:M hard mask": GROUPS,
+    "channel norms": TILES,
+    "channel forward": TILES,
+    "channel products": TILES[1:],  # channels of one tile find the product in the backward
+    "channel backward": TILES,
+    "compress_2to4": ("",),
+}
+
+# CUDA kernels that read no weights.
+SMALL_KERNELS = ("start_selection", "start_counting", "write_items", "add_tiles")
+
+# Kernels that keep values in local memory on Hopper, with the bytes of a thread.
+SPILLS = {"channel backward linear dim=1 absolute bf16 (all outputs)": 8}
+
+# Kernels that move bytes in accesses narrower than 16 bytes, and why they do.
+NARROW = {
+    "hard_mask write [bf]*": "a packet of 16 bytes has 2 to 8 weights, and as many bytes of mask",
+    "hard_mask write unaligned *": "weights that do not begin at a multiple of 16 bytes",
+    "power_sums *": "a lane reads every 32nd weight, in order",
+    "* odd *": "without a multiple of 16 Triton knows of no alignment at a tile's end",
+    "N:M * 2:4 relative *bf16": "a thread has groups of 4, 8 bytes of bfloat16",
+    "N:M hard mask 2:4 *": "a thread has groups of 4, 4 bytes of mask",
+    "N:M * 3:5 *": "a group of 5 is no power of two",
+    "N:M * conv *": "members of a group lie apart",
+    "channel * conv dim=1 *": "runs of 9 neighbours have no alignment",
+    "compress_2to4 bf16": "metadata are 2 bytes for 16 weights",
+}
+
+# Kernels that calculate in float64 though the weights are narrower, and why they do.
+FLOAT64 = {
+    "power_sums *": "sums of millions of powers",
+    "channel norms *": "squares and their sums",
+    "channel products *": "sums of products",
+    "channel backward *": "the product with the gradient, and what becomes of it",
+}
+
+
+@pytest.fixture(scope="module")
+def available():
+    found = compiled.versions()
+    if not found:
+        pytest.skip("neither nvcc nor Triton is there")
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(available):
+    """What each compiler made for each architecture."""
+    jobs = [*itertools.product(available, compiled.FIGURES_ARCHITECTURES)]
+    jobs += [("triton", "sm_80")] if "triton" in available else []
+    return compiled.compile_and_measure(jobs)
+
+
+def matches(names, patterns):
+    """The names that each pattern matches."""
+    return {pattern: set(fnmatch.filter(names, pattern)) for pattern in patterns}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_triton_compiles_every_kernel_for_every_dtype(available, results, architecture):
+    if "triton" not in available:
+        pytest.skip("no triton")
+    expected = set()
+    for title, variants in TRITON_KERNELS.items():
+        alone = title in ("N:M hard mask", "channel norms", "compress_2to4")
+        for variant, dtypes in itertools.product(variants, DTYPES):
+            dtype = dtypes.partition(">")[0] if alone else dtypes
+            if title != "compress_2to4" or dtype in ("bf16", "f16"):
+                expected.add(" ".join(filter(None, (title, variant, dtype))))
+    names = results["triton", architecture].resources
+    names = {name.removesuffix(" (all outputs)") for name in names}
+    assert expected <= {name.replace(" relative", "").replace(" absolute", "") for name in names}
+    for temperature, dtypes in itertools.product(("relative", "absolute"), DTYPES):
+        assert {
+            f"soft_mask {way} {temperature} {dtypes}" for way in ("forward", "backward")
+        } <= names
+
+
+def test_every_cuda_kernel_is_measured_or_reads_no_weights(available, results):
+    if "nvcc" not in available:
+        pytest.skip("no nvcc")
+    known = {hot.kernel.partition("_kernel")[0] for hot in HOT_LOOPS} | set(SMALL_KERNELS)
+    for architecture in compiled.FIGURES_ARCHITECTURES:
+        names = results["nvcc", architecture].resources
+        assert {name.partition("_kernel")[0] for name in names} == known
+
+
+def test_no_kernel_spills_on_hopper(available, results):
+    stacks = {
+        name: each["stack"]
+        for compiler in available
+        for name, each in results[compiler, "sm_90"].resources.items()
+    }
+    spills = {name: stack for name, stack in stacks.items() if stack > 0}
+    assert spills == {name: size for name, size in SPILLS.items() if name in stacks}
+
+
+def test_every_kernel_moves_16_bytes_at_a_time_but_those_named(results):
+    used = set()
+    for (_, architecture), made in results.items():
+        found = matches([each.name for each in made.measured], NARROW)
+        used |= {pattern for pattern, names in found.items() if names}
+        narrow = {each.name for each in made.measured if each.fraction_wide < 0.98}
+        assert narrow == set().union(*found.values()), architecture
+    compilers = {compiler for compiler, _ in results}
+    assert used == set(NARROW) or len(compilers) == 1
+
+
+def test_a_soft_mask_has_narrow_accesses_for_t_and_tau_alone(available, results):
+    if "triton" not in available:
+        pytest.skip("no triton")
+    for architecture in ARCHITECTURES:
+        for each in results["triton", architecture].measured:
+            if each.name.startswith("soft_mask") and "odd" not in each.name:
+                accesses = [*each.loads.items(), *each.stores.items()]
+                narrow = sum(count for width, count in accesses if width != "128")
+                assert narrow * each.elements == 2, (architecture, each.name)
+
+
+def test_no_kernel_calculates_in_float64_but_those_named(results):
+    used = set()
+    for (_, architecture), made in results.items():
+        measured = [each for each in made.measured if "f64" not in each.name]
+        found = matches([each.name for each in measured], FLOAT64)
+        used |= {pattern for pattern, names in found.items() if names}
+        wide = {
+            each.name
+            for each in measured
+            if each.per_element["FP64"] + each.per_element["conversions"] > 0
+        }
+        assert wide == set().union(*found.values()), architecture
+    compilers = {compiler for compiler, _ in results}
+    assert used == set(FLOAT64) or len(compilers) == 1
+
+
+@pytest.mark.parametrize("compiler", compiled.COMPILERS)
+def test_no_kernel_needs_more_instructions_than_the_committed_figures(available, results, compiler):
+    committed = json.loads(compiled.FIGURES.read_text())[compiler]
+    if compiler not in available:
+        pytest.skip(f"no {compiler}")
+    if available[compiler] != committed["version"]:
+        pytest.skip(f"{compiler} {available[compiler]}, figures of {committed['version']}")
+    measured = compiled.figures({key: results[key] for key in results if key[0] == compiler})
+    wrong = [
+        f"{architecture} {line}"
+        for architecture in compiled.FIGURES_ARCHITECTURES
+        for line in compiled.rises(committed[architecture], measured[compiler][architecture])
+    ]
+    assert not wrong, "\n".join([*wrong, "if it is meant: python -m instruments.compiled --update"])
+
+
+def test_a_rise_a_new_kernel_and_a_lost_one_are_told():
+    committed = {"same": 8.0, "fewer": 8.0, "more": 8.0, "lost": 8.0}
+    measured = {"same": 8.0, "fewer": 7.0, "more": 8.125, "new": 1.0}
+    wrong = compiled.rises(committed, measured)
+    assert [line.partition(":")[0] for line in wrong] == ["new", "lost", "more"]
+    assert "8.125" in wrong[-1] and "8.0" in wrong[-1]
+
+
+def test_an_h200_has_27_issue_slots_for_a_float32_and_half_for_units_half_as_wide():
+    card = cards.CARDS["H200"]
+    assert cards.room(card, "issue", 4) == pytest.approx(27.6, abs=0.05)
+    each = {"issue": 55.2, "ALU": 6.9, "FP64": 0, "XU": 6.9}
+    allowed = cards.fractions(card, each, 4)
+    assert list(allowed) == ["issue", "XU", "ALU"]
+    assert list(allowed.values()) == pytest.approx([0.5, 0.5, 2.0], rel=2e-3)
+
+
+# Each kernel does one thing that the report has to see.
+KNOWN = """
+extern "C" __global__ void wide(const float4* in, float4* out, int n) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    float4 sum = {};
+#pragma unroll 1
+    for (int j = 0; j < n; ++j) {
+      const float4 x = in[i * n + j];
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    out[i] = sum;
+  }
+}
+extern "C" __global__ void narrow(const short* in, float* out) {
+  out[threadIdx.x] = in[threadIdx.x];
+}
+extern "C" __global__ void float64(const float* in, float* out) {
+  out[threadIdx.x] = static_cast<float>(in[threadIdx.x] * 0.1 + exp2f(in[threadIdx.x]));
+}
+extern "C" __global__ void local(const int* in, int* out) {
+  int values[32];
+  for (int i = 0; i < 32; ++i) values[in[i] & 31] = in[32 + i];
+  out[threadIdx.x] = values[in[64] & 31];
+}
+"""
+
+
+@pytest.mark.parametrize("architecture", compiled.FIGURES_ARCHITECTURES)
+def test_the_report_sees_loops_widths_float64_and_local_memory(available, architecture, tmp_path):
+    if "nvcc" not in available:
+        pytest.skip("no nvcc")
+    source = tmp_path / "known.cu"
+    source.write_text(KNOWN)
+    command = [find_nvcc(), f"-arch={architecture}", "-cubin", source, "-o", "known.cubin"]
+    kernels = read_cubin(build("known.cubin", [source], command).read_bytes())
+    functions = {f.kernel.name: f for f in disassemble(kernels, architecture)}
+
+    def widths(name, kinds, blocks=None):
+        return {width(i) for i in functions[name].instructions(blocks) if i.name in kinds}
+
+    (outer,) = (loop for loop in functions["wide"].loops() if loop.nested)
+    (inner,) = outer.nested
+    assert widths("wide", LOADS, inner.blocks) == {128} and not inner.nested
+    assert widths("wide", LOADS, outer.own_blocks) == widths("wide", STORES, inner.blocks) == set()
+    assert widths("wide", STORES, outer.own_blocks) == {128}
+    assert (widths("narrow", LOADS), widths("narrow", STORES)) == ({16}, {32})
+    counts = {name: cards.cost(each.instructions()) for name, each in functions.items()}
+    assert counts["float64"]["FP64"] > 0 and counts["float64"]["conversions"] > 0
+    assert counts["float64"]["MUFU"] == 1
+    assert counts["wide"]["FP64"] == counts["wide"]["conversions"] == 0
+    stacks = {name: each.kernel.stack for name, each in functions.items()}
+    assert stacks.pop("local") >= 128 and not any(stacks.values())
