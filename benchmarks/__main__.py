@@ -82,7 +82,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="FILE.csv, FILE.json, or a folder for both"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="speedup over eager by n")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="speedup over eager, first mask"
+    )
     arguments = parser.parse_args(words)
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,7 +168,8 @@ def main() -> int:
         from benchmarks.plot import plot_speedups
 
         title = f"{environment['device']}, {environment['cpu']}, torch {environment['torch']}"
-        plot_speedups(arguments.plot, rows, title)
+        first = [row for row in rows if row.mask in ("", arguments.masks[0])]
+        plot_speedups(arguments.plot, first, title)
         print(f"wrote {arguments.plot}")
     errors = [row for row in rows if row.is_error]
     for row in errors:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in three calls, each in order of worth: is it right, how fast is it, and
-# which constants suit the card. For a machine that is rented by the minute, and bare: builds for its
-# card, downloads nothing.
+# Everything that needs a GPU, in three calls, each in order of worth: is it right, how fast is it,
+# and which constants suit the card. For a machine that is rented by the minute, and bare: builds for
+# its card, downloads nothing.
 #
 #   PYTHON=python3 OUT=folder DEADLINE=540 PDP_COMMIT=$(git describe --always --dirty) \
 #     benchmarks/gpu.sh [right|fast|tuned|PART ...]
@@ -20,30 +20,7 @@ OUT=${OUT:-benchmarks/results/gpu}
 DEADLINE=${DEADLINE:-1800}
 CHOSEN=("$@")
 
-names="right fast tuned $(sed -nE 's/^ *(part|start|bench) ([a-z0-9-]+) .*/\2/p' "${BASH_SOURCE[0]}")"
-for pattern in "$@"; do
-  for name in $names; do
-    [[ $name == $pattern ]] && continue 2
-  done
-  echo "no part is called $pattern; there are:" $names >&2
-  exit 2
-done
-((${#CHOSEN[@]})) && CHOSEN+=(environment build)
-
 . benchmarks/parts.sh
-
-PATH=$PATH:/usr/local/cuda/bin:$(echo /opt/nvidia/nsight-compute/*/ | tr ' ' :)
-PDP_COMMIT=${PDP_COMMIT:-$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
-TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") || {
-  echo "no CUDA device that $PYTHON's torch can use"
-  exit 1
-}
-export PYTHON PDP_COMMIT TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1 PYTHONUNBUFFERED=1
-export NVCC_APPEND_FLAGS="-lineinfo -Xptxas -v"
-{
-  echo "# commit: $PDP_COMMIT"
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader | sed 's/^/# card: /'
-} >>"$RESULTS/summary.csv"
 
 short_table() { "$PYTHON" -m benchmarks.report "$RESULTS"; }
 
@@ -71,7 +48,7 @@ workloads() {
 }
 export -f environment build workloads
 
-# Fewest bytes back, most said: what fails stands in a file of its own, as it happens.
+# In parallel, and what fails in a file as it happens.
 tests() {
   local workers
   workers=$(nproc)
@@ -97,76 +74,105 @@ METRICS+=,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum
 # Our kernels by their demangled names: those of csrc/cuda, and those of triton_kernels.
 KERNELS='.*pdp::.*|_(soft_mask|hard_mask|products|compress)_.*'
 
-GROUP=always
-start environment 30 environment
-# 25 s of nvcc for one architecture, and 20 s of CPU kernels over all cores.
-start build 120 build
-GROUP=right
-start workloads 120 workloads "$SCRATCH/workloads"
-GROUP=tuned
-start variants-build 150 "$PYTHON" -m benchmarks.variants build "$SCRATCH/variants"
-finish
-GROUP=right
-ok build || stop "the build failed"
+parts() {
+  GROUP=always
+  start environment 30 environment
+  # 25 s of nvcc for one architecture, and 20 s of CPU kernels over all cores.
+  start build 120 build
+  GROUP=right
+  start workloads 120 workloads "$SCRATCH/workloads"
+  GROUP=tuned
+  start variants-build 150 "$PYTHON" -m benchmarks.variants build "$SCRATCH/variants"
+  finish
+  ok build || stop "the build failed"
 
-# Is it right?
-# 45 variants compiled by Triton, half a second each.
-part smoke 60 "$PYTHON" -m benchmarks.smoke
-# A thousand tests and as many compilations, by 16 workers.
-part tests 170 tests "$RESULTS/failures.txt"
-# All tools at once: a few MB of weights, 10 to 50 times slower than without; Triton's kernels come
-# from the cache that smoke has filled.
-for tool in memcheck racecheck initcheck synccheck; do
-  sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20)
-  start "$tool-cuda" 60 "${sanitizer[@]}" "$SCRATCH/workloads"
-  start "$tool-triton" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "${sanitizer[@]}" "$PYTHON" -m benchmarks.smoke --triton --no-poison
+  # Is it right?
+  GROUP=right
+  # 45 variants compiled by Triton, half a second each.
+  part smoke 60 "$PYTHON" -m benchmarks.smoke
+  # A thousand tests and as many compilations, by 16 workers.
+  part tests 170 tests "$RESULTS/failures.txt"
+  # All tools at once: a few MB of weights, 10 to 50 times slower than without; Triton's kernels come
+  # from the cache that smoke has filled.
+  for tool in memcheck racecheck initcheck synccheck; do
+    sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20)
+    start "$tool-cuda" 60 "${sanitizer[@]}" "$SCRATCH/workloads"
+    start "$tool-triton" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      "${sanitizer[@]}" "$PYTHON" -m benchmarks.smoke --triton --no-poison
+  done
+  finish
+  # 3 inputs x 2 dtypes x 9 steps of 0.3 s, and 8 compilations by inductor of 3 s.
+  bench core 60 --budget 0.2 --inputs 2359296 100000000 resnet50 \
+    --steps copy sum threshold forward backward step --providers copy sum compiled ours
+  # 60 launches, each replayed for a handful of counters.
+  part ncu 60 ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
+    --kernel-name "regex:$KERNELS" --csv --print-units base --log-file "$RESULTS/ncu.csv" \
+    --metrics "$METRICS" "$PYTHON" -m benchmarks.profile --rows 8192
+
+  # How fast is it?
+  GROUP=fast
+  # 7 inputs x 2 dtypes x 9 steps of 0.3 s, and compilations.
+  bench sizes 110 --budget 0.2 --limit 0.5 \
+    --inputs 65536 1048576 16777216 100000000 resnet50 bert-base gpt2 \
+    --steps copy sum threshold forward backward step \
+    --providers copy sum sort eager compiled compiled-sort ours
+  # One size for the eager providers: kthvalue is one block's work, 2.5 s at 1e8.
+  bench eager 60 --budget 0.5 --inputs 2359296 --steps copy threshold mask step
+  bench 2to4 50 --budget 0.2 --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4
+  bench channel 60 --budget 0.2 --inputs conv-1x1 conv-3x3 100663296 resnet50 \
+    --steps copy mask-channel
+  bench pq-index 30 --budget 0.2 --inputs 100663296 resnet50 gpt2 --steps copy pq-index
+  bench sparsity-50 25 --budget 0.2 --sparsity 0.5 --inputs 16777216 gpt2 \
+    --steps copy sum threshold --providers copy sum ours
+  bench sparsity-80 25 --budget 0.2 --sparsity 0.8 --inputs 16777216 gpt2 \
+    --steps copy sum threshold --providers copy sum ours
+  # 9 shapes of 0.5 s, and their packing.
+  TAIL=9 part sparse-linear 35 "$PYTHON" -m benchmarks.sparse_linear --budget 0.5 \
+    --out "$RESULTS/sparse_linear.json"
+  part distributed 30 "$PYTHON" -m benchmarks.distributed --device cuda --ranks 1 \
+    --out "$RESULTS/distributed.json"
+
+  # Whole training steps, the largest weights, and other constants.
+  GROUP=tuned
+  # 4 tasks: float64 gradients once, then 3 s.
+  TAIL=4 part training 120 "$PYTHON" -m benchmarks.training_step --device cuda --budget 3 \
+    --out "$RESULTS/training_step.json" --tasks "ResNet-50, 128 images, bfloat16" \
+    "GPT-2 124M, 8 x 1024 tokens, bfloat16" "GPT 10.6M, 64 x 256 tokens" "pruner.step, GPT-2"
+  # A sort of 1e9 weights for their thresholds, and 2 s for a billion in float64.
+  bench large 100 --budget 0.3 --masks pruner --inputs 1e9 llama-7b-block \
+    --steps copy sum threshold forward backward --providers copy sum compiled ours
+  # 35 choices x 2 dtypes x 2 to 3 steps of 0.2 s, and two compilations for each.
+  TAIL=80 part sweep 120 "$PYTHON" -m benchmarks.sweep --out "$RESULTS/sweep.csv"
+  # 9 builds of 10 s.
+  TAIL=54 part variants 110 "$PYTHON" -m benchmarks.variants time "$SCRATCH/variants" \
+    --out "$RESULTS/variants"
+}
+
+known="right fast tuned $(LISTING=1 && parts)"
+for pattern in "$@"; do
+  for name in $known; do
+    [[ $name == $pattern ]] && continue 2
+  done
+  echo "no part is called $pattern; there are:" $known >&2
+  exit 2
 done
-finish
-# 3 inputs x 2 dtypes x 9 steps of 0.3 s, and 8 compilations by inductor of 3 s.
-bench core 60 --budget 0.2 --inputs 2359296 100000000 resnet50 \
-  --steps copy sum threshold forward backward step --providers copy sum compiled ours
-# 60 launches, each replayed for a handful of counters.
-part ncu 60 ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
-  --kernel-name "regex:$KERNELS" --csv --print-units base --log-file "$RESULTS/ncu.csv" \
-  --metrics "$METRICS" "$PYTHON" -m benchmarks.profile --rows 8192
+((${#CHOSEN[@]})) && CHOSEN+=(environment build)
 
-# How fast is it?
-GROUP=fast
-# 7 inputs x 2 dtypes x 9 steps of 0.3 s, and compilations.
-bench sizes 110 --budget 0.2 --limit 0.5 \
-  --inputs 65536 1048576 16777216 100000000 resnet50 bert-base gpt2 \
-  --steps copy sum threshold forward backward step \
-  --providers copy sum sort eager compiled compiled-sort ours
-# One size for the eager providers: kthvalue is one block's work, 2.5 s at 1e8.
-bench eager 60 --budget 0.5 --inputs 2359296 --steps copy threshold mask step
-bench 2to4 50 --budget 0.2 --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4
-bench channel 60 --budget 0.2 --inputs conv-1x1 conv-3x3 100663296 resnet50 \
-  --steps copy mask-channel
-bench pq-index 30 --budget 0.2 --inputs 100663296 resnet50 gpt2 --steps copy pq-index
-bench sparsity-50 25 --budget 0.2 --sparsity 0.5 --inputs 16777216 gpt2 \
-  --steps copy sum threshold --providers copy sum ours
-bench sparsity-80 25 --budget 0.2 --sparsity 0.8 --inputs 16777216 gpt2 \
-  --steps copy sum threshold --providers copy sum ours
-# 9 shapes of 0.5 s, and their packing.
-TAIL=9 part sparse-linear 35 "$PYTHON" -m benchmarks.sparse_linear --budget 0.5 \
-  --out "$RESULTS/sparse_linear.json"
-part distributed 30 "$PYTHON" -m benchmarks.distributed --device cuda --ranks 1 \
-  --out "$RESULTS/distributed.json"
+PATH=$PATH:/usr/local/cuda/bin:$(echo /opt/nvidia/nsight-compute/*/ | tr ' ' :)
+PDP_COMMIT=${PDP_COMMIT:-$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)}
+capability="import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+TORCH_CUDA_ARCH_LIST=$("$PYTHON" -c "$capability") || {
+  echo "no CUDA device that $PYTHON's torch can use"
+  exit 1
+}
+export PYTHON PDP_COMMIT TORCH_CUDA_ARCH_LIST PDP_BUILD_CUDA=1 PYTHONUNBUFFERED=1
+export NVCC_APPEND_FLAGS="-lineinfo -Xptxas -v"
 
-# Whole training steps, the largest weights, and other constants.
-GROUP=tuned
-# 4 tasks: float64 gradients once, then 3 s.
-TAIL=4 part training 120 "$PYTHON" -m benchmarks.training_step --device cuda --budget 3 \
-  --out "$RESULTS/training_step.json" --tasks "ResNet-50, 128 images, bfloat16" \
-  "GPT-2 124M, 8 x 1024 tokens, bfloat16" "GPT 10.6M, 64 x 256 tokens" "pruner.step, GPT-2"
-# A sort of 1e9 weights for their thresholds, and 2 s for a billion in float64.
-bench large 100 --budget 0.3 --masks pruner --inputs 1e9 llama-7b-block \
-  --steps copy sum threshold forward backward --providers copy sum compiled ours
-# 35 choices x 2 dtypes x 2 to 3 steps of 0.2 s, and two compilations for each.
-TAIL=80 part sweep 120 "$PYTHON" -m benchmarks.sweep --out "$RESULTS/sweep.csv"
-# 9 builds of 10 s.
-TAIL=54 part variants 110 "$PYTHON" -m benchmarks.variants time "$SCRATCH/variants" \
-  --out "$RESULTS/variants"
-
+begin
+{
+  echo "# commit: $PDP_COMMIT"
+  fields=name,driver_version,clocks.sm,clocks.mem
+  nvidia-smi --query-gpu="$fields" --format=csv,noheader | sed 's/^/# card: /'
+} >>"$RESULTS/summary.csv"
+parts
 conclude

@@ -14,6 +14,8 @@ COLUMNS = {
     "M atomics": ("smsp__inst_executed_op_shared_atom.sum", 1e6, ".2f"),
     "M conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", 1e6, ".2f"),
 }
+WIDTH = 36  # of a kernel's name
+
 METRICS = [metric for metric, _, _ in COLUMNS.values()]
 
 
@@ -45,8 +47,7 @@ def short_name(kernel: str) -> str:
 def format_kernels(path: Path) -> str:
     """One line for each launch, with the rate at which it read and wrote memory."""
     launches = read_kernels(path)
-    width = max((len(short_name(kernel)) for kernel, _ in launches), default=0)
-    lines = [f"{'kernel':{width}}{'GB/s':>8}" + "".join(f"{name:>12}" for name in COLUMNS)]
+    lines = [f"{'kernel':{WIDTH}}{'GB/s':>7}" + "".join(f"{name:>12}" for name in COLUMNS)]
     for kernel, metrics in launches:
         cells = [
             f"{metrics[metric] / unit:{style}}" if metric in metrics else "-"
@@ -55,5 +56,5 @@ def format_kernels(path: Path) -> str:
         time, read, written = (metrics.get(metric) for metric in METRICS[:3])
         rate = f"{(read + written) / time:.0f}" if time and None not in (read, written) else "-"
         cells = "".join(f"{cell:>12}" for cell in cells)
-        lines.append(f"{short_name(kernel):{width}}{rate:>8}{cells}")
+        lines.append(f"{short_name(kernel)[:WIDTH]:{WIDTH}}{rate:>7}{cells}")
     return "\n".join(lines)

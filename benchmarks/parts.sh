@@ -1,28 +1,37 @@
 # Parts of a long run: each has a limit, all end before a deadline, and what is there so far comes
-# back in few files. Sourced by gpu.sh.
+# back in few files. Sourced by gpu.sh, which sets
 #
 #   OUT        where $OUT/gpu.tar.gz, $OUT/summary.csv and $OUT/table.txt are kept up to date: after
 #              each part, and when the run is ended from outside
 #   DEADLINE   seconds for everything
 #   CHOSEN     names or patterns of the parts to run, or of the group they are in; empty for all
 #   GROUP      that of the parts declared next
-#   RESULTS    a folder of this run: what parts write there goes into the archive
+#   LISTING    not empty: parts are not run, and their names are printed
+#
+# and may define short_table, which prints table.txt. Parts find
+#
+#   RESULTS    a folder of this run: what they write there goes into the archive
 #   SCRATCH    another, which does not
 #
 # Needs bash 4.4 and GNU timeout.
 
-OUT=$(realpath -m "$OUT")
-RESULTS=$(mktemp -d)
-SCRATCH=$(mktemp -d)
 SHORTEST=${SHORTEST:-10} # a part is left out where fewer seconds remain
+RESULTS="" SCRATCH=""
 
 declare -A pid_of=() begin_of=() limit_of=() tail_of=()
 running=() # names, in the order in which they were started
 declare -A result_of=() # by name of part: ok, failed (status), timed out, stopped or left out
 reason_to_stop=""
 
-mkdir -p "$OUT"
-echo "part,result,seconds" >"$RESULTS/summary.csv"
+begin() {
+  OUT=$(realpath -m "$OUT")
+  RESULTS=$(mktemp -d)
+  SCRATCH=$(mktemp -d)
+  mkdir -p "$OUT"
+  echo "part,result,seconds" >"$RESULTS/summary.csv"
+  trap on_signal TERM INT
+  trap on_exit EXIT
+}
 
 chosen() {
   local pattern
@@ -55,7 +64,8 @@ collect() {
 start() {
   local name=$1 limit=$2 left=$((DEADLINE - SECONDS))
   shift 2
-  chosen "$name" || return 0
+  if [[ ${LISTING:-} ]]; then echo "$name"; fi
+  if [[ ${LISTING:-} ]] || ! chosen "$name"; then return 0; fi
   ((limit = limit < left ? limit : left))
   if [[ $reason_to_stop ]] || ((limit < SHORTEST)); then
     record "$name" "left out" 0
@@ -115,9 +125,6 @@ on_exit() {
   collect
   rm -rf "$RESULTS" "$SCRATCH"
 }
-
-trap on_signal TERM INT
-trap on_exit EXIT
 
 # The last lines of the run; fails if a part did not end well.
 conclude() {

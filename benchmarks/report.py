@@ -1,7 +1,7 @@
 """Rows as a table, as one line for each input, and as the few ratios that matter most.
 
-`python -m benchmarks.report FOLDER` prints the short table of every benchmark.csv in a folder, and
-that of kernels of ncu.csv.
+`python -m benchmarks.report FOLDER` prints the short table of every benchmark.csv in a folder, after
+that of the kernels in ncu.csv.
 """
 
 import argparse
@@ -146,10 +146,10 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    for path in sorted(folder.rglob("ncu.csv")):
+        print(f"{format_kernels(path)}\n")
     for path in sorted(folder.rglob("benchmark.csv")):
         print(f"{path.parent.name}\n{format_short_table(list(read_rows(path)))}\n")
-    for path in sorted(folder.rglob("ncu.csv")):
-        print(format_kernels(path))
     return 0
 
 
