@@ -1,7 +1,7 @@
 """Rows as a table, as one line for each input, and as the few ratios that matter most.
 
-`python -m benchmarks.report FOLDER` prints the short table of every benchmark.csv in a folder, after
-that of the kernels in ncu.csv.
+`python -m benchmarks.report FOLDER` prints what the files of a run have in short: a line for each
+kernel of ncu.csv, and for each input of benchmark.csv.
 """
 
 import argparse

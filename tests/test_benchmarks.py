@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import __main__ as benchmark
 from benchmarks import channels, groups, models, profile, report, sparse_linear, training_step
-from benchmarks.batches import make_batch
+from benchmarks.batches import exact_threshold, make_batch
 from benchmarks.environment import describe_environment
 from benchmarks.measure import Bench
 from benchmarks.networks import NETWORKS
@@ -22,8 +22,15 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def batch_of(name="65536", dtype=torch.float32, mask="paper"):
-    return make_batch(name, dtype, 0.9, torch.Generator().manual_seed(0)).masked_by(mask)
+def batch_of(name="65536", dtype=torch.float32, mask="paper", device="cpu"):
+    batch = make_batch(name, dtype, 0.9, torch.Generator().manual_seed(0))
+    if device == "cuda":
+        weights = [weight.detach().to(device).requires_grad_() for weight in batch.weights]
+        thresholds, grads = (
+            [tensor.to(device) for tensor in tensors] for tensors in (batch.thresholds, batch.grads)
+        )
+        batch = replace(batch, weights=weights, thresholds=thresholds, grads=grads)
+    return batch.masked_by(mask)
 
 
 CASES = [
@@ -36,8 +43,8 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("step", "provider", "mask"), CASES)
-def test_every_provider_is_right(step, provider, mask, dtype):
-    batch = batch_of(dtype=dtype, mask=mask)
+def test_every_provider_is_right(device, step, provider, mask, dtype):
+    batch = batch_of(dtype=dtype, mask=mask, device=device)
     with torch.compiler.set_stance("force_eager"):
         answer = STEPS[step].providers[provider](batch)()
         assert STEPS[step].check(batch, answer) is None
@@ -49,6 +56,13 @@ def test_every_provider_is_right(step, provider, mask, dtype):
 def test_what_is_compiled_compiles(step, mask):
     batch = batch_of(mask=mask)
     assert STEPS[step].check(batch, STEPS[step].providers["compiled"](batch)()) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threshold_that_answers_are_held_against(device, dtype):
+    weight = torch.tensor([4.0, -1.0, 3.0, -2.0, 0.5], dtype=dtype).to(device)
+    found = [exact_threshold(weight, sparsity).item() for sparsity in (0.2, 0.5, 0.8)]
+    assert found == [0.75, 2.5, 3.5]
 
 
 def spoiled(answer, index):
@@ -289,9 +303,9 @@ def test_trained_network_has_the_weights_of_its_list(make, name):
 
 
 @pytest.mark.parametrize("dtype", profile.DTYPES.values())
-def test_everything_that_is_profiled_runs(dtype):
+def test_everything_that_is_profiled_runs(dtype, device):
     names = []
-    for operation in profile.operations(32, dtype, CPU):
+    for operation in profile.operations(32, dtype, torch.device(device)):
         assert operation.run() is not None
         assert operation.bytes >= 32 * profile.COLUMNS * dtype.itemsize
         names.append(operation.name)

@@ -28,8 +28,8 @@ def test_every_operator_has_a_case():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_operator_is_right(case):
-    assert smoke.run(case, CPU, triton=False) == "ok"
+def test_every_operator_is_right(case, device):
+    assert smoke.run(case, torch.device(device), triton=False) == "ok"
 
 
 @pytest.mark.parametrize(
