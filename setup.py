@@ -5,6 +5,7 @@ names the architectures to build for, CUDA_HOME the toolkit.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,10 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-fno-math-
 ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
+# Kernel arguments may take 32,764 bytes from this release on.
+OLDEST_CUDA = (12, 1)
+
+
 def ask_nvcc(option: str) -> str:
     return subprocess.check_output([TOOLKIT / "bin" / "nvcc", option], text=True)
 
@@ -51,9 +56,12 @@ def obstacle_to_cuda() -> str | None:
         return "no CUDA toolkit was found (set CUDA_HOME)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    major = torch.version.cuda.split(".")[0]
-    if f"release {major}." not in ask_nvcc("--version"):
-        return f"torch is built for CUDA {torch.version.cuda}, and {TOOLKIT} is not CUDA {major}"
+    release = re.search(r"release (\d+)\.(\d+)", ask_nvcc("--version"))
+    major, minor = map(int, release.groups())
+    if major != int(torch.version.cuda.split(".")[0]):
+        return f"torch is built for CUDA {torch.version.cuda}, and {TOOLKIT} is CUDA {major}"
+    if (major, minor) < OLDEST_CUDA:
+        return f"{TOOLKIT} is CUDA {major}.{minor}, and 12.1 or later is needed"
     return None
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 
 #include "magnitude.h"
 
@@ -17,9 +18,20 @@ struct Digit {
 };
 
 // The digits of digit_counts, by the bytes of a weight: DIGIT_BITS of reference.py.
-inline Digit counted_digit(int64_t weight_bytes, int64_t index) {
+struct DigitBits {
+  const int* bits;
+  int64_t count;
+};
+
+inline DigitBits digit_bits(int64_t weight_bytes) {
   static constexpr int kEight[] = {11, 11, 11, 10, 10, 10}, kFour[] = {11, 10, 10}, kTwo[] = {8, 7};
-  const int* bits = weight_bytes == 8 ? kEight : weight_bytes == 4 ? kFour : kTwo;
+  if (weight_bytes == 8) return {kEight, std::size(kEight)};
+  if (weight_bytes == 4) return {kFour, std::size(kFour)};
+  return {kTwo, std::size(kTwo)};
+}
+
+inline Digit counted_digit(int64_t weight_bytes, int64_t index) {
+  const int* bits = digit_bits(weight_bytes).bits;
   int shift = static_cast<int>(8 * weight_bytes - 1);
   for (int64_t i = 0; i <= index; ++i) shift -= bits[i];
   return {shift, bits[index], index == 0, shift == 0};

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/compress.h"
 #include "cpu/digit_counts.h"
 #include "cpu/hard_mask.h"
@@ -21,6 +22,7 @@
 
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 namespace cpu = pdp::cpu;
@@ -55,6 +57,8 @@ cpu::Array array(const Tensor& tensor) { return {tensor.data_ptr(), pdp::weight_
 constexpr cpu::Array kNoArray{nullptr, pdp::WeightType::kFloat32};
 
 Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities) {
+  pdp::check_weights(weights, DeviceType::CPU);
+  pdp::check_sparsities(weights, sparsities);
   const int64_t count = static_cast<int64_t>(weights.size());
   Tensor counts = torch::stable::empty({count}, ScalarType::Long);
   int64_t* k = counts.mutable_data_ptr<int64_t>();
@@ -89,6 +93,8 @@ double threshold(const cpu::Weight& weight, const cpu::OrderStatistics& found, i
 }
 
 Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
+  pdp::check_weights(weights, DeviceType::CPU);
+  pdp::check_integers(prune_counts, weights.size(), weights[0], "prune_counts");
   const size_t count = weights.size();
   std::vector<cpu::Weight> selected(count);
   ScalarType dtype = ScalarType::Float;
@@ -116,6 +122,9 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
 
 std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor prefixes,
                                         int64_t digit) {
+  pdp::check_weights(weights, DeviceType::CPU);
+  pdp::check_integers(prefixes, weights.size(), weights[0], "prefixes");
+  pdp::check_digit(weights, digit);
   std::vector<cpu::Weight> parts;
   for (Tensor& weight : weights) {
     if (!pdp::is_dense(weight)) weight = torch::stable::contiguous(weight);
@@ -133,6 +142,8 @@ std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor pref
 }
 
 Tensor hard_mask(Tensor weight, Tensor prune_count) {
+  pdp::check_weight(weight, DeviceType::CPU);
+  pdp::check_integers(prune_count, 1, weight, "prune_count");
   weight = torch::stable::contiguous(weight);
   Tensor kept = torch::stable::empty(weight.sizes(), ScalarType::Bool);
   cpu::hard_mask(selectable(weight), *prune_count.const_data_ptr<int64_t>(),
@@ -142,6 +153,8 @@ Tensor hard_mask(Tensor weight, Tensor prune_count) {
 
 std::tuple<Tensor, Tensor> soft_mask(Tensor weight, Tensor threshold, Tensor tau, bool relative,
                                      std::optional<ScalarType> out_dtype, bool return_mask) {
+  pdp::check_scalar(threshold, weight, "threshold");
+  pdp::check_scalar(tau, weight, "tau");
   Tensor w_hat = empty_like(weight, out_dtype.value_or(weight.scalar_type()));
   Tensor mask = return_mask ? torch::stable::empty_like(w_hat)
                             : torch::stable::empty({0}, w_hat.scalar_type());
@@ -153,6 +166,10 @@ std::tuple<Tensor, Tensor> soft_mask(Tensor weight, Tensor threshold, Tensor tau
 
 Tensor soft_mask_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor> grad_mask,
                           Tensor weight, Tensor threshold, Tensor tau, bool relative) {
+  pdp::check_like(grad_w_hat, weight, "grad_w_hat");
+  pdp::check_like(grad_mask, weight, "grad_mask");
+  pdp::check_scalar(threshold, weight, "threshold");
+  pdp::check_scalar(tau, weight, "tau");
   Tensor grad = torch::stable::empty_like(weight);
   const Tensor ordered = in_order_of(grad, weight);
   if (grad_w_hat) grad_w_hat = in_order_of(grad, *grad_w_hat);
@@ -171,6 +188,8 @@ cpu::GroupLayout group_layout(const Tensor& ordered, int64_t members, int64_t di
 std::tuple<Tensor, Tensor> soft_mask_nm(Tensor weight, Tensor tau, int64_t m, int64_t pruned,
                                         int64_t dim, bool relative,
                                         std::optional<ScalarType> out_dtype, bool return_mask) {
+  pdp::check_groups(weight, m, pruned, dim);
+  pdp::check_scalar(tau, weight, "tau");
   Tensor w_hat = empty_like(weight, out_dtype.value_or(weight.scalar_type()));
   Tensor mask = return_mask ? torch::stable::empty_like(w_hat)
                             : torch::stable::empty({0}, w_hat.scalar_type());
@@ -184,6 +203,10 @@ std::tuple<Tensor, Tensor> soft_mask_nm(Tensor weight, Tensor tau, int64_t m, in
 Tensor soft_mask_nm_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor> grad_mask,
                              Tensor weight, Tensor tau, int64_t m, int64_t pruned, int64_t dim,
                              bool relative) {
+  pdp::check_like(grad_w_hat, weight, "grad_w_hat");
+  pdp::check_like(grad_mask, weight, "grad_mask");
+  pdp::check_groups(weight, m, pruned, dim);
+  pdp::check_scalar(tau, weight, "tau");
   Tensor grad = torch::stable::empty_like(weight);
   const Tensor ordered = in_order_of(grad, weight);
   if (grad_w_hat) grad_w_hat = in_order_of(grad, *grad_w_hat);
@@ -196,6 +219,7 @@ Tensor soft_mask_nm_backward(std::optional<Tensor> grad_w_hat, std::optional<Ten
 }
 
 Tensor hard_mask_nm(Tensor weight, int64_t m, int64_t pruned, int64_t dim) {
+  pdp::check_groups(weight, m, pruned, dim);
   Tensor kept = empty_like(weight, ScalarType::Bool);
   const Tensor ordered = in_order_of(kept, weight);
   cpu::hard_mask_nm(array(ordered), group_layout(kept, m, dim), static_cast<int>(pruned),
@@ -213,13 +237,10 @@ cpu::ChannelLayout channel_layout(const Tensor& ordered, int64_t dim) {
   return {ordered.numel() / (channels * inner), channels, inner};
 }
 
-ScalarType threshold_type(const Tensor& weight) {
-  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 Tensor channel_norms(Tensor weight, int64_t dim, bool rms) {
+  pdp::check_dim(weight, dim);
   const Tensor ordered = pdp::is_dense(weight) ? weight : torch::stable::contiguous(weight);
-  Tensor norms = torch::stable::empty({weight.size(dim)}, threshold_type(weight));
+  Tensor norms = torch::stable::empty({weight.size(dim)}, pdp::real_type(weight));
   cpu::channel_norms(array(ordered), channel_layout(ordered, dim), rms, norms.data_ptr(),
                      parallel_for);
   return norms;
@@ -233,6 +254,9 @@ cpu::ChannelMask channel_mask(const Tensor& norms, const Tensor& threshold, cons
 std::tuple<Tensor, Tensor> soft_mask_channel(Tensor weight, Tensor norms, Tensor threshold,
                                              Tensor tau, int64_t dim, bool relative,
                                              std::optional<ScalarType> out_dtype) {
+  pdp::check_channels(weight, norms, dim);
+  pdp::check_scalar(threshold, weight, "threshold");
+  pdp::check_scalar(tau, weight, "tau");
   Tensor w_hat = empty_like(weight, out_dtype.value_or(weight.scalar_type()));
   Tensor mask = torch::stable::empty({weight.size(dim)}, w_hat.scalar_type());
   norms = torch::stable::contiguous(norms);
@@ -245,6 +269,11 @@ std::tuple<Tensor, Tensor> soft_mask_channel(Tensor weight, Tensor norms, Tensor
 Tensor soft_mask_channel_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor> grad_mask,
                                   Tensor weight, Tensor norms, Tensor threshold, Tensor tau,
                                   int64_t dim, bool relative, bool rms) {
+  pdp::check_like(grad_w_hat, weight, "grad_w_hat");
+  pdp::check_channels(weight, norms, dim);
+  pdp::check_channel_gradient(grad_mask, weight, dim);
+  pdp::check_scalar(threshold, weight, "threshold");
+  pdp::check_scalar(tau, weight, "tau");
   Tensor grad = torch::stable::empty_like(weight);
   norms = torch::stable::contiguous(norms);
   const Tensor ordered = in_order_of(grad, weight);
@@ -258,6 +287,7 @@ Tensor soft_mask_channel_backward(std::optional<Tensor> grad_w_hat, std::optiona
 }
 
 std::tuple<Tensor, Tensor> compress_2to4(Tensor weight) {
+  pdp::check_compressible(weight);
   weight = torch::stable::contiguous(weight);
   const int64_t rows = weight.size(0), cols = weight.size(1);
   Tensor values = torch::stable::empty({rows, cols / 2}, weight.scalar_type());
@@ -269,6 +299,8 @@ std::tuple<Tensor, Tensor> compress_2to4(Tensor weight) {
 
 Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> masks, double p,
                   double q, bool per_row) {
+  pdp::check_weights(weights, DeviceType::CPU);
+  pdp::check_masks(masks, weights, per_row);
   std::vector<cpu::Rows> tensors;
   int64_t groups = 0;
   for (size_t i = 0; i < weights.size(); ++i) {

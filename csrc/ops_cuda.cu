@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cuda/digit_counts.cuh"
 #include "cuda/hard_mask.cuh"
 #include "cuda/power_sums.cuh"
@@ -23,6 +24,7 @@
 
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -42,13 +44,18 @@ pdp::DeviceLimits device_limits(const Tensor& tensor) {
   return limits;
 }
 
+void check_obstacle(const pdp::ThresholdRequest& request) {
+  const char* obstacle = pdp::obstacle(request);
+  STD_TORCH_CHECK(obstacle == nullptr, obstacle == nullptr ? "" : obstacle);
+}
+
 pdp::WeightView view_of(const Tensor& weight, int64_t position) {
   return {weight.const_data_ptr(), weight.numel(), position, pdp::weight_type(weight)};
 }
 
 Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
-  STD_TORCH_CHECK(weights.size() == sparsities.size(), "weights and sparsities differ in length");
+  pdp::check_weights(weights, DeviceType::CUDA);
+  pdp::check_sparsities(weights, sparsities);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   std::vector<int64_t> counts;
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -61,9 +68,8 @@ Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities)
 }
 
 Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
-  STD_TORCH_CHECK(prune_counts.numel() == static_cast<int64_t>(weights.size()),
-                  "weights and prune_counts differ in length");
+  pdp::check_weights(weights, DeviceType::CUDA);
+  pdp::check_integers(prune_counts, weights.size(), weights[0], "prune_counts");
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const Tensor counts = torch::stable::contiguous(prune_counts);
   pdp::ThresholdRequest request = {};
@@ -78,6 +84,7 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
   request.prune_counts = counts.const_data_ptr<int64_t>();
   request.thresholds = {result.mutable_data_ptr(), is_double};
   request.limits = device_limits(result);
+  check_obstacle(request);
   const Tensor workspace = empty_on(
       result, static_cast<int64_t>(pdp::thresholds_workspace_bytes(request)), ScalarType::Byte);
   STD_CUDA_CHECK(
@@ -87,9 +94,9 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
 
 std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor prefixes,
                                         int64_t digit) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
-  STD_TORCH_CHECK(prefixes.numel() == static_cast<int64_t>(weights.size()),
-                  "weights and prefixes differ in length");
+  pdp::check_weights(weights, DeviceType::CUDA);
+  pdp::check_integers(prefixes, weights.size(), weights[0], "prefixes");
+  pdp::check_digit(weights, digit);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const auto tensors = static_cast<int64_t>(weights.size());
   prefixes = torch::stable::contiguous(prefixes);
@@ -114,6 +121,8 @@ std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor pref
 }
 
 Tensor hard_mask(Tensor weight, Tensor prune_count) {
+  pdp::check_weight(weight, DeviceType::CUDA);
+  pdp::check_integers(prune_count, 1, weight, "prune_count");
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   if (!weight.is_contiguous()) weight = torch::stable::contiguous(weight);
   const Tensor kept =
@@ -125,6 +134,7 @@ Tensor hard_mask(Tensor weight, Tensor prune_count) {
                        {threshold.mutable_data_ptr(), true},
                        device_limits(weight)};
   request.kept = kept.mutable_data_ptr<bool>();
+  check_obstacle(request.selection);
   const Tensor workspace = empty_on(
       weight, static_cast<int64_t>(pdp::hard_mask_workspace_bytes(request)), ScalarType::Byte);
   STD_CUDA_CHECK(
@@ -134,8 +144,8 @@ Tensor hard_mask(Tensor weight, Tensor prune_count) {
 
 Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> masks, double p,
                   double q, bool per_row) {
-  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
-  STD_TORCH_CHECK(weights.size() == masks.size(), "weights and masks differ in length");
+  pdp::check_weights(weights, DeviceType::CUDA);
+  pdp::check_masks(masks, weights, per_row);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   pdp::PowerSumsRequest request = {};
   int64_t groups = 0;

@@ -20,22 +20,30 @@ def cuda_sources() -> list[Path]:
     return sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*"), *HOST_CUDA.glob("*")])
 
 
+def content_digest(texts: Iterable[str]) -> str:
+    """Return 16 hexadecimal digits that tell different texts apart."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
 def build(name: str, sources: Iterable[Path], *commands: Sequence[object]) -> Path:
     """Return the file `name` that the commands make, which run one after another.
 
     They run in an empty folder, with absolute paths of their inputs, and leave `name` there. A file
-    made earlier is returned if commands, contents of `sources` and compilers' versions are the same.
+    made earlier is returned if commands, `sources` and compilers' versions are still the same.
 
     Raises:
         RuntimeError: a command fails; the message ends with what it printed.
     """
     lines = [[str(word) for word in command] for command in commands]
-    digest = hashlib.sha256(repr(lines).encode())
-    for program in sorted({line[0] for line in lines}):
-        digest.update(subprocess.check_output([program, "--version"]))
-    for source in sources:
-        digest.update(f"{source}\0".encode() + source.read_bytes())
-    kept = KEPT / digest.hexdigest()[:16] / name
+    versions = [
+        subprocess.check_output([program, "--version"], text=True)
+        for program in sorted({line[0] for line in lines})
+    ]
+    inputs = [f"{source}\n{source.read_text()}" for source in sources]
+    kept = KEPT / content_digest([repr(lines), *versions, *inputs]) / name
     if kept.exists():
         return kept
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from pdp_kernels import reference
+from pdp_kernels import _arguments, reference
 
 _library = torch.library.Library("pdp", "DEF")
 
@@ -82,8 +82,10 @@ _TRITON = {
 
 def _on_first_call(file: str, name: str):
     """The Triton implementation, imported (Triton with it) when it is first called."""
+    check = getattr(_arguments, name)
 
     def call(*args):
+        check(*args)
         module = importlib.import_module(f"pdp_kernels.triton_kernels.{file}")
         return getattr(module, name)(*args)
 

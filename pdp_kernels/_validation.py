@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pdp_kernels._arguments import DTYPES, MAX_GROUP
 from pdp_kernels._sharding import borders_along, is_distributed
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("l2", "rms")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-MAX_GROUP = 32  # members of an N:M group
 SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
+from pdp_kernels._arguments import COMPRESSED_COLUMNS, COMPRESSED_ROWS
 from pdp_kernels._validation import check_weight
 
 COMPRESSED_DTYPES = (torch.bfloat16, torch.float16)
-# The smallest matrix that torch.sparse.SparseSemiStructuredTensorCUTLASS takes of these dtypes.
-ROWS, COLUMNS = 32, 64
 
 
 def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +55,8 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not has_compressed_shape(weight):
         raise ValueError(
-            f"weight must have shape (rows, cols), rows a positive multiple of {ROWS} and cols of "
-            f"{COLUMNS}, got {tuple(weight.shape)}"
+            "weight must have shape (rows, cols), rows a positive multiple of "
+            f"{COMPRESSED_ROWS} and cols of {COMPRESSED_COLUMNS}, got {tuple(weight.shape)}"
         )
     return torch.ops.pdp.compress_2to4(weight.detach())
 
@@ -65,4 +64,5 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def has_compressed_shape(weight: Tensor) -> bool:
     if weight.dim() != 2 or weight.numel() == 0:
         return False
-    return weight.shape[0] % ROWS == 0 and weight.shape[1] % COLUMNS == 0
+    rows, cols = weight.shape
+    return rows % COMPRESSED_ROWS == 0 and cols % COMPRESSED_COLUMNS == 0

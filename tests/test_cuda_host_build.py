@@ -1,9 +1,4 @@
-"""The CUDA kernels' own sources, compiled for the CPU by tests/host_cuda, against a sort."""
-
-import ctypes
-import shutil
-import subprocess
-from pathlib import Path
+"""The CUDA kernels' own sources, compiled for the CPU by instruments/host_cuda, against a sort."""
 
 import pytest
 import test_digit_counts
@@ -11,149 +6,17 @@ import test_pq_index
 import torch
 from cases import denormals, with_special_values
 
-from pdp_kernels import reference
+from instruments.build import CXX
+from instruments.host_build import ADA_SHARED_MEMORY, HOPPER_SHARED_MEMORY, TYPES, HostBuild
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("c++") or shutil.which("g++")
-TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 DTYPES = list(TYPES)
-WIDE_SHARED_MEMORY = 227 * 1024  # Hopper: 32-bit counters for 16-bit weights
-NARROW_SHARED_MEMORY = 99 * 1024  # Ada: 16-bit counters
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-
-
-class HostBuild:
-    """The C functions of host_build.cpp over CPU tensors."""
-
-    def __init__(self, path):
-        self.library = ctypes.CDLL(str(path))
-        names = "thresholds digit_counts hard_mask prune_counts power_sums mistake"
-        for name in names.split():
-            getattr(self.library, f"host_{name}").restype = ctypes.c_char_p
-        self.library.host_launches.restype = ctypes.c_int64
-        self.device()
-
-    def device(self, multiprocessors=2, shared_memory=WIDE_SHARED_MEMORY, seed=0):
-        self.library.host_device(multiprocessors, shared_memory, ctypes.c_uint64(seed))
-
-    def launches(self):
-        return self.library.host_launches()
-
-    def thresholds(self, weights, counts):
-        """Returns the thresholds, and how many candidates each tensor collected."""
-        is_double = any(weight.dtype == torch.float64 for weight in weights)
-        dtype = torch.float64 if is_double else torch.float32
-        result = torch.full((len(weights),), float("nan"), dtype=dtype)
-        buffered = torch.full((len(weights),), -1)
-        one_width = len({weight.dtype for weight in weights}) == 1 and weights[0].itemsize > 2
-        counts = torch.tensor(counts)
-        error = self.library.host_thresholds(
-            ctypes.c_int64(len(weights)),
-            (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)),
-            (ctypes.c_int64 * len(weights))(*(weight.numel() for weight in weights)),
-            (ctypes.c_int32 * len(weights))(*(TYPES[weight.dtype] for weight in weights)),
-            ctypes.c_void_p(counts.data_ptr()),
-            ctypes.c_void_p(result.data_ptr()),
-            ctypes.c_int(is_double),
-            ctypes.c_void_p(buffered.data_ptr() if one_width else None),
-        )
-        assert error is None, error
-        return result, buffered
-
-    def digit_counts(self, weights, prefixes, digit):
-        """Of dense weights."""
-        bytes_each = weights[0].element_size()
-        bins = 1 << reference.DIGIT_BITS[bytes_each][digit]
-        guard = 8
-        counts = torch.full((len(weights) * bins + guard,), -7)
-        above = torch.full((len(weights) + guard,), -7)
-        error = self.library.host_digit_counts(
-            ctypes.c_int64(len(weights)),
-            (ctypes.c_void_p * len(weights))(*(weight.data_ptr() for weight in weights)),
-            (ctypes.c_int64 * len(weights))(*(weight.numel() for weight in weights)),
-            (ctypes.c_int32 * len(weights))(*(TYPES[weight.dtype] for weight in weights)),
-            ctypes.c_void_p(prefixes.data_ptr()),
-            ctypes.c_int64(bytes_each),
-            ctypes.c_int64(digit),
-            ctypes.c_void_p(counts.data_ptr()),
-            ctypes.c_void_p(above.data_ptr()),
-        )
-        assert error is None, error
-        assert (counts[-guard:] == -7).all()
-        assert (above[-guard:] == -7).all()
-        return counts[:-guard].view(len(weights), bins), above[:-guard]
-
-    def hard_mask(self, weight, count):
-        guard = 64
-        kept = torch.full((weight.numel() + guard,), 7, dtype=torch.uint8)
-        count = torch.tensor([count])
-        error = self.library.host_hard_mask(
-            ctypes.c_void_p(weight.data_ptr()),
-            ctypes.c_int64(weight.numel()),
-            ctypes.c_int32(TYPES[weight.dtype]),
-            ctypes.c_void_p(count.data_ptr()),
-            ctypes.c_void_p(kept.data_ptr()),
-        )
-        assert error is None, error
-        assert (kept[weight.numel() :] == 7).all()
-        assert (kept[: weight.numel()] <= 1).all()
-        return kept[: weight.numel()].bool()
-
-    def prune_counts(self, sizes, sparsities):
-        counts = torch.full((len(sizes),), -7)
-        error = self.library.host_prune_counts(
-            ctypes.c_int64(len(sizes)),
-            (ctypes.c_int64 * len(sizes))(*sizes),
-            (ctypes.c_double * len(sizes))(*sparsities),
-            ctypes.c_void_p(counts.data_ptr()),
-        )
-        assert error is None, error
-        return counts.tolist()
-
-    def power_sums(self, weights, masks, p, q, per_row):
-        """Of contiguous weights and masks."""
-        rows = [weight.shape[0] if per_row else 1 for weight in weights]
-        guard = 8
-        result = torch.full((sum(rows) + guard, 3), float("nan"), dtype=torch.float64)
-        result[sum(rows) :] = -7
-        count = len(weights)
-        kept = [None if mask is None else mask.data_ptr() for mask in masks]
-        error = self.library.host_power_sums(
-            ctypes.c_int64(count),
-            (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights)),
-            (ctypes.c_void_p * count)(*kept),
-            (ctypes.c_int64 * count)(*rows),
-            (ctypes.c_int64 * count)(*(weight.numel() for weight in weights)),
-            (ctypes.c_int32 * count)(*(TYPES[weight.dtype] for weight in weights)),
-            ctypes.c_double(p),
-            ctypes.c_double(q),
-            ctypes.c_void_p(result.data_ptr()),
-        )
-        assert error is None, error
-        assert (result[sum(rows) :] == -7).all()
-        return result[: sum(rows)]
-
-    def mistake(self, name):
-        value = ctypes.c_ubyte()
-        error = self.library.host_mistake(name.encode(), ctypes.byref(value))
-        return error, value.value
+pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    path = tmp_path_factory.mktemp("host_cuda") / "host_build.so"
-    flags = "-std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing"
-    flags += " -U_FORTIFY_SOURCE -fPIC -shared"
-    source = HERE / "host_cuda" / "host_build.cpp"
-    include = f"-I{HERE / 'host_cuda'}"
-    run = subprocess.run(
-        [COMPILER, *flags.split(), include, str(source), "-o", str(path)],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return HostBuild(path)
+def built():
+    return HostBuild()
 
 
 @pytest.fixture
@@ -289,7 +152,7 @@ def test_result_does_not_depend_on_grid_or_block_order(host, dtype):
 
 @pytest.mark.parametrize("tensors", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shared_memory", [WIDE_SHARED_MEMORY, NARROW_SHARED_MEMORY])
+@pytest.mark.parametrize("shared_memory", [HOPPER_SHARED_MEMORY, ADA_SHARED_MEMORY])
 def test_half_precision_counters_do_not_overflow(host, shared_memory, dtype, tensors):
     # One block counts more than 65,535 equal weights, of one tensor or of several.
     host.device(multiprocessors=2 if tensors > 1 else 1, shared_memory=shared_memory)
@@ -311,7 +174,7 @@ def test_half_precision_counters_do_not_overflow(host, shared_memory, dtype, ten
 def test_packed_counters_count_as_wide_ones(host, dtype):
     weights = [torch.randn(size).to(dtype) for size in (30011, 700, 5)]
     counts = [20000, 350, 4]
-    host.device(shared_memory=NARROW_SHARED_MEMORY)
+    host.device(shared_memory=ADA_SHARED_MEMORY)
     thresholds, _ = host.thresholds(weights, counts)
     assert_same(
         thresholds, [expected_threshold(w, k) for w, k in zip(weights, counts, strict=True)]
@@ -517,21 +380,3 @@ def test_power_sums_of_a_list_longer_than_a_chunk_of_the_table(host):
     found = host.power_sums(weights, [None] * 1000, 0.5, 1.0, False)
     sizes = torch.tensor([float(len(weight)) for weight in weights]).double()
     assert torch.equal(found, torch.stack([sizes, 2 * sizes, 4 * sizes], dim=1))
-
-
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        ("early_exit", b"a barrier that some threads of the block miss"),
-        ("overrun", b"a store beyond the shared memory"),
-        ("misaligned", b"a misaligned load"),
-    ],
-)
-def test_host_build_sees_a_mistake(host, mistake, message):
-    error, _ = host.mistake(mistake)
-    assert message in error
-
-
-def test_host_build_starts_blocks_with_noise_in_shared_memory(host):
-    _, value = host.mistake("unset_shared_memory")
-    assert value != 0

@@ -31,10 +31,21 @@ constexpr int round_elements(int threads) {
   return threads * kPacketsInFlight * kPerPacket + 2 * (kPerPacket - 1);
 }
 
+// Weights, which no kernel of an operator writes, may be loaded through the read-only path; what an
+// earlier kernel has written may not: a kernel that begins before that one ends could find a stale
+// cache line there.
+enum class Memory { kWeights, kWorkspace };
+
+template <Memory kMemory, typename Value>
+__device__ Value load(const Value* address) {
+  return kMemory == Memory::kWeights ? __ldg(address) : *address;
+}
+
 // visit(element) for every element of data[begin, end), in no particular order, by a block of
 // kThreads. data may have any alignment its elements have and is not written meanwhile. All threads
 // of the block call end_round() together, after each round of packets.
-template <int kThreads, typename Element, typename Visit, typename EndRound>
+template <int kThreads, Memory kMemory = Memory::kWeights, typename Element, typename Visit,
+          typename EndRound>
 __device__ void for_each(const Element* data, int64_t begin, int64_t end, Visit visit,
                          EndRound end_round) {
   constexpr int kPerPacket = 16 / sizeof(Element);
@@ -56,7 +67,7 @@ __device__ void for_each(const Element* data, int64_t begin, int64_t end, Visit 
     uint4 loaded[kPacketsInFlight] = {};
 #pragma unroll
     for (int i = 0; i < kPacketsInFlight; ++i) {
-      if (i * kThreads < mine) loaded[i] = __ldg(&packets[i * kThreads]);
+      if (i * kThreads < mine) loaded[i] = load<kMemory>(&packets[i * kThreads]);
     }
 #pragma unroll
     for (int i = 0; i < kPacketsInFlight; ++i) {
@@ -70,9 +81,9 @@ __device__ void for_each(const Element* data, int64_t begin, int64_t end, Visit 
   }
 }
 
-template <int kThreads, typename Element, typename Visit>
+template <int kThreads, Memory kMemory = Memory::kWeights, typename Element, typename Visit>
 __device__ void for_each(const Element* data, int64_t begin, int64_t end, Visit visit) {
-  for_each<kThreads>(data, begin, end, visit, [] {});
+  for_each<kThreads, kMemory>(data, begin, end, visit, [] {});
 }
 
 template <typename Value, typename Combine>

@@ -6,6 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+#error "tables travel as kernel arguments of up to 32,764 bytes, which CUDA 12.1 and later have"
+#endif
+
 namespace pdp {
 
 struct DeviceLimits {
@@ -52,12 +56,17 @@ class Launcher {
 };
 
 // The block's dynamic shared memory as a Layout. One array serves every kernel: all declarations of
-// an extern __shared__ array name the same memory.
+// an extern __shared__ array name the same memory. Where the kernels are built for a CPU
+// (instruments/host_cuda), C++ has no such array.
 template <typename Layout>
 __device__ __forceinline__ Layout& shared_memory() {
   static_assert(alignof(Layout) <= 16, "dynamic shared memory is aligned to 16 bytes");
+#ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char pdp_shared_memory[];
   return *reinterpret_cast<Layout*>(pdp_shared_memory);
+#else
+  return *reinterpret_cast<Layout*>(host_cuda::shared_memory());
+#endif
 }
 
 }  // namespace pdp

@@ -157,7 +157,8 @@ __device__ void finish_share(const Selection<Key>& selection, Digit digit, const
   const auto count = [&](int32_t bin) { return histogram[bin]; };
   pick_digit(selection, digit, share, count, shared.rank);
   for (int32_t bin = threadIdx.x; bin < selection.bins; bin += blockDim.x) histogram[bin] = 0;
-  if (threadIdx.x == 0) *tiles_done = 0;
+  // Nothing orders the other blocks' atomics on it before this but that it is one too.
+  if (threadIdx.x == 0) atomicExch(tiles_done, Count{0});
 }
 
 template <typename Key, typename Counters>
@@ -269,8 +270,8 @@ __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::
       // The host cannot know how many there are, so each tile stands for an equal part of them.
       const int64_t part = buffered / tiles_of<Key>(share.entry.size) + 1;
       const int64_t begin = min(share.first_tile * part, buffered);
-      for_each<RadixSelect<Key>::kThreads>(candidates, begin,
-                                           min(begin + share.tiles * part, buffered), count);
+      for_each<RadixSelect<Key>::kThreads, Memory::kWorkspace>(
+          candidates, begin, min(begin + share.tiles * part, buffered), count);
     } else if (!collect) {
       for_each_weight_key<Key>(share.entry, share.weights_begin(), share.weights_end(), count,
                                [] {});

@@ -59,6 +59,20 @@ bool lacks_shared_memory(const DeviceLimits& limits) {
   return limits.shared_bytes_per_block < static_cast<int>(sizeof(Shared));
 }
 
+// Null, or why this device cannot serve the request. Selection of 16-bit weights has a histogram of
+// all magnitudes in shared memory; no other kernel of the package needs as much.
+inline const char* obstacle(const ThresholdRequest& request) {
+  using Shared = FirstDigitShared<uint16_t, RadixSelect<uint16_t>::SmallCounters>;
+  const bool enough = request.limits.shared_bytes_per_block >= static_cast<int>(sizeof(Shared));
+  for (const WeightView& weight : request.weights) {
+    if (has_key<uint16_t>(weight.type) && !enough) {
+      return "thresholds of 16-bit weights need 64.4 KiB of shared memory a block: a device of "
+             "compute capability 8.0 or later";
+    }
+  }
+  return nullptr;
+}
+
 // Lays out the selection in those weights of the request whose keys are of type Key, and appends
 // their table to `table`.
 template <typename Key>

@@ -251,7 +251,13 @@ __global__ void start_selection_kernel(const __grid_constant__ Selection<Key> se
   const bool split = selection.block_of(entry.tile_begin) != selection.block_of(last_tile);
   if (!split && size <= selection.keys_per_flush) return;
   Count* histogram = histogram_of(selection, tensor, entry);
-  for (int32_t bin = threadIdx.x; bin < selection.bins; bin += blockDim.x) histogram[bin] = 0;
+  for (int32_t bin = threadIdx.x; bin < selection.bins; bin += blockDim.x) {
+    if (split) {
+      histogram[bin] = 0;
+    } else {
+      atomicExch(&histogram[bin], Count{0});  // tensors that one block counts share a histogram
+    }
+  }
 }
 
 }  // namespace pdp

@@ -1,0 +1,146 @@
+// What the kernels rely on, checked for whoever calls an operator directly: a message in the place
+// of a fault. The public functions have checked it before, in more detail.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "digits.h"
+#include "tensors.h"
+
+namespace pdp {
+
+constexpr int64_t kMostMembers = 32;  // of an N:M group
+
+inline void check_device(const torch::stable::Tensor& tensor, const torch::stable::Tensor& weight,
+                         const char* name) {
+  STD_TORCH_CHECK(tensor.device() == weight.device(), name, " must be on the weights' device");
+}
+
+// The type of thresholds, temperatures and norms.
+inline torch::headeronly::ScalarType real_type(const torch::stable::Tensor& weight) {
+  using torch::headeronly::ScalarType;
+  return weight_type(weight) == WeightType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_values(const torch::stable::Tensor& values, torch::headeronly::ScalarType type,
+                         int64_t count, const torch::stable::Tensor& weight, const char* name) {
+  STD_TORCH_CHECK(values.scalar_type() == type, name, " must have dtype ",
+                  torch::headeronly::toString(type), ", got ",
+                  torch::headeronly::toString(values.scalar_type()));
+  STD_TORCH_CHECK(values.numel() == count, name, " must have ", count, " elements, got ",
+                  values.numel());
+  check_device(values, weight, name);
+}
+
+inline void check_weight(const torch::stable::Tensor& weight,
+                         torch::headeronly::DeviceType device) {
+  STD_TORCH_CHECK(weight.device().type() == device,
+                  "weights must be on the device of the other arguments");
+  weight_type(weight);
+}
+
+// Of a list: at least one.
+inline void check_weights(const std::vector<torch::stable::Tensor>& weights,
+                          torch::headeronly::DeviceType device) {
+  STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
+  for (const torch::stable::Tensor& weight : weights) {
+    check_weight(weight, device);
+    check_device(weight, weights[0], "weights");
+  }
+}
+
+inline void check_sparsities(const std::vector<torch::stable::Tensor>& weights,
+                             const std::vector<double>& sparsities) {
+  STD_TORCH_CHECK(sparsities.size() == weights.size(), "sparsities must have ", weights.size(),
+                  " elements, got ", sparsities.size());
+}
+
+// int64, one for each weight of a list.
+inline void check_integers(const torch::stable::Tensor& integers, size_t count,
+                           const torch::stable::Tensor& weight, const char* name) {
+  check_values(integers, torch::headeronly::ScalarType::Long, static_cast<int64_t>(count), weight,
+               name);
+}
+
+inline void check_digit(const std::vector<torch::stable::Tensor>& weights, int64_t digit) {
+  const auto bytes = static_cast<int64_t>(weights[0].element_size());
+  for (const torch::stable::Tensor& weight : weights) {
+    STD_TORCH_CHECK(static_cast<int64_t>(weight.element_size()) == bytes,
+                    "weights must have elements of one size");
+  }
+  STD_TORCH_CHECK(0 <= digit && digit < digit_bits(bytes).count, "digit must be in [0, ",
+                  digit_bits(bytes).count, "), got ", digit);
+}
+
+// values that belong to the weight's elements one by one, in any floating point dtype.
+inline void check_like(const std::optional<torch::stable::Tensor>& values,
+                       const torch::stable::Tensor& weight, const char* name) {
+  if (!values) return;
+  weight_type(*values);
+  const auto sizes = weight.sizes();
+  STD_TORCH_CHECK(values->sizes().equals(sizes), name, " must have the weight's shape");
+  check_device(*values, weight, name);
+}
+
+// Of a list, each None or of its weight's shape; per_row: weights have rows.
+inline void check_masks(const std::vector<std::optional<torch::stable::Tensor>>& masks,
+                        const std::vector<torch::stable::Tensor>& weights, bool per_row) {
+  STD_TORCH_CHECK(masks.size() == weights.size(), "masks must have ", weights.size(),
+                  " elements, got ", masks.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const torch::stable::Tensor& weight = weights[i];
+    STD_TORCH_CHECK(!per_row || weight.dim() > 0, "weights must have a dimension 0");
+    if (!masks[i]) continue;
+    check_values(*masks[i], torch::headeronly::ScalarType::Bool, weight.numel(), weight, "masks");
+    STD_TORCH_CHECK(masks[i]->sizes().equals(weight.sizes()),
+                    "masks must have the shapes of their weights");
+  }
+}
+
+inline void check_scalar(const torch::stable::Tensor& value, const torch::stable::Tensor& weight,
+                         const char* name) {
+  check_values(value, real_type(weight), 1, weight, name);
+}
+
+inline void check_dim(const torch::stable::Tensor& weight, int64_t dim) {
+  STD_TORCH_CHECK(0 <= dim && dim < weight.dim(), "dim must be in [0, ", weight.dim(), "), got ",
+                  dim);
+}
+
+inline void check_groups(const torch::stable::Tensor& weight, int64_t m, int64_t pruned,
+                         int64_t dim) {
+  check_dim(weight, dim);
+  STD_TORCH_CHECK(1 <= m && m <= kMostMembers && weight.size(dim) % m == 0, "m must be in [1, ",
+                  kMostMembers, "] and divide the size along dim, got ", m);
+  STD_TORCH_CHECK(0 <= pruned && pruned < m, "pruned must be in [0, m), got ", pruned);
+}
+
+// A norm for each channel along dim.
+inline void check_channels(const torch::stable::Tensor& weight, const torch::stable::Tensor& norms,
+                           int64_t dim) {
+  check_dim(weight, dim);
+  check_values(norms, real_type(weight), weight.size(dim), weight, "norms");
+}
+
+inline void check_channel_gradient(const std::optional<torch::stable::Tensor>& grad_mask,
+                                   const torch::stable::Tensor& weight, int64_t dim) {
+  if (!grad_mask) return;
+  weight_type(*grad_mask);
+  check_values(*grad_mask, grad_mask->scalar_type(), weight.size(dim), weight, "grad_mask");
+}
+
+// 32 rows and 64 columns: the smallest matrix that CUTLASS takes.
+inline void check_compressible(const torch::stable::Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) % 32 == 0 && weight.size(1) % 64 == 0,
+                  "weight must have shape (rows, cols), rows divisible by 32 and cols by 64");
+  const WeightType type = weight_type(weight);
+  STD_TORCH_CHECK(type == WeightType::kBFloat16 || type == WeightType::kFloat16,
+                  "weight must have dtype bfloat16 or float16");
+}
+
+}  // namespace pdp

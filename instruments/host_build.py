@@ -1,0 +1,216 @@
+"""The CUDA kernels' own sources, compiled for the CPU and called with CPU tensors."""
+
+import ctypes
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from instruments.build import CXX, HOST_CUDA, build, cuda_sources
+from pdp_kernels import reference
+
+TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+HOPPER_SHARED_MEMORY = 227 * 1024  # 32-bit counters for 16-bit weights
+ADA_SHARED_MEMORY = 99 * 1024  # 16-bit counters
+
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
+
+# What results are followed by: a kernel that writes beyond its result changes it.
+GUARD = 64
+
+
+def build_library(counting: bool = False):
+    """Return the path of host_cuda/library.cpp as a shared library.
+
+    Args:
+        counting: compiled so that it tells host_cuda/counters.cpp of each access.
+    """
+    plain = [CXX, *FLAGS, "-O2", "-I", HOST_CUDA, "-c"]
+    kernels = [*plain, "-fsanitize=thread"] if counting else plain
+    name = "counting.so" if counting else "kernels.so"
+    objects = ["library.o", "self_test.o", "engine.o", *(["counters.o"] if counting else [])]
+    return build(
+        name,
+        cuda_sources(),
+        [*kernels, HOST_CUDA / "library.cpp", HOST_CUDA / "self_test.cpp"],
+        [*plain, HOST_CUDA / "engine.cpp", HOST_CUDA / "counters.cpp"],
+        [CXX, "-shared", *objects, "-ldl", "-o", name],
+    )
+
+
+class KernelError(Exception):
+    """What the CUDA model saw a kernel do wrong."""
+
+
+class HostBuild:
+    """The operators of csrc/cuda on CPU tensors, in the order of threads that a seed draws.
+
+    Weights and masks are dense, in the order in which they lie in memory.
+    """
+
+    def __init__(self, counting: bool = False):
+        self._library = ctypes.CDLL(str(build_library(counting)))
+        for name in ("host_launches", "host_workspace_bytes"):
+            getattr(self._library, name).restype = ctypes.c_int64
+        self.device()
+
+    def device(self, multiprocessors: int = 2, shared_memory=HOPPER_SHARED_MEMORY, seed: int = 0):
+        self._library.host_device(multiprocessors, shared_memory, ctypes.c_uint64(seed))
+
+    def launches(self) -> int:
+        """Return how many kernels the latest call launched."""
+        return self._library.host_launches()
+
+    def workspace_bytes(self) -> int:
+        """Return the bytes of workspace that the latest call had."""
+        return self._library.host_workspace_bytes()
+
+    def thresholds(self, weights: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the thresholds, and how many candidates each weight collected (-1: not known)."""
+        result = torch.full((len(weights),), torch.nan, dtype=reference.threshold_dtype(weights))
+        buffered = torch.full((len(weights),), -1)
+        one_width = len({weight.dtype for weight in weights}) == 1 and weights[0].itemsize > 2
+        self._call(
+            "thresholds",
+            *_views(weights),
+            torch.tensor(counts),
+            result,
+            ctypes.c_int(result.dtype == torch.float64),
+            buffered if one_width else ctypes.c_void_p(None),
+        )
+        return result, buffered
+
+    def digit_counts(self, weights: Sequence[Tensor], prefixes: Tensor, digit: int):
+        bytes_each = weights[0].element_size()
+        bins = 1 << reference.DIGIT_BITS[bytes_each][digit]
+        counts = torch.full((len(weights) * bins + GUARD,), -7)
+        above = torch.full((len(weights) + GUARD,), -7)
+        numbers = (ctypes.c_int64(bytes_each), ctypes.c_int64(digit))
+        self._call("digit_counts", *_views(weights), prefixes, *numbers, counts, above)
+        return _guarded(counts).view(len(weights), bins), _guarded(above)
+
+    def hard_mask(self, weight: Tensor, count: int) -> Tensor:
+        kept = torch.full((weight.numel() + GUARD,), -7, dtype=torch.int8)
+        size, kind = ctypes.c_int64(weight.numel()), ctypes.c_int32(TYPES[weight.dtype])
+        self._call("hard_mask", weight, size, kind, torch.tensor([count]), kept)
+        kept = _guarded(kept)
+        assert ((kept == 0) | (kept == 1)).all()
+        return kept.bool()
+
+    def prune_counts(self, sizes: Sequence[int], sparsities: Sequence[float]) -> list[int]:
+        counts = torch.full((len(sizes) + GUARD,), -7)
+        tensors = ctypes.c_int64(len(sizes))
+        ratios = torch.tensor(sparsities, dtype=torch.float64)
+        self._call("prune_counts", tensors, torch.tensor(sizes), ratios, counts)
+        return _guarded(counts).tolist()
+
+    def power_sums(self, weights, masks, p: float, q: float, per_row: bool) -> Tensor:
+        rows = [weight.shape[0] if per_row else 1 for weight in weights]
+        result = torch.full((sum(rows) + GUARD, 3), -7, dtype=torch.float64)
+        tensors, data, sizes, types = _views(weights)
+        kept = (ctypes.c_void_p * len(masks))(*(m if m is None else m.data_ptr() for m in masks))
+        norms = (ctypes.c_double(p), ctypes.c_double(q))
+        self._call(
+            "power_sums", tensors, data, kept, torch.tensor(rows), sizes, types, *norms, result
+        )
+        return _guarded(result)
+
+    def self_test(self, *kernels: str) -> Tensor:
+        """Run kernels of host_cuda/self_test.cpp; return the 1,024 words of memory they leave."""
+        words = torch.zeros(1024, dtype=torch.int32)
+        self._call("self_test", "".join(f"{kernel}\n" for kernel in kernels).encode(), words)
+        return words
+
+    def _call(self, name: str, *arguments):
+        function = getattr(self._library, f"host_{name}")
+        function.restype = ctypes.c_char_p
+        pointers = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments
+        ]
+        error = function(*pointers)
+        if error is not None:
+            raise KernelError(error.decode())
+
+
+def _views(weights: Sequence[Tensor]) -> tuple:
+    """Number, addresses, sizes and types of a list of weights."""
+    count = len(weights)
+    return (
+        ctypes.c_int64(count),
+        (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights)),
+        (ctypes.c_int64 * count)(*(weight.numel() for weight in weights)),
+        (ctypes.c_int32 * count)(*(TYPES[weight.dtype] for weight in weights)),
+    )
+
+
+def _guarded(result: Tensor) -> Tensor:
+    """Return the result without its guard, which must be as it was."""
+    assert (result[-GUARD:] == -7).all(), "a kernel wrote beyond its result"
+    return result[:-GUARD]
+
+
+class BufferBytes(NamedTuple):
+    """What one launch did to one buffer ("shared memory" is one)."""
+
+    launch: int
+    kernel: str
+    buffer: str
+    read: int
+    written: int
+    atomics: int
+
+
+class Requests(NamedTuple):
+    """Requests of warps to one memory. cost: 32-byte sectors, or passes over the banks."""
+
+    launch: int
+    kernel: str
+    shared: bool
+    kind: str
+    count: int
+    bytes: int
+    cost: int
+
+
+class Counts(NamedTuple):
+    """What a call did. stale_loads: read-only loads of what a kernel had written."""
+
+    bytes: list[BufferBytes]
+    requests: list[Requests]
+    stale_loads: int
+    launches: int
+    workspace_bytes: int
+
+    def moved(self, buffer: str | None = None) -> int:
+        """Return the bytes read and written in device memory, or in one buffer of it."""
+        rows = [row for row in self.bytes if row.buffer != "shared memory"]
+        rows = rows if buffer is None else [row for row in rows if row.buffer == buffer]
+        return sum(row.read + row.written for row in rows)
+
+
+class CountingBuild(HostBuild):
+    """A HostBuild that counts what a call moves."""
+
+    def __init__(self):
+        super().__init__(counting=True)
+        self._library.host_cuda_counts.restype = ctypes.c_char_p
+
+    def count(self, call: Callable[[], object], trace: bool = False) -> Counts:
+        """Return what `call`, one operator of this build, moved.
+
+        Args:
+            trace: count warps' requests too, which takes a hundred times as long.
+        """
+        self._library.host_cuda_start_counting(int(trace))
+        call()
+        counts = json.loads(self._library.host_cuda_counts())
+        return Counts(
+            [BufferBytes(**row) for row in counts["bytes"]],
+            [Requests(**row) for row in counts["requests"]],
+            counts["stale_loads"],
+            self.launches(),
+            self.workspace_bytes(),
+        )

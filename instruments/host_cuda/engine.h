@@ -1,0 +1,69 @@
+// What the CUDA model (cuda_runtime.h) asks of its scheduler (engine.cpp).
+//
+// Declarations alone: kernels may be compiled with ThreadSanitizer's instrumentation, the scheduler
+// never is, and the linker would take the instrumented copy of an inline function for both.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct uint3 {
+  unsigned x;
+};
+
+// Of the thread that runs now.
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+// What counters.cpp asks to be told; null where it is not linked.
+extern "C" {
+__attribute__((weak)) void host_cuda_launched();
+__attribute__((weak)) void host_cuda_read_only_load(const void* address, size_t bytes);
+__attribute__((weak)) void host_cuda_atomic(const void* address, size_t bytes,
+                                            const void* instruction);
+__attribute__((weak)) void host_cuda_name_buffer(const void* begin, size_t bytes, const char* name,
+                                                 int is_table);
+}
+
+namespace host_cuda {
+
+// The device: what a test sets and reads.
+struct Device {
+  int multiprocessors = 2;
+  int shared_bytes_per_block = 227 * 1024;
+  uint64_t seed = 0;  // of the order in which blocks, warps and lanes run
+  int64_t launches = 0;
+  const void* kernel = nullptr;  // the latest one
+  int mutation = 0;  // which deliberate mistake of a mutated source is switched on; 0: none
+};
+
+extern Device device;
+
+// Runs call(argument) in every thread of a grid. Returns null, or what went wrong.
+const char* run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, void (*call)(void*),
+                     void* argument);
+
+// Whether a thread of a grid runs now.
+bool in_kernel();
+
+// What follows is called by a thread of a grid.
+
+// Ends the grid.
+[[noreturn]] void fail(const char* message);
+
+unsigned char* shared_memory();
+size_t shared_bytes();
+
+// __syncthreads_or
+bool barrier(bool vote);
+
+// Shows a value to the warp, and returns that of `lane` once all lanes have shown theirs.
+uint64_t exchange(uint64_t value, unsigned lane);
+
+// __threadfence
+void fence();
+
+// Around a relaxed atomic operation of device scope: other threads may run before it.
+void before_atomic(const void* address, size_t bytes);
+void after_atomic(const void* address);
+
+}  // namespace host_cuda

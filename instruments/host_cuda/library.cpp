@@ -1,0 +1,220 @@
+// The CUDA kernels' own sources, compiled for the CPU, behind C functions over raw pointers. Each
+// returns null, or what went wrong.
+#include <cuda_runtime.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/digit_counts.cuh"
+#include "../../csrc/cuda/hard_mask.cuh"
+#include "../../csrc/cuda/power_sums.cuh"
+#include "../../csrc/cuda/prune_counts.cuh"
+#include "../../csrc/cuda/thresholds.cuh"
+#include "report.h"
+
+namespace {
+
+using host_cuda::kByLane;
+using host_cuda::Kind;
+using host_cuda::kTable;
+using host_cuda::name;
+using host_cuda::report;
+
+size_t latest_workspace_bytes = 0;
+
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    latest_workspace_bytes = bytes;
+    if (cudaMalloc(&memory_, bytes) != cudaSuccess) throw std::bad_alloc();
+  }
+
+  void* data() const { return memory_; }
+  size_t bytes() const { return latest_workspace_bytes; }
+  // Throws if a kernel has written beyond it.
+  void free() { cudaFree(memory_); }
+
+ private:
+  unsigned char* memory_ = nullptr;
+};
+
+pdp::DeviceLimits limits() {
+  pdp::DeviceLimits limits;
+  pdp::read_device_limits(0, &limits);
+  return limits;
+}
+
+void check_obstacle(const pdp::ThresholdRequest& request) {
+  if (const char* obstacle = pdp::obstacle(request)) throw std::runtime_error(obstacle);
+}
+
+size_t bytes_of(pdp::WeightType type) {
+  if (type == pdp::WeightType::kFloat64) return 8;
+  return type == pdp::WeightType::kFloat32 ? 4 : 2;
+}
+
+void name_weights(const std::vector<pdp::WeightView>& weights) {
+  for (const pdp::WeightView& w : weights) name(w.data, w.size * bytes_of(w.type), "weights");
+}
+
+template <typename Key>
+std::vector<pdp::TableEntry> lay_out(const pdp::ThresholdRequest& request, const Workspace& memory,
+                                     pdp::Selection<Key>* selection) {
+  pdp::Workspace workspace(memory.data());
+  std::vector<pdp::TableEntry> table;
+  *selection = pdp::lay_out_selection<Key>(request, workspace, table);
+  return table;
+}
+
+template <typename Key>
+void name_parts_of(const pdp::ThresholdRequest& request, const Workspace& memory) {
+  pdp::Selection<Key> selection;
+  const std::vector<pdp::TableEntry> table = lay_out(request, memory, &selection);
+  int64_t candidates = 0;
+  for (const pdp::TableEntry& entry : table) candidates += pdp::candidate_capacity(entry.size);
+  const auto* end = static_cast<const char*>(memory.data()) + memory.bytes();
+  const auto name_until = [](const void* begin, const void* after, const char* of, Kind kind) {
+    name(begin, static_cast<const char*>(after) - static_cast<const char*>(begin), of, kind);
+  };
+  name_until(selection.entries, selection.histograms, "table", kTable);
+  name_until(selection.histograms, selection.candidates, "histograms", kByLane);
+  if (sizeof(Key) == sizeof(uint16_t)) candidates = 0;  // one digit needs none
+  name_until(selection.candidates, selection.candidates + candidates, "candidates", kByLane);
+  name_until(selection.candidates + candidates, end, "ties of tiles", kByLane);
+}
+
+// Of a list of one key width; several use one workspace in turn.
+void name_parts(const pdp::ThresholdRequest& request, const Workspace& memory) {
+  switch (bytes_of(request.weights[0].type)) {
+    case 8:
+      return name_parts_of<uint64_t>(request, memory);
+    case 4:
+      return name_parts_of<uint32_t>(request, memory);
+    default:
+      return name_parts_of<uint16_t>(request, memory);
+  }
+}
+
+template <typename Key>
+void read_buffered(const pdp::ThresholdRequest& request, const Workspace& memory,
+                   int64_t* buffered) {
+  pdp::Selection<Key> selection;
+  const std::vector<pdp::TableEntry> table = lay_out(request, memory, &selection);
+  for (size_t i = 0; i < table.size(); ++i) {
+    buffered[table[i].position] = selection.states[i].buffered;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void host_device(int multiprocessors, int shared_bytes_per_block, uint64_t seed) {
+  host_cuda::device.multiprocessors = multiprocessors;
+  host_cuda::device.shared_bytes_per_block = shared_bytes_per_block;
+  host_cuda::device.seed = seed;
+}
+
+int64_t host_launches() { return host_cuda::device.launches; }
+
+int64_t host_workspace_bytes() { return static_cast<int64_t>(latest_workspace_bytes); }
+
+// buffered: how many candidates each tensor collected; only for lists of one key width.
+const char* host_thresholds(int64_t tensors, const void* const* data, const int64_t* sizes,
+                            const int32_t* types, const int64_t* prune_counts, void* thresholds,
+                            int is_double, int64_t* buffered) {
+  return report([&] {
+    pdp::ThresholdRequest request = {{}, prune_counts, {thresholds, is_double != 0}, limits()};
+    for (int64_t i = 0; i < tensors; ++i) {
+      request.weights.push_back({data[i], sizes[i], i, static_cast<pdp::WeightType>(types[i])});
+    }
+    check_obstacle(request);
+    Workspace workspace(pdp::thresholds_workspace_bytes(request));
+    name_weights(request.weights);
+    name_parts(request, workspace);
+    pdp::launch_thresholds(request, workspace.data(), nullptr);
+    if (buffered != nullptr && bytes_of(request.weights[0].type) == 8) {
+      read_buffered<uint64_t>(request, workspace, buffered);
+    } else if (buffered != nullptr) {
+      read_buffered<uint32_t>(request, workspace, buffered);
+    }
+    workspace.free();
+  });
+}
+
+const char* host_digit_counts(int64_t tensors, const void* const* data, const int64_t* sizes,
+                              const int32_t* types, const int64_t* prefixes, int64_t weight_bytes,
+                              int64_t digit, int64_t* counts, int64_t* above) {
+  return report([&] {
+    pdp::DigitCountsRequest request = {{},     prefixes, pdp::counted_digit(weight_bytes, digit),
+                                       counts, above,    limits()};
+    for (int64_t i = 0; i < tensors; ++i) {
+      request.weights.push_back({data[i], sizes[i], i, static_cast<pdp::WeightType>(types[i])});
+    }
+    Workspace workspace(pdp::digit_counts_workspace_bytes(request));
+    name_weights(request.weights);
+    name(workspace.data(), workspace.bytes(), "table", kTable);
+    name(counts, tensors * request.digit.bins() * sizeof(int64_t), "counts");
+    pdp::launch_digit_counts(request, workspace.data(), nullptr);
+    workspace.free();
+  });
+}
+
+const char* host_hard_mask(const void* data, int64_t size, int32_t type, const int64_t* prune_count,
+                           bool* kept) {
+  return report([&] {
+    double threshold = 0;
+    pdp::HardMaskRequest request = {{{{data, size, 0, static_cast<pdp::WeightType>(type)}},
+                                     prune_count,
+                                     {&threshold, true},
+                                     limits()},
+                                    kept};
+    check_obstacle(request.selection);
+    Workspace workspace(pdp::hard_mask_workspace_bytes(request));
+    name_weights(request.selection.weights);
+    name(kept, size, "mask");
+    name_parts(request.selection, workspace);
+    pdp::launch_hard_mask(request, workspace.data(), nullptr);
+    workspace.free();
+  });
+}
+
+const char* host_prune_counts(int64_t tensors, const int64_t* sizes, const double* sparsities,
+                              int64_t* counts) {
+  return report([&] {
+    std::vector<int64_t> values;
+    for (int64_t i = 0; i < tensors; ++i) {
+      values.push_back(pdp::prune_count(sparsities[i], sizes[i]));
+    }
+    pdp::launch_prune_counts(values, counts, nullptr);
+  });
+}
+
+const char* host_power_sums(int64_t tensors, const void* const* data, const bool* const* kept,
+                            const int64_t* rows, const int64_t* sizes, const int32_t* types,
+                            double p, double q, double* results) {
+  return report([&] {
+    pdp::PowerSumsRequest request = {
+        {}, p, q, reinterpret_cast<pdp::PowerSums*>(results), limits()};
+    for (int64_t i = 0; i < tensors; ++i) {
+      request.tensors.push_back(
+          {data[i], kept[i], rows[i], sizes[i], static_cast<pdp::WeightType>(types[i])});
+    }
+    Workspace workspace(pdp::power_sums_workspace_bytes(request));
+    for (const pdp::RowsView& tensor : request.tensors) {
+      name(tensor.data, tensor.size * bytes_of(tensor.type), "weights");
+      if (tensor.kept != nullptr) name(tensor.kept, tensor.size, "mask");
+    }
+    pdp::Workspace layout(workspace.data());
+    std::vector<pdp::SumEntry> table;
+    const pdp::SumPlan plan = pdp::lay_out_sums(request, layout, table);
+    name(plan.entries, table.size() * sizeof(pdp::SumEntry), "table", kTable);
+    name(plan.parts, plan.tiles * sizeof(pdp::PowerSums), "partial sums");
+    pdp::launch_power_sums(request, workspace.data(), nullptr);
+    workspace.free();
+  });
+}
+
+}  // extern "C"

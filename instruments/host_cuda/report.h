@@ -1,0 +1,32 @@
+// What the C functions of a host build share.
+#pragma once
+
+#include <exception>
+#include <string>
+
+#include "engine.h"
+
+namespace host_cuda {
+
+// Null, or what went wrong in run().
+template <typename Run>
+const char* report(Run run) {
+  static std::string error;
+  device.launches = 0;
+  try {
+    run();
+    return nullptr;
+  } catch (const std::exception& exception) {
+    error = exception.what();
+    return error.c_str();
+  }
+}
+
+// How counters.cpp counts a buffer: by lane, or once for all lanes that read a place together.
+enum Kind { kByLane, kTable };
+
+inline void name(const void* begin, size_t bytes, const char* of, Kind kind = kByLane) {
+  if (host_cuda_name_buffer != nullptr) host_cuda_name_buffer(begin, bytes, of, kind == kTable);
+}
+
+}  // namespace host_cuda

@@ -1,0 +1,285 @@
+"""Looks for races in the CUDA kernels, on a CPU: `python -m instruments.races`.
+
+The kernels' own sources are compiled against the CUDA model of instruments/host_cuda, with every
+CUDA thread a fiber of ThreadSanitizer. It reports two accesses of one place, at least one of them a
+plain write, that no barrier, no fence with an atomic and no end of a kernel puts in an order,
+whether or not anything went wrong. Each workload of host_cuda/workloads.cu also checks its answers.
+
+Mutations are deliberate mistakes, such as a barrier left out. The checker must report each: that is
+how it is known to see. They are all in one build of a changed copy of the sources, and one of them
+is switched on for a run.
+
+Not modelled: a read through `__ldg` that finds a stale line in the cache (host_cuda/counters.cpp
+looks for those), and orders that the fibers' scheduler did not draw. Needs g++ on x86-64 Linux.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from instruments.build import CXX, HOST_CUDA, KEPT, ROOT, build, content_digest, cuda_sources
+
+# -O1: at -O2 compiling takes longer than the run. Loops are unrolled by pragmas for nvcc alone.
+FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+
+# A report is one line here; the kernels' threads need no long history to be told apart.
+TSAN_OPTIONS = "halt_on_error=0 history_size=0 print_suppressions=0"
+
+
+class Mutation(NamedTuple):
+    """A deliberate mistake: `statement`, where it stands in `context`, becomes `instead`.
+
+    context: text that stands once in the file of csrc/cuda.
+    workload: one that runs into it.
+    """
+
+    name: str
+    file: str
+    context: str
+    statement: str
+    instead: str = ""
+    workload: str = "thresholds-float32"
+
+
+BARRIER, FENCE = "__syncthreads();", "__threadfence();"
+
+MUTATIONS = [
+    Mutation(
+        "last_to_arrive: no barrier before the fence",
+        "block.cuh",
+        "  __syncthreads();\n  if (threadIdx.x == 0) {\n    __threadfence();",
+        BARRIER,
+    ),
+    Mutation(
+        "last_to_arrive: no barrier after the answer",
+        "block.cuh",
+        "    __threadfence();\n  }\n  __syncthreads();\n  return scratch;",
+        BARRIER,
+    ),
+    Mutation(
+        "last_to_arrive: no fence before the atomic",
+        "block.cuh",
+        "    __threadfence();\n    scratch = atomicAdd",
+        FENCE,
+    ),
+    Mutation(
+        "last_to_arrive: no fence after the atomic",
+        "block.cuh",
+        "== total;\n    __threadfence();",
+        FENCE,
+    ),
+    Mutation(
+        "find_rank: no barrier before the warps' sums are read",
+        "block.cuh",
+        "= inclusive;\n  __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "find_rank: no barrier at the end",
+        "block.cuh",
+        "    scratch.count = here;\n  }\n  __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "find_next_bin: no barrier at the end",
+        "block.cuh",
+        "static_cast<uint32_t>(bin));\n  __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "for_each_share: no barrier before the next share",
+        "weight_table.cuh",
+        "    if (!share.more) return;\n    __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "start_selection: a shared histogram cleared by plain stores",
+        "weight_table.cuh",
+        "      atomicExch(&histogram[bin], Count{0});",
+        "atomicExch(&histogram[bin], Count{0});",
+        "histogram[bin] = 0;",
+        workload="thresholds-packed-counters-list",
+    ),
+    Mutation(
+        "first_digit: no barrier after the counters are cleared",
+        "radix_select.cuh",
+        "    shared.counters.clear();\n    __syncthreads();\n    for (int64_t part",
+        BARRIER,
+    ),
+    Mutation(
+        "first_digit: no barrier after a full histogram is merged",
+        "radix_select.cuh",
+        "share.entry));\n        __syncthreads();",
+        BARRIER,
+        workload="thresholds-packed-counters",
+    ),
+    Mutation(
+        "finish_share: no barrier before the counters are read",
+        "radix_select.cuh",
+        "bool flushed, Shared& shared) {\n  __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "finish_share: tiles_done reset by a plain store",
+        "radix_select.cuh",
+        "atomicExch(tiles_done, Count{0});",
+        "atomicExch(tiles_done, Count{0});",
+        "*tiles_done = 0;",
+    ),
+    Mutation(
+        "merge_counters: a plain addition",
+        "radix_select.cuh",
+        "atomicAdd(&histogram[bin], count);",
+        "atomicAdd(&histogram[bin], count);",
+        "histogram[bin] += count;",
+    ),
+    Mutation(
+        "Stage::flush: no barrier before the stage is empty",
+        "radix_select.cuh",
+        "= keys[i];\n    __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "later_digit: no barrier before the smallest key is read",
+        "radix_select.cuh",
+        "atomic_min(&shared.next, next);\n    __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "WideCounters: a plain addition",
+        "counters.cuh",
+        "{ atomicAdd(&words[bin], 1u); }",
+        "atomicAdd(&words[bin], 1u);",
+        "++words[bin];",
+    ),
+    Mutation(
+        "last_pruned: no barrier before a tile's ties are stored",
+        "hard_mask.cuh",
+        "atomicAdd(&shared.ties, ties);\n    __syncthreads();",
+        BARRIER,
+        workload="hard-mask-ties",
+    ),
+    Mutation(
+        "count_digit: no barrier before the counters are merged",
+        "digit_counts.cuh",
+        "    __syncthreads();\n    const int64_t row",
+        BARRIER,
+        workload="digit-counts-float32",
+    ),
+    Mutation(
+        "add_tiles: no barrier before the warps' sums are added",
+        "power_sums.cuh",
+        "  __syncthreads();\n  if (threadIdx.x != 0) return;",
+        BARRIER,
+        workload="power-sums",
+    ),
+]
+
+
+class Report(NamedTuple):
+    """races: where each was found, `file:line function`. wrong: lines about wrong answers."""
+
+    races: list[str]
+    wrong: list[str]
+
+
+def mutated_sources() -> Path:
+    """Return a copy of csrc and instruments/host_cuda in which any mutation can be switched on."""
+    texts = {path: path.read_text() for path in cuda_sources()}
+    edits: dict[Path, list[tuple[int, int, str]]] = {}
+    for number, mutation in enumerate(MUTATIONS, start=1):
+        path = ROOT / "csrc" / "cuda" / mutation.file
+        text, context, statement = texts[path], mutation.context, mutation.statement
+        if text.count(context) != 1 or context.count(statement) != 1:
+            raise ValueError(f"{mutation.name}: its context must stand once in {mutation.file}")
+        begin = text.index(context) + context.index(statement)
+        choice = f"if (host_cuda::device.mutation == {number}) {{ {mutation.instead} }} else "
+        edit = (begin, begin + len(statement), f"{choice}{{ {statement} }}")
+        edits.setdefault(path, []).append(edit)
+    for path, changes in edits.items():
+        for begin, end, text in sorted(changes, reverse=True):
+            texts[path] = texts[path][:begin] + text + texts[path][end:]
+    folder = KEPT / f"mutated-{content_digest(texts.values())}"
+    for path, text in texts.items():
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(text)
+    return folder
+
+
+def build_checker(mutated: bool = False) -> Path:
+    """Return the program of host_cuda/workloads.cu, linked with ThreadSanitizer."""
+    folder = (mutated_sources() if mutated else ROOT) / "instruments" / "host_cuda"
+    workloads, engine = folder / "workloads.cu", HOST_CUDA / "engine.cpp"
+    compiled = [CXX, *FLAGS, "-fsanitize=thread", "-I", folder, "-x", "c++", "-c", workloads]
+    return build(
+        "races",
+        cuda_sources(),
+        [*compiled, "-o", "workloads.o"],
+        [CXX, *FLAGS, "-c", engine, "-o", "engine.o"],
+        [CXX, "-fsanitize=thread", "workloads.o", "engine.o", "-o", "races"],
+    )
+
+
+def check(program: Path, *workloads: str, seed: int = 1, mutation: int = 0) -> Report:
+    """Run workloads (all by default) in the order of threads that `seed` draws.
+
+    Raises:
+        RuntimeError: the program does not end by itself.
+    """
+    command = [str(program), "--seed", str(seed), "--mutation", str(mutation), *workloads]
+    environment = os.environ | {"TSAN_OPTIONS": TSAN_OPTIONS}
+    run = {"env": environment, "capture_output": True, "text": True}
+    result = subprocess.run(command, **run)
+    if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
+        # More random bits in addresses than ThreadSanitizer has room for.
+        result = subprocess.run(["setarch", "-R", *command], **run)
+    if not re.search(r"^\d+ wrong$", result.stdout, re.MULTILINE):
+        raise RuntimeError(f"{' '.join(command)}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
+    found = re.findall(r"^SUMMARY: ThreadSanitizer: data race (.*)$", result.stderr, re.MULTILINE)
+    races = sorted({_short(line) for line in found})
+    return Report(races, [line for line in result.stdout.splitlines() if ": " in line])
+
+
+def _short(summary: str) -> str:
+    """`file:line function`, without folders, template arguments and parameters."""
+    place, _, function = summary.partition(" in ")
+    function = re.sub(r"<.*|\(.*", "", function.removeprefix("void "))
+    return f"{Path(place).name} {function}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m instruments.races", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "workloads", nargs="*", help="names of host_cuda/workloads.cu (default: all)"
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="orders of threads (default: 2)")
+    parser.add_argument("--mutations", action="store_true", help="run each mutation, too")
+    chosen = parser.parse_args(arguments)
+    program = build_checker()
+    faults = 0
+    for seed in range(1, chosen.seeds + 1):
+        report = check(program, *chosen.workloads, seed=seed)
+        print(f"seed {seed}: {len(report.races)} races, {len(report.wrong)} wrong answers")
+        for line in report.races + report.wrong:
+            print(f"  {line}")
+        faults += len(report.races) + len(report.wrong)
+    if chosen.mutations:
+        program = build_checker(mutated=True)
+        for number, mutation in enumerate(MUTATIONS, start=1):
+            report = check(program, mutation.workload, mutation=number)
+            print(f"{mutation.name}: {', '.join(report.races) or 'NOT REPORTED'}", flush=True)
+            faults += not report.races
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

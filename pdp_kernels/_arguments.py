@@ -1,0 +1,130 @@
+"""What the Triton kernels rely on, checked for callers of torch.ops.pdp: an error, not a fault.
+
+The native operators have the same checks in csrc/arguments.h. The public functions check more, and
+before.
+"""
+
+import torch
+from torch import Tensor
+
+from pdp_kernels.reference import threshold_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_GROUP = 32  # members of an N:M group
+# The smallest matrix that torch.sparse.SparseSemiStructuredTensorCUTLASS takes of 16-bit dtypes.
+COMPRESSED_ROWS, COMPRESSED_COLUMNS = 32, 64
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _check_weight(weight: Tensor) -> None:
+    _require(weight.dtype in DTYPES, f"weight must be floating point, got {weight.dtype}")
+
+
+def _check_values(name: str, values: Tensor, dtype: torch.dtype, count: int, weight: Tensor):
+    _require(values.dtype == dtype, f"{name} must have dtype {dtype}, got {values.dtype}")
+    _require(values.numel() == count, f"{name} must have {count} elements, got {values.numel()}")
+    _require(
+        values.device == weight.device,
+        f"{name} must be on the weight's device {weight.device}, got {values.device}",
+    )
+
+
+def _check_scalars(weight: Tensor, **scalars: Tensor) -> None:
+    _check_weight(weight)
+    for name, value in scalars.items():
+        _check_values(name, value, threshold_dtype([weight]), 1, weight)
+
+
+def _check_like(weight: Tensor, **gradients: Tensor | None) -> None:
+    for name, values in gradients.items():
+        if values is None:
+            continue
+        _require(values.dtype in DTYPES, f"{name} must be floating point, got {values.dtype}")
+        _require(
+            values.shape == weight.shape,
+            f"{name} must have the weight's shape {tuple(weight.shape)}, got {tuple(values.shape)}",
+        )
+        _require(
+            values.device == weight.device,
+            f"{name} must be on the weight's device {weight.device}, got {values.device}",
+        )
+
+
+def _check_dim(weight: Tensor, dim: int) -> None:
+    _require(0 <= dim < weight.dim(), f"dim must be in [0, {weight.dim()}), got {dim}")
+
+
+def _check_groups(weight: Tensor, m: int, pruned: int, dim: int) -> None:
+    _check_weight(weight)
+    _check_dim(weight, dim)
+    _require(
+        1 <= m <= MAX_GROUP and weight.shape[dim] % m == 0,
+        f"m must be in [1, {MAX_GROUP}] and divide the size along dim, got {m}",
+    )
+    _require(0 <= pruned < m, f"pruned must be in [0, m), got {pruned}")
+
+
+def _check_channels(weight: Tensor, dim: int, norms: Tensor, **scalars: Tensor) -> None:
+    _check_scalars(weight, **scalars)
+    _check_dim(weight, dim)
+    _check_values("norms", norms, threshold_dtype([weight]), weight.shape[dim], weight)
+
+
+def soft_mask(weight, threshold, tau, relative, out_dtype, return_mask):
+    _check_scalars(weight, threshold=threshold, tau=tau)
+
+
+def soft_mask_backward(grad_w_hat, grad_mask, weight, threshold, tau, relative):
+    _check_scalars(weight, threshold=threshold, tau=tau)
+    _check_like(weight, grad_w_hat=grad_w_hat, grad_mask=grad_mask)
+
+
+def soft_mask_nm(weight, tau, m, pruned, dim, relative, out_dtype, return_mask):
+    _check_scalars(weight, tau=tau)
+    _check_groups(weight, m, pruned, dim)
+
+
+def soft_mask_nm_backward(grad_w_hat, grad_mask, weight, tau, m, pruned, dim, relative):
+    _check_scalars(weight, tau=tau)
+    _check_groups(weight, m, pruned, dim)
+    _check_like(weight, grad_w_hat=grad_w_hat, grad_mask=grad_mask)
+
+
+def hard_mask_nm(weight, m, pruned, dim):
+    _check_groups(weight, m, pruned, dim)
+
+
+def compress_2to4(weight):
+    _require(
+        weight.dtype in (torch.bfloat16, torch.float16),
+        f"weight must have dtype torch.bfloat16 or torch.float16, got {weight.dtype}",
+    )
+    _require(
+        weight.dim() == 2
+        and weight.shape[0] % COMPRESSED_ROWS == 0
+        and weight.shape[1] % COMPRESSED_COLUMNS == 0,
+        f"weight must have shape (rows, cols), rows divisible by {COMPRESSED_ROWS} and cols by "
+        f"{COMPRESSED_COLUMNS}, got {tuple(weight.shape)}",
+    )
+
+
+def channel_norms(weight, dim, rms):
+    _check_weight(weight)
+    _check_dim(weight, dim)
+
+
+def soft_mask_channel(weight, norms, threshold, tau, dim, relative, out_dtype):
+    _check_channels(weight, dim, norms, threshold=threshold, tau=tau)
+
+
+def soft_mask_channel_backward(
+    grad_w_hat, grad_mask, weight, norms, threshold, tau, dim, relative, rms
+):
+    _check_channels(weight, dim, norms, threshold=threshold, tau=tau)
+    _check_like(weight, grad_w_hat=grad_w_hat)
+    if grad_mask is not None:
+        _check_values("grad_mask", grad_mask, grad_mask.dtype, weight.shape[dim], weight)
