@@ -64,13 +64,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument(
-        "--masks", nargs="+", choices=masks.NAMES, default=list(masks.NAMES),
+        "--masks", nargs="+", choices=masks.NAMES,
         help="the paper's: tau = 1e-4, w_hat as the weight; the pruner's: relative_tau = 0.1 on "
-        "the device, w_hat in bfloat16 (default: both)",
+        "the device, w_hat in bfloat16 (default: both, or the paper's if --quick)",
     )  # fmt: skip
     parser.add_argument("--sparsity", type=parse_sparsity, default=0.9, metavar="R")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="fewer inputs: about a minute")
+    parser.add_argument("--quick", action="store_true", help="less of it: about a minute")
     parser.add_argument(
         "--budget", type=float, default=2.0, metavar="SECONDS",
         help="timing per step and input; each provider runs at least three times (default: 2)",
@@ -98,6 +98,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("the input digits needs scikit-learn: pip install scikit-learn")
     if arguments.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    if arguments.masks is None:
+        arguments.masks = ["paper"] if arguments.quick else list(masks.NAMES)
     if arguments.providers is None:
         skipped = set() if on_gpu else PROVIDERS_ON_GPU_ONLY
         arguments.providers = [name for name in PROVIDERS if name not in skipped]
