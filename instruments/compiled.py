@@ -183,27 +183,40 @@ def main() -> None:
         FIGURES.write_text(json.dumps(kept | figures(results), indent=1) + "\n")
         return
     for architecture in options.arch:
-        card = CARDS[options.card] if CARDS[options.card].architecture == architecture else None
-        print(f"{architecture}, {card.description if card else 'counts only'}")
-        print(LEGEND, end="\n\n")
-        compiled = [results[key] for key in results if key[1] == architecture]
-        every = [measured for each in compiled for measured in shipped(each)]
-        chosen = [each for each in every if fnmatch.fnmatch(each.name, options.kernels)]
-        print("\n".join(table(chosen, card)), end="\n\n")
-        resources = {name: each for c in compiled for name, each in c.resources.items()}
-        spills = [
-            f"{name} {each['stack']} bytes" for name, each in resources.items() if each["stack"]
-        ]
-        print(
-            f"{len(resources)} kernels compiled, {len(spills)} with local memory", *spills, sep="\n"
-        )
+        made = [results[key] for key in results if key[1] == architecture]
+        print("\n".join(report(made, card_for(architecture, options.card), options.kernels)), "\n")
     if options.json:
         document = {
             "versions": found,
             "resources": {f"{c} {a}": results[c, a].resources for c, a in results},
-            "measured": [each._asdict() for c in results.values() for each in c.measured],
+            "measured": [_fields(m, options.card) for c in results.values() for m in c.measured],
         }
         options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def card_for(architecture: str, name: str) -> Card | None:
+    """Return the card of that name if the code is for it."""
+    return CARDS[name] if CARDS[name].architecture == architecture else None
+
+
+def report(made: Sequence[Compiled], card: Card | None, names: str) -> Iterator[str]:
+    """Yield the lines of the report on one architecture."""
+    every = [measured for each in made for measured in shipped(each)]
+    resources = {name: each for compiled in made for name, each in compiled.resources.items()}
+    stacks = {name: each["stack"] for name, each in resources.items() if each["stack"] > 0}
+    yield f"{every[0].architecture}, {card.description if card else 'counts only'}"
+    yield LEGEND
+    yield ""
+    yield from table([each for each in every if fnmatch.fnmatch(each.name, names)], card)
+    yield ""
+    yield f"{len(resources)} kernels compiled, {len(stacks)} with local memory"
+    yield from (f"{name}: {stack} bytes" for name, stack in stacks.items())
+
+
+def _fields(measured: Measured, card_name: str) -> dict:
+    card = card_for(measured.architecture, card_name)
+    allowed = card and fractions(card, measured.per_element, measured.bytes_moved)
+    return measured._asdict() | {"fractions_of_copy": allowed}
 
 
 if __name__ == "__main__":

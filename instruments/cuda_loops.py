@@ -144,7 +144,7 @@ def measure_cuda(architecture: str) -> Compiled:
                     found[hot.name] = hot
     names = [f"{hot.title} {dtype}" for hot in HOT_LOOPS for dtype in SIZES]
     if missing := {hot.title for hot in HOT_LOOPS} - {name.rpartition(" ")[0] for name in found}:
-        raise RuntimeError(f"no loop is {sorted(missing)}: HOT_LOOPS names lines that are gone")
+        raise RuntimeError(f"no loop for {sorted(missing)}: lines that HOT_LOOPS names are gone")
     kernels = {name: function.kernel for name, function in functions.items()}
     return Compiled.of(kernels, [found[name] for name in names if name in found])
 

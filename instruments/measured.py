@@ -25,6 +25,8 @@ RARE = re.compile(r"slowpath|mediumpath|div_rn_f64_full|(div|rem)_[su]64")
 
 
 class Measured(NamedTuple):
+    """A kernel, or one loop of it."""
+
     name: str
     architecture: str
     registers: int
@@ -51,6 +53,7 @@ def width(access: Instruction) -> int:
 
 
 def bits(accesses: Iterable[Instruction]) -> int:
+    """Return how many bits of a thread they move together."""
     return sum(map(width, accesses))
 
 
@@ -65,8 +68,8 @@ def measure(
 ) -> Measured:
     """Return what each of the `elements` costs that a thread handles in the `runs`.
 
-    runs: instructions, and how often they are run through. moved: bytes of one element. needed:
-    bytes that the runs have to move for all of them.
+    runs: instructions, and how often they are run through. moved: bytes of one element, as the
+    operator needs it. needed: bytes that the runs move for all elements, padding included.
     """
     total: Counter[str] = Counter()
     loads: Counter[str] = Counter()
