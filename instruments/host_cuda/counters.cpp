@@ -79,10 +79,12 @@ Buffer* buffer_of(uintptr_t address) {
   return address < buffer.end ? latest = &buffer : nullptr;
 }
 
+// The finish of SplitMix64 over both.
 uint64_t hash(uint64_t a, uint64_t b) {
-  a ^= b + 0x9E3779B97F4A7C15 + (a << 6) + (a >> 2);
-  a *= 0xBF58476D1CE4E5B9;
-  return a ^ (a >> 29);
+  uint64_t z = a * 0x9E3779B97F4A7C15 + b;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EB;
+  return z ^ (z >> 31);
 }
 
 template <typename Value>
