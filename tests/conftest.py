@@ -1,5 +1,6 @@
 """The backends under test, and the state every test starts from."""
 
+import functools
 import os
 from types import SimpleNamespace
 
@@ -14,11 +15,6 @@ if not torch.cuda.is_available():
 from pdp_kernels import _ops
 
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
-
-
-def pytest_configure(config):
-    # pytest-xdist's, and known without it: --dist loadgroup runs tests of one group in one process.
-    config.addinivalue_line("markers", "xdist_group(name): tests that must not run side by side")
 
 
 def pytest_collection_modifyitems(items):
@@ -74,7 +70,36 @@ def masking(request):
 
 
 @pytest.fixture
-def rounding_interpreter(monkeypatch):
+def quick_interpreter(monkeypatch):
+    """Triton's interpreter without what most of its time goes to: it looks through triton.language
+    in each function that a kernel calls, and reduces by xor (in a sort) number by number."""
+    from triton.language import core, standard
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def languages(function):
+        values = function.__globals__.values()
+        return [value for value in values if value is interpreter.tl or value is core]
+
+    def call(self, *args, **kwargs):
+        if any(core.is_builtin(language.arange) for language in languages(self.fn)):
+            interpreter._patch_lang(self.fn)  # the kernel's module has not seen to that
+        return self.rewrite()(*args, **kwargs)
+
+    reduce_any = interpreter.ReduceOps.apply_impl
+
+    def reduce(self, values):
+        if self.combine_fn != standard._xor_combine:
+            return reduce_any(self, values)
+        numbers, along = values[0].handle.data, {"axis": self.axis, "keepdims": self.keep_dims}
+        return self.to_tensor(np.bitwise_xor.reduce(numbers, **along), values[0].dtype)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    monkeypatch.setattr(interpreter.ReduceOps, "apply_impl", reduce)
+
+
+@pytest.fixture
+def rounding_interpreter(monkeypatch, quick_interpreter):
     """Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest even, and gets
     denormals wrong both ways; these conversions are torch's."""
     from triton.runtime import interpreter

@@ -43,6 +43,7 @@ def compress(request):
         pytest.skip("with a GPU, Triton compiles")
     from pdp_kernels.triton_kernels.compress import compress_2to4
 
+    request.getfixturevalue("quick_interpreter")
     return compress_2to4
 
 

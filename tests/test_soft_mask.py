@@ -8,9 +8,11 @@ import torch
 from cases import (
     DISTRIBUTIONS,
     DTYPES,
+    Losses,
     assert_within_budget,
     denormals,
     doubled,
+    largest,
     on_device,
     weight_of,
     with_neighbours,
@@ -36,36 +38,19 @@ def check(masking, weight, threshold, tau, relative, out_dtype=None):
     actual = masking.soft_mask(*on_device(masking, weight, *rest), out_dtype, True)
     exact = reference.soft_mask(*doubled(stack, *rest), None, True)
     rounded = reference.soft_mask(stack, *rest, out_dtype, True)
+    losses = Losses(masking, weight, *rest)
     for result, factor in enumerate((weight, torch.ones_like(weight))):
-        lost = lost_to_underflow(factor, weight, *rest)
+        lost = largest(factor * losses.mask)
         assert_within_budget(actual[result], exact[result], rounded[result], lost)
 
     grads = [torch.randn(weight.shape).to(out_dtype) for _ in range(2)]
-    scale, temperature = reference.scale_and_temperature(*doubled(*rest))
-    slopes = [2 * (weight.double() / scale) ** 2, 2 * weight.double() / scale / scale]
     for chosen in ([grads[0], None], [None, grads[1]], grads):
-        lost = sum(
-            lost_to_underflow(grad.double() * slope / temperature, weight, *rest)
-            for grad, slope in zip(chosen, slopes, strict=True)
-            if grad is not None
-        )
         assert_within_budget(
             masking.soft_mask_backward(*on_device(masking, *chosen, weight, *rest)),
             reference.soft_mask_backward(*doubled(*chosen, stack, *rest)),
             reference.soft_mask_backward(*chosen, stack, *rest),
-            lost,
+            losses.of_gradient(*chosen),
         )
-
-
-def lost_to_underflow(factor, weight, threshold, tau, relative):
-    """The most that products of a factor with e^-|z| lose where that is 0 below the smallest normal
-    number, as the kernels' is."""
-    if weight.dtype == torch.float64:
-        return 0.0
-    z = reference.mask_exponent(*doubled(weight, threshold, tau), relative).abs()
-    decay = torch.where(z > 87.3, torch.exp(-z), 0)
-    products = (factor.double() * decay).nan_to_num(0, 0, 0).abs()
-    return products.max().item() if products.numel() else 0.0
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])

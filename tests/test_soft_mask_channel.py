@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, assert_within_budget, doubled, on_device, weight_of, with_special_values
+from cases import (
+    DTYPES,
+    Losses,
+    assert_within_budget,
+    doubled,
+    largest,
+    on_device,
+    weight_of,
+    with_special_values,
+)
 from torch.func import grad, vmap
 
 from pdp_kernels import (
@@ -47,8 +56,10 @@ def check(masking, weight, dim, relative, rms, out_dtype=None, tau=0.1):
     actual = masking.soft_mask_channel(*on_device(masking, weight, *rest), out_dtype)
     exact = reference.soft_mask_channel(*doubled(weight, *rest), None)
     rounded = reference.soft_mask_channel(weight, *rest, out_dtype)
-    for result in range(2):
-        assert_within_budget(actual[result], exact[result], rounded[result])
+    losses = Losses(masking, norms, t, rest[2], relative)
+    lost = reference.along(losses.mask, weight, dim)
+    for result, factor in enumerate((weight, torch.ones_like(weight))):
+        assert_within_budget(actual[result], exact[result], rounded[result], largest(factor * lost))
 
     grads = torch.randn(weight.shape).to(out_dtype), torch.randn(len(norms)).to(out_dtype)
     for chosen in ([grads[0], None], [None, grads[1]], grads):
@@ -56,7 +67,22 @@ def check(masking, weight, dim, relative, rms, out_dtype=None, tau=0.1):
             masking.soft_mask_channel_backward(*on_device(masking, *chosen, weight, *rest), rms),
             reference.soft_mask_channel_backward(*doubled(*chosen, weight, *rest), rms),
             reference.soft_mask_channel_backward(*chosen, weight, *rest, rms),
+            lost_of_channels(losses, *chosen, weight, dim, rms),
         )
+
+
+def lost_of_channels(losses, grad_w_hat, grad_mask, weight, dim, rms):
+    """Of dW = m g + pull W, where <g, W>, summed in float64, is exact in what comes through m."""
+    through_mask = 0 if grad_mask is None else grad_mask.double()
+    lost = 0.0
+    if grad_w_hat is not None:
+        products = reference.channels(grad_w_hat.double() * weight.double(), dim)
+        through_mask = through_mask + products.sum(1)
+        lost = largest(reference.along(losses.mask, weight, dim) * grad_w_hat)
+    pull = 2 / losses.scale / losses.scale / losses.tau * losses.slope * through_mask
+    if rms:
+        pull = pull / reference.fan_in(weight, dim)
+    return lost + largest(reference.along(pull, weight, dim) * weight)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
@@ -107,8 +133,9 @@ def test_layouts_are_walked_in_place_or_copied(masking, dtype):
         for dim in (0, 1):
             check(masking, weight, dim, False, False)
     for weight in layouts[:3]:
-        given = on_device(masking, weight, torch.ones(8), torch.ones(()), torch.ones(()))
-        given = [*given[:1], *(x.to(REAL[dtype]) for x in given[1:])]
+        shapes = (weight.shape[1], (), ())  # of norms, threshold and temperature
+        ones = [torch.ones(shape, dtype=REAL[dtype]) for shape in shapes]
+        given = on_device(masking, weight, *ones)
         w_hat, _ = masking.soft_mask_channel(*given, 1, False, None)
         back = masking.soft_mask_channel_backward(
             given[0].contiguous(), None, *given, 1, False, False

@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, assert_within_budget, denormals, doubled, on_device, with_special_values
+from cases import (
+    DTYPES,
+    Losses,
+    assert_within_budget,
+    denormals,
+    doubled,
+    largest,
+    on_device,
+    with_special_values,
+)
 from torch.func import grad, vmap
 
 from pdp_kernels import hard_mask_nm, pdp_mask, pdp_mask_nm, reference
@@ -31,15 +40,22 @@ def check(masking, weight, m, pruned, dim, relative, out_dtype=None):
     actual = masking.soft_mask_nm(*on_device(masking, *given), out_dtype, True)
     exact = reference.soft_mask_nm(*doubled(*given), None, True)
     rounded = reference.soft_mask_nm(*given, out_dtype, True)
-    for result in range(2):
-        assert_within_budget(actual[result], exact[result], rounded[result])
+    grouped = reference.groups(weight, m, dim)
+    thresholds = reference.group_thresholds(weight, m, pruned, dim)
+    losses = Losses(masking, grouped, thresholds, temperature(weight, 0.1), relative)
+    for result, factor in enumerate((grouped, torch.ones_like(grouped))):
+        lost = largest(factor * losses.mask)
+        assert_within_budget(actual[result], exact[result], rounded[result], lost)
+
     grads = [torch.randn(weight.shape).to(out_dtype) for _ in range(2)]
     for chosen in ([grads[0], None], [None, grads[1]], grads):
         given = (*chosen, weight, temperature(weight, 0.1), m, pruned, dim, relative)
+        by_group = [None if grad is None else reference.groups(grad, m, dim) for grad in chosen]
         assert_within_budget(
             masking.soft_mask_nm_backward(*on_device(masking, *given)),
             reference.soft_mask_nm_backward(*doubled(*given)),
             reference.soft_mask_nm_backward(*given),
+            losses.of_gradient(*by_group),
         )
 
 

@@ -1,6 +1,6 @@
 """Weights of more than 2^31 elements: every element is reached, and none at another's place.
 
-Fresh memory is NaN, so what is not written shows. Each test takes up to 20 GB, one after another.
+Fresh memory is NaN, so what is not written shows. Each test takes up to 20 GB.
 """
 
 import pytest
@@ -8,15 +8,9 @@ import torch
 
 from pdp_kernels import compress_2to4, hard_mask, pdp_mask, pdp_threshold, pq_index, reference
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("memory")]
+pytestmark = [pytest.mark.gpu, pytest.mark.large]
 
 BEYOND_INT32 = 2**31
-
-
-@pytest.fixture(autouse=True)
-def memory_given_back():
-    yield
-    torch.cuda.empty_cache()
 
 
 def zeros_but_the_last_two(*shape):

@@ -1,0 +1,85 @@
+"""Triton's interpreter with a GPU's arithmetic: division and exponential as inexact as they may be.
+
+Compiled for NVIDIA, a float32 division is div.full and an exponential ex2.approx of the argument
+times log2 e. The PTX manual promises both to 2 ulp ("Floating Point Instructions"), while NumPy,
+which the interpreter calls, rounds both correctly. Here each result is up to 2 ulp off, in one of
+the modes below. What GPUs do exactly stays exact: division by a power of two, 2^n for a whole n,
+and results that are 0, infinite or NaN. By how much a result is off depends on mantissas alone.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from triton.runtime.interpreter import InterpreterBuilder
+
+ULPS = 2
+LOG2_E = np.float32(1.4426950408889634)
+MANTISSA = np.uint32(0x7FFFFF)
+
+
+def constant(ulps: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda bits: np.full(bits.shape, ulps, dtype=np.int64)
+
+
+def scattered(seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """From -2 to 2 ulp, as a hash of the mantissa decides."""
+
+    def ulps(bits):
+        mixed = (bits & MANTISSA).astype(np.uint64) + np.uint64(seed << 32)
+        with np.errstate(over="ignore"):
+            for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # of splitmix64
+                mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(factor)
+        return (mixed >> np.uint64(33)).astype(np.int64) % (2 * ULPS + 1) - ULPS
+
+    return ulps
+
+
+# By mode: how far division and exponential are off.
+MODES = {
+    "up": (constant(ULPS), constant(ULPS)),
+    "down": (constant(-ULPS), constant(-ULPS)),
+    "apart": (constant(ULPS), constant(-ULPS)),
+    "scattered 0": (scattered(0), scattered(1)),
+    "scattered 1": (scattered(2), scattered(3)),
+}
+
+
+def moved(exact: np.ndarray, ulps: np.ndarray, exactly: np.ndarray) -> np.ndarray:
+    """Float32 numbers a few ulp away from those given, but where `exactly`."""
+    bits = exact.view(np.int32).astype(np.int64)
+    magnitude = bits & 0x7FFFFFFF
+    stays = exactly | (magnitude == 0) | (magnitude >= 0x7F800000)
+    magnitude = np.where(stays, magnitude, np.clip(magnitude + ulps, 0, 0x7F800000))
+    return (magnitude | (bits & 0x80000000)).astype(np.uint32).view(np.float32)
+
+
+@contextlib.contextmanager
+def approximate_arithmetic(mode: str) -> Iterator[None]:
+    """Within, kernels that the interpreter runs compute in a mode, of `MODES`."""
+    division_error, exponential_error = MODES[mode]
+
+    @np.errstate(all="ignore")
+    def divide(numerator, denominator):
+        if numerator.dtype != np.float32:
+            return np.divide(numerator, denominator)
+        numerator, denominator = np.broadcast_arrays(numerator, denominator)
+        quotient = np.divide(numerator, denominator)
+        bits = np.ascontiguousarray(denominator).view(np.uint32)
+        return moved(quotient, division_error(bits), bits & MANTISSA == 0)
+
+    @np.errstate(all="ignore")
+    def exponential(argument):
+        if argument.dtype != np.float32:
+            return np.exp(argument)
+        power = np.asarray(argument * LOG2_E, dtype=np.float32)
+        exact = np.exp2(power.astype(np.float64)).astype(np.float32)
+        return moved(exact, exponential_error(power.view(np.uint32)), power == np.rint(power))
+
+    real = InterpreterBuilder.create_fdiv, InterpreterBuilder.create_exp
+    InterpreterBuilder.create_fdiv = lambda self, left, right: self.binary_op(left, right, divide)
+    InterpreterBuilder.create_exp = lambda self, argument: self.unary_op(argument, exponential)
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_fdiv, InterpreterBuilder.create_exp = real

@@ -1,0 +1,94 @@
+"""Soft masks keep the error budget of a GPU with division and exponential as inexact as there.
+
+And the budget needs what it allows for that: without, there are masks beyond it.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_soft_mask
+import test_soft_mask_channel
+import test_soft_mask_nm
+import torch
+from cases import weight_of
+
+from pdp_kernels import pdp_threshold
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("with a GPU, Triton compiles", allow_module_level=True)
+
+from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
+
+from instruments.approximate_gpu import MODES, approximate_arithmetic, moved
+
+OPERATORS = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
+APPROXIMATE = SimpleNamespace(device="cpu", approximates=True, **OPERATORS)
+EXACT = SimpleNamespace(device="cpu", **OPERATORS)
+
+
+@pytest.fixture(params=MODES)
+def mode(request, rounding_interpreter):
+    with approximate_arithmetic(request.param):
+        yield request.param
+
+
+def check_soft_masks(masking, relative):
+    for distribution in ("normal", "heavy-tailed", "one shared prefix"):
+        weight = weight_of(distribution, 1033, torch.float32)
+        threshold = pdp_threshold(weight, 0.7).item()
+        for tau in (1e-4, 0.3):
+            test_soft_mask.check(masking, weight, threshold, tau, relative)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+def test_soft_masks(mode, relative):
+    check_soft_masks(APPROXIMATE, relative)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+def test_n_m_masks(mode, relative):
+    for dim in (0, 1):
+        weight = torch.randn(test_soft_mask_nm.shape_for(4, dim))
+        test_soft_mask_nm.check(APPROXIMATE, weight, 4, 2, dim, relative)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+def test_channel_masks(mode, relative):
+    for shape, dim in test_soft_mask_channel.SHAPES:
+        weight = torch.randn(shape)
+        test_soft_mask_channel.check(APPROXIMATE, weight, dim, relative, rms=relative)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(mode, dtype):
+    weight = torch.randn(1033).to(dtype)
+    test_soft_mask.check(APPROXIMATE, weight, 0.7, 0.1, True)
+    test_soft_mask.check(APPROXIMATE, weight, 0.7, 0.1, False, torch.float32)
+
+
+def test_the_budget_of_exact_arithmetic_is_exceeded(rounding_interpreter):
+    """So the modes above are felt, and what the budget allows for them is needed."""
+    with approximate_arithmetic("up"), pytest.raises(AssertionError, match="exceeds the budget"):
+        check_soft_masks(EXACT, relative=True)
+    check_soft_masks(EXACT, relative=True)
+
+
+def test_numbers_move_by_ulps_and_the_exact_ones_stay():
+    numbers = np.array([1.5, -1.5, 0.0, np.inf, -np.inf, 1.25], dtype=np.float32)
+    exactly = np.array([False] * 5 + [True])
+    found = moved(numbers, np.array([2, 2, 2, 2, 2, 2]), exactly)
+    ulp = np.float32(2**-23)
+    expected = [1.5 + 2 * ulp, -1.5 - 2 * ulp, 0, np.inf, -np.inf, 1.25]
+    assert np.array_equal(found, np.array(expected, dtype=np.float32))
+    assert np.isnan(moved(np.array([np.nan], dtype=np.float32), np.array([2]), np.array([False])))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_errors_are_at_most_two_ulp(name):
+    bits = np.arange(1, 1 << 23, 997, dtype=np.uint32)
+    for error in MODES[name]:
+        ulps = error(bits)
+        assert abs(ulps).max() == 2
+        assert name.startswith("scattered") == (len(set(ulps.tolist())) == 5)
