@@ -74,6 +74,12 @@ CALLS = {
 }
 
 
+def assert_same(name, found, expected):
+    """Bit for bit; of an index, Inductor contracts 1 - y y and calls another pow than PyTorch."""
+    rounding = 1e-14 if name.startswith("PQ Index") else 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
+
+
 def loss(results):
     results = results if isinstance(results, tuple) else (results,)
     return sum(result.sin().sum() for result in results)
@@ -85,7 +91,7 @@ def test_compiles_without_a_graph_break(device, name):
     call = CALLS[name]
     compiled = torch.compile(call, fullgraph=True)
     expected, found = call(weight), compiled(weight)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert_same(name, found, expected)
     if name.startswith("mask"):
         own, compiled_own = (torch.autograd.grad(loss(r), weight)[0] for r in (expected, found))
         torch.testing.assert_close(compiled_own, own)
@@ -99,7 +105,7 @@ def test_compiles_once_for_all_shapes(device, name):
         weight = torch.randn(size, 7, device=device, requires_grad=True)
         with torch.compiler.set_stance(stance):
             found = compiled(weight)
-        torch.testing.assert_close(found, call(weight), rtol=0, atol=0)
+        assert_same(name, found, call(weight))
         if name.startswith("mask"):
             torch.autograd.grad(loss(found), weight)
 
