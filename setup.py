@@ -36,8 +36,10 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 # The oldest torch whose stable ABI is used: one build serves 2.11 and every later release.
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
-# No kernel reads errno, and a loop with a square root that may set it is not vectorised.
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-fno-math-errno"]
+# No kernel reads errno or floating point exceptions; where they might, compilers do not vectorise
+# square roots and, below AVX-512, conditions.
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 
 # Ampere, Hopper, Blackwell; what comes later compiles the PTX of the last.
 ARCHITECTURES = ("8.0", "9.0", "10.0")

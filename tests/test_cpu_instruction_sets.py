@@ -6,6 +6,7 @@ is held against the reference.
 
 import ctypes
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,11 +27,14 @@ from pdp_kernels import pdp_threshold, reference
 
 SOURCE = Path(__file__).parent / "host_cpu" / "variants.cpp"
 CPU_KERNELS = Path(__file__).parent.parent / "csrc" / "cpu"
+SETUP = Path(__file__).parent.parent / "setup.py"
 # Compiled beside SOURCE, which includes the others: these use names of theirs again.
 SEPARATE_SOURCES = [
     CPU_KERNELS / f"{name}.cpp" for name in ("digit_counts", "soft_mask_nm", "soft_mask_channel")
 ]
 COMPILER = shutil.which("c++") or shutil.which("g++")
+# What setup.py compiles with.
+FLAGS = re.findall(r'"(-[^"]+)"', re.search(r"\nFLAGS = .*\nFLAGS \+= .*\n", SETUP.read_text())[0])
 LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4}
 GATHERS = {"portable": 1, "avx2": 3, "avx512": 4}  # each with the level it needs
 SIZES = (33, 9973, 70_001)  # gathered whole, bracketed by a sample, more than one tile
@@ -53,10 +57,16 @@ class Kernels:
 
     def __init__(self, level, folder):
         path = folder / f"{level}.so"
-        flags = f"-march={level} -DPDP_MULTIVERSION= -O3 -std=c++17"
-        flags += " -fvisibility=hidden -fPIC -shared -pthread"
+        flags = [
+            *FLAGS.split(),
+            f"-march={level}",
+            "-DPDP_MULTIVERSION=",
+            "-fPIC",
+            "-shared",
+            "-pthread",
+        ]
         run = subprocess.run(
-            [COMPILER, *flags.split(), SOURCE, *SEPARATE_SOURCES, "-o", path],
+            [COMPILER, *flags, SOURCE, *SEPARATE_SOURCES, "-o", path],
             capture_output=True,
             text=True,
         )
