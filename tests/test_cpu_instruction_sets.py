@@ -58,7 +58,7 @@ class Kernels:
     def __init__(self, level, folder):
         path = folder / f"{level}.so"
         flags = [
-            *FLAGS.split(),
+            *FLAGS,
             f"-march={level}",
             "-DPDP_MULTIVERSION=",
             "-fPIC",
