@@ -16,12 +16,12 @@ from cases import weight_of
 from pdp_kernels import pdp_threshold
 
 pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("with a GPU, Triton compiles", allow_module_level=True)
 
 from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
 
 from instruments.approximate_gpu import MODES, approximate_arithmetic, moved
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles")
 
 OPERATORS = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
 APPROXIMATE = SimpleNamespace(device="cpu", approximates=True, **OPERATORS)

@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
-from instruments.fake_cuda.calls import DEVICE
-from instruments.fake_cuda.device import DeviceWork
-from instruments.fake_cuda.torch_cuda import PATCHES
 from pdp_kernels import pdp_mask
 
 
 @pytest.fixture(autouse=True)
 def fake_device():
+    # Imported here: they import Dynamo, which takes seconds.
+    from instruments.fake_cuda.calls import DEVICE
+    from instruments.fake_cuda.device import DeviceWork
+    from instruments.fake_cuda.torch_cuda import PATCHES
+
     real = torch.cuda.is_available
     PATCHES.put(PATCHES.values)
     DEVICE.reset()
