@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from triton.runtime.interpreter import InterpreterBuilder
 
 ULPS = 2
 LOG2_E = np.float32(1.4426950408889634)
@@ -57,6 +56,8 @@ def moved(exact: np.ndarray, ulps: np.ndarray, exactly: np.ndarray) -> np.ndarra
 @contextlib.contextmanager
 def approximate_arithmetic(mode: str) -> Iterator[None]:
     """Within, kernels that the interpreter runs compute in a mode, of `MODES`."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
     division_error, exponential_error = MODES[mode]
 
     @np.errstate(all="ignore")

@@ -59,12 +59,11 @@ def masking(request):
     """The mask operators of a backend, and the device it serves."""
     if request.param != "triton-interpreter":
         return dispatched(request.param)
-    pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("with a GPU, Triton compiles")
+    request.getfixturevalue("rounding_interpreter")
     from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
 
-    request.getfixturevalue("rounding_interpreter")
     operators = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
     return SimpleNamespace(device="cpu", **operators)
 
@@ -73,6 +72,7 @@ def masking(request):
 def quick_interpreter(monkeypatch):
     """Triton's interpreter without what most of its time goes to: it looks through triton.language
     in each function that a kernel calls, and reduces by xor (in a sort) number by number."""
+    pytest.importorskip("triton")
     from triton.language import core, standard
     from triton.runtime import interpreter
 

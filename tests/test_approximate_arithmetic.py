@@ -13,25 +13,25 @@ import test_soft_mask_nm
 import torch
 from cases import weight_of
 
-from pdp_kernels import pdp_threshold
-
-pytest.importorskip("triton")
-
-from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
-
 from instruments.approximate_gpu import MODES, approximate_arithmetic, moved
+from pdp_kernels import pdp_threshold
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles")
 
-OPERATORS = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
-APPROXIMATE = SimpleNamespace(device="cpu", approximates=True, **OPERATORS)
-EXACT = SimpleNamespace(device="cpu", **OPERATORS)
+
+@pytest.fixture
+def interpreted(rounding_interpreter):
+    """The mask operators as Triton's interpreter runs them."""
+    from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
+
+    operators = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
+    return SimpleNamespace(device="cpu", **operators)
 
 
 @pytest.fixture(params=MODES)
-def mode(request, rounding_interpreter):
+def approximate(request, interpreted):
     with approximate_arithmetic(request.param):
-        yield request.param
+        yield SimpleNamespace(approximates=True, **vars(interpreted))
 
 
 def check_soft_masks(masking, relative):
@@ -43,36 +43,36 @@ def check_soft_masks(masking, relative):
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-def test_soft_masks(mode, relative):
-    check_soft_masks(APPROXIMATE, relative)
+def test_soft_masks(approximate, relative):
+    check_soft_masks(approximate, relative)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-def test_n_m_masks(mode, relative):
+def test_n_m_masks(approximate, relative):
     for dim in (0, 1):
         weight = torch.randn(test_soft_mask_nm.shape_for(4, dim))
-        test_soft_mask_nm.check(APPROXIMATE, weight, 4, 2, dim, relative)
+        test_soft_mask_nm.check(approximate, weight, 4, 2, dim, relative)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-def test_channel_masks(mode, relative):
+def test_channel_masks(approximate, relative):
     for shape, dim in test_soft_mask_channel.SHAPES:
         weight = torch.randn(shape)
-        test_soft_mask_channel.check(APPROXIMATE, weight, dim, relative, rms=relative)
+        test_soft_mask_channel.check(approximate, weight, dim, relative, rms=relative)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits(mode, dtype):
+def test_sixteen_bits(approximate, dtype):
     weight = torch.randn(1033).to(dtype)
-    test_soft_mask.check(APPROXIMATE, weight, 0.7, 0.1, True)
-    test_soft_mask.check(APPROXIMATE, weight, 0.7, 0.1, False, torch.float32)
+    test_soft_mask.check(approximate, weight, 0.7, 0.1, True)
+    test_soft_mask.check(approximate, weight, 0.7, 0.1, False, torch.float32)
 
 
-def test_the_budget_of_exact_arithmetic_is_exceeded(rounding_interpreter):
+def test_the_budget_of_exact_arithmetic_is_exceeded(interpreted):
     """So the modes above are felt, and what the budget allows for them is needed."""
     with approximate_arithmetic("up"), pytest.raises(AssertionError, match="exceeds the budget"):
-        check_soft_masks(EXACT, relative=True)
-    check_soft_masks(EXACT, relative=True)
+        check_soft_masks(interpreted, relative=True)
+    check_soft_masks(interpreted, relative=True)
 
 
 def test_numbers_move_by_ulps_and_the_exact_ones_stay():

@@ -38,12 +38,11 @@ def compress(request):
         return torch.ops.pdp.compress_2to4
     if request.param == "gpu":
         return lambda weight: [part.cpu() for part in torch.ops.pdp.compress_2to4(weight.cuda())]
-    pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("with a GPU, Triton compiles")
+    request.getfixturevalue("quick_interpreter")
     from pdp_kernels.triton_kernels.compress import compress_2to4
 
-    request.getfixturevalue("quick_interpreter")
     return compress_2to4
 
 
