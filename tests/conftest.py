@@ -12,6 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Inductor would compile with a process for each core, beside as many that pytest-xdist has started.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 from pdp_kernels import _ops
 
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)

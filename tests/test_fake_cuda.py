@@ -20,7 +20,7 @@ def fake_device():
     PATCHES.put(PATCHES.values)
     DEVICE.reset()
     with DeviceWork(DEVICE):
-        yield
+        yield DEVICE
     PATCHES.put(PATCHES.real)
     assert torch.cuda.is_available is real
 
@@ -66,6 +66,13 @@ def test_a_number_of_the_host_is_none():
     )
 
 
+def test_what_an_earlier_test_has_left_stays_on_its_device(fake_device):
+    left = torch.ones(3, device="cuda:1")
+    fake_device.reset()
+    assert left.device == torch.device("cuda", 1)
+    assert (left + 1).tolist() == [2, 2, 2]
+
+
 def test_arguments_are_checked_as_on_a_gpu():
     with pytest.raises(ValueError, match="device"):
         pdp_mask(torch.ones(3, device="cuda"), threshold=torch.tensor(0.5))
@@ -76,6 +83,7 @@ WAITS = {
     "bool": lambda weight: bool(weight[0] > 0),
     "tolist": lambda weight: weight.tolist(),
     "to the host": lambda weight: weight.cpu(),
+    "into a tensor of the host": lambda weight: torch.zeros(3).copy_(weight),
     "from the host": lambda weight: weight.copy_(torch.zeros(3)),
     "new from a number": lambda weight: torch.tensor(3.0, device="cuda"),
     "nonzero": lambda weight: weight.nonzero(),

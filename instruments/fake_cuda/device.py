@@ -3,7 +3,8 @@
 Every storage made on the device is noted with its place, and who wrote and read it last. So what
 goes wrong on a device goes wrong here: tensors of several devices in one operation, a wait for the
 device where none is allowed, a stream that reads before another has written, results of a captured
-graph that was not replayed. Operations themselves are those of the CPU.
+graph that was not replayed. Operations themselves are those of the CPU. A backward counts as work
+of the current stream, where PyTorch's is the forward's.
 """
 
 import functools
@@ -100,12 +101,17 @@ class FakeDevice:
 
     def __init__(self, count: int):
         self.count = count
+        self.blocks: dict[int, Block] = {}
         self.reset()
 
     def reset(self) -> None:
-        """No memory, no work, nothing forbidden, as at the start of a process."""
+        """No work and nothing forbidden, as at the start of a process; memory in use stays."""
         self.current = 0
-        self.blocks: dict[int, Block] = {}
+        self.blocks = {
+            address: Block(block.device, block.bytes, block.storage)
+            for address, block in self.blocks.items()
+            if not block.storage.expired()
+        }
         self.streams = Streams()
         self.waits_are_errors = False
         self.capture: Capture | None = None
@@ -181,7 +187,8 @@ class DeviceWork(TorchDispatchMode):
             place = self._transfer(operation.name, call, args, kwargs, target)
         else:
             place = self._common_place(operation.name, call, args, kwargs, target, blocks)
-        stream = device.streams.current(blocks[0][1].device if place is None else place)
+        at = place if place is not None else next(b.device for _, b in blocks if b is not None)
+        stream = device.streams.current(at)
         if operation.works:
             self._launch(operation, call, stream, args, kwargs, blocks)
         results = call(*args, **kwargs)

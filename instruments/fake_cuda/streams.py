@@ -31,7 +31,7 @@ class Stream:
         learn(self.known, event.known)
 
     def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event(self.streams)
+        event = event or Event(self.streams, self.device_index)
         event.record(self)
         return event
 
@@ -45,12 +45,14 @@ class Stream:
 class Event:
     """Stands for torch.cuda.Event; the time that passes is a microsecond an operation."""
 
-    def __init__(self, streams: Streams):
+    def __init__(self, streams: Streams, device: int):
         self.streams = streams
+        self.device_index = device
         self.known: dict[Stream, int] = {}
         self.time = 0
 
-    def record(self, stream: Stream) -> None:
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or self.streams.current(self.device_index)
         self.known, self.time = stream.everything(), stream.time
 
     def synchronize(self) -> None:

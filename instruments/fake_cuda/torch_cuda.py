@@ -194,7 +194,7 @@ def replacements() -> dict[tuple[object, str], object]:
         "synchronize": synchronize,
         "empty_cache": lambda: None,
         "Stream": lambda device=None: Stream(DEVICE.streams, number(device)),
-        "Event": lambda enable_timing=False: Event(DEVICE.streams),
+        "Event": lambda enable_timing=False: Event(DEVICE.streams, DEVICE.current),
         "stream": on_stream,
         "current_stream": lambda device=None: DEVICE.streams.current(number(device)),
         "default_stream": lambda device=None: DEVICE.streams.default(number(device)),
