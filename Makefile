@@ -1,8 +1,8 @@
 # make bench   the microbenchmark against eager PyTorch, on the GPU if there is one
 # make test    the tests, and the extension against a CPU-only torch
 # make lint    ruff and clang-format; make format mends
-# make gpu     on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS="tests
-#              ncu" runs those parts alone
+# make gpu     on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS=right,
+#              fast or tuned is one call of it, PARTS="smoke ncu" those parts; DEADLINE in seconds
 #
 # Each makes .venv first. Versions of the tools stand in pyproject.toml, those of torch here.
 
@@ -15,7 +15,7 @@ GPU_OUT ?= benchmarks/results/gpu
 VENV := .venv
 CPU_VENV := .venv-cpu
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc instruments tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/built
 	$(VENV)/bin/python -m benchmarks $(BENCH)

@@ -1,5 +1,6 @@
 """Builds of the kernels' sources, kept under build/instruments as long as nothing changes."""
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -44,15 +45,20 @@ def build(name: str, sources: Iterable[Path], *commands: Sequence[object]) -> Pa
     ]
     inputs = [f"{source}\n{source.read_text()}" for source in sources]
     kept = KEPT / content_digest([repr(lines), *versions, *inputs]) / name
-    if kept.exists():
-        return kept
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        for line in lines:
-            result = subprocess.run(
-                line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            if result.returncode != 0:
-                raise RuntimeError(f"{' '.join(line)}\n{result.stdout[-4000:]}")
-        Path(folder, name).replace(kept)  # at once: another process may be building it too
+    with open(kept.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, those beside it wait
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+                for line in lines:
+                    _run(line, folder)
+                Path(folder, name).replace(kept)
     return kept
+
+
+def _run(command: Sequence[str], folder: str) -> None:
+    result = subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-4000:]}")

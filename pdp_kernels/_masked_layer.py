@@ -111,7 +111,11 @@ class ChannelWeightMask(WeightMask):
 
 
 class GroupWeightMask(WeightMask):
-    """N:M; `pruned` of each group are pruned by now. Its thresholds are found inside the mask."""
+    """N:M; `pruned` of each group are pruned by now. Its thresholds are found inside the mask.
+
+    `pruned` is a number, not a tensor: a captured graph keeps the one it was captured with, and a
+    compiled step compiles once for each.
+    """
 
     def __init__(self, relative: bool, m: int, dim: int):
         super().__init__(relative)

@@ -18,7 +18,6 @@ FEWEST = 400
 MEANINGLESS = {
     "NCCL moves memory of GPUs": 34,
     "sparse tensor cores multiply": 3,
-    "takes gigabytes": 1,
 }
 
 

@@ -43,13 +43,12 @@ def test_first_broken_group_has_the_coordinates_of_its_weights():
 def test_agrees_with_counting_by_hand(device, n, m, dim):
     weight = torch.randn(32, 64, 3, 32, device=device)[:, ::2]
     weight *= torch.rand_like(weight) < 0.999 * n / m
-    columns = weight.cpu().movedim(dim, -1)
+    columns = (weight != 0).cpu().movedim(dim, -1)
     broken = []
     for index in itertools.product(*map(range, columns.shape[:-1])):
-        for number, group in enumerate(
-            (columns[index] != 0).tolist()[i : i + m] for i in range(0, columns.shape[-1], m)
-        ):
-            if sum(group) > n:
+        nonzero = columns[index].tolist()
+        for number in range(len(nonzero) // m):
+            if sum(nonzero[number * m : (number + 1) * m]) > n:
                 coordinates = list(index)
                 coordinates.insert(dim % weight.dim(), number)
                 broken.append(tuple(coordinates))

@@ -196,14 +196,3 @@ def test_reference_agrees_with_itself_in_float32():
     for count in range(0, weight.numel(), 13):
         own = reference.threshold(weight, torch.tensor(count))
         assert torch.equal(own, exact_threshold(weight, count))
-
-
-@pytest.mark.gpu
-def test_more_than_2_to_31_elements():
-    size = 2**31 + 11
-    weight = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
-    weight[-7:] = torch.arange(1.0, 8.0)
-    assert (
-        pdp_threshold(weight, torch.tensor((size - 4) / size, device="cuda", dtype=torch.float64))
-        == 3.5
-    )

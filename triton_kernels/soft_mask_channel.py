@@ -44,7 +44,8 @@ class Layout(NamedTuple):
     tile_inner: int
 
     @classmethod
-    def of(cls, ordered: Tensor, dim: int, block: int = BLOCK) -> "Layout":
+    def of(cls, ordered: Tensor, dim: int, block: int | None = None) -> "Layout":
+        block = block or BLOCK
         numel, channels = ordered.numel(), ordered.shape[dim]
         # The stride of a dimension of size 1 says nothing.
         inner = ordered.stride(dim) if channels > 1 else numel

@@ -23,7 +23,6 @@ from instruments.fake_cuda.torch_cuda import PATCHES
 MEANINGLESS = {
     r"\bnccl\b": "NCCL moves memory of GPUs",
     r"::test_linear_gives_what_the_dense_one_gave": "sparse tensor cores multiply",
-    r"test_threshold.py::test_more_than_2_to_31_elements": "takes gigabytes",
 }
 
 
