@@ -20,11 +20,14 @@ CXX_FILES := $(shell find csrc instruments tests -name '*.h' -o -name '*.cpp' -o
 bench: $(VENV)/built
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 
-# The CPU-only torch loads the modules that were built against the other one.
+# The CPU-only torch loads the modules that were built against the other one. A process for each
+# core, with one thread: threads that wait for each other take the time of the other processes.
+PYTEST := -m pytest -n auto --dist loadfile
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/built $(CPU_VENV)/tools
-	PYTHONPATH=. $(CPU_VENV)/bin/python -m pytest -q tests/test_installation.py \
+	PYTHONPATH=. $(CPU_VENV)/bin/python $(PYTEST) -q tests/test_installation.py \
 		tests/test_threshold.py tests/test_autograd.py tests/test_pruner_compatibility.py -m "not gpu and not installed"
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(PYTEST)
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .
