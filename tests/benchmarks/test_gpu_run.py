@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_benchmarks_gpu_tests import run_pytest
+from tests.test_benchmarks_gpu_tests import run_pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Much longer than anything here takes, much shorter than what is cut off.
 SOON = 60

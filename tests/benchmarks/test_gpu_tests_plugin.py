@@ -1,13 +1,8 @@
 """benchmarks/gpu_tests.py, the plugin for tests on a GPU, with a device that a test can lose."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.pytest_run import run_pytest
 
 # A device that a test "loses", for the process it runs in.
 CONFTEST = """
@@ -39,7 +34,7 @@ def test_wrong():
 @pytest.mark.large
 @pytest.mark.parametrize("number", range(4))
 def test_large(number):
-    with open(os.environ["TIMES"], "a") as file:
+    with open(os.environ["FOLDER"] + "/times", "a") as file:
         print("begin", file=file, flush=True)
         time.sleep(0.2)
         print("end", file=file)
@@ -50,25 +45,14 @@ def test_after(number):
 """
 
 
-def run_pytest(folder: Path, tests: str, *words: str) -> str:
-    (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "test_it.py").write_text(tests)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    large\n")
-    command = [sys.executable, "-m", "pytest", "-c", folder / "pytest.ini", *words, folder]
-    environment = os.environ | {"TIMES": str(folder / "times")}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    return result.stdout + result.stderr
-
-
 @pytest.fixture(scope="module")
 def tests_run(tmp_path_factory):
     """TESTS on two workers with the plugin: what pytest printed, what --failures has, and when the
     large ones ran."""
     folder = tmp_path_factory.mktemp("tests")
     words = ("-n", "2", "-p", "benchmarks.gpu_tests", "--test-limit", "3")
-    output = run_pytest(folder, TESTS, *words, "--failures", str(folder / "failures"))
+    words += ("--failures", str(folder / "failures"))
+    output = run_pytest(folder, TESTS, *words, conftest=CONFTEST)
     return output, (folder / "failures").read_text(), (folder / "times").read_text()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 for package in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(package)

@@ -13,7 +13,7 @@ from benchmarks.batches import make_batch
 from benchmarks.rows import Row, read_rows
 from pdp_kernels import _ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 CASES = [
