@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.test_benchmarks_gpu_tests import run_pytest
+
+from tests.support.pytest_run import run_pytest
 
 ROOT = Path(__file__).parents[2]
 
