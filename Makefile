@@ -26,7 +26,7 @@ PYTEST := -m pytest -n auto --dist loadfile
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/built $(CPU_VENV)/tools
 	PYTHONPATH=. $(CPU_VENV)/bin/python $(PYTEST) -q tests/test_installation.py \
-		tests/test_threshold.py tests/test_autograd.py tests/test_pruner_compatibility.py -m "not gpu and not installed"
+		tests/functional/test_threshold.py tests/ops/test_autograd.py tests/pruning/test_pruner_compatibility.py -m "not gpu and not installed"
 	$(VENV)/bin/python $(PYTEST)
 
 lint: $(VENV)/tools

@@ -12,7 +12,7 @@ can issue (cards.py). Counts are static: they know nothing of stalls, latency, o
 conflicts, and how often a branch is taken or an atomic meets another. So "of copy" is a ceiling:
 below 100% it is not memory that bounds the kernel; at 100% a measurement has to tell.
 
-tests/test_compiled_kernels.py keeps the instructions per element at or below the committed figures.
+tests/instruments/test_compiled_kernels.py keeps the instructions per element at or below the committed figures.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from operations import TRITON, call, matrices
+
+from tests.gpu.operations import TRITON, call, matrices
 
 pytestmark = pytest.mark.gpu
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import APPROXIMATE_ULPS
+
+from tests.support.cases import APPROXIMATE_ULPS
 
 pytestmark = pytest.mark.gpu
 
@@ -12,7 +13,7 @@ BLOCK = 1024
 def divided_and_exponentiated(x, y):
     """x / y and e^-|x| as compiled Triton computes them, on the host."""
     pytest.importorskip("triton")
-    from arithmetic_kernel import divide_and_exponentiate
+    from tests.gpu.arithmetic_kernel import divide_and_exponentiate
 
     x, y = x.cuda(), y.cuda()
     results = torch.empty_like(x), torch.empty_like(x)

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from operations import captured
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner
+from tests.gpu.operations import captured
 
 pytestmark = pytest.mark.gpu
 

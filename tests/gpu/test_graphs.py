@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from operations import captured
 
 from pdp_kernels import (
     compress_2to4,
@@ -16,6 +15,7 @@ from pdp_kernels import (
     pq_index,
     reference,
 )
+from tests.gpu.operations import captured
 
 pytestmark = pytest.mark.gpu
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from operations import call, matrices, side_stream
 
 from pdp_kernels import _ops, build_info, pdp_threshold
+from tests.gpu.operations import call, matrices, side_stream
 
 pytestmark = pytest.mark.gpu
 

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from operations import call, matrices
 from torch import nn
 
 from pdp_kernels import (
@@ -18,6 +17,7 @@ from pdp_kernels import (
     pdp_thresholds,
     pq_index,
 )
+from tests.gpu.operations import call, matrices
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,11 @@ import statistics
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdp_kernels import pdp_threshold, pdp_thresholds, reference
+from tests.support.cases import (
     DISTRIBUTIONS,
     DTYPES,
     SIZES,
@@ -15,10 +19,6 @@ from cases import (
     weight_of,
     with_special_values,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from pdp_kernels import pdp_threshold, pdp_thresholds, reference
 
 
 def assert_exact(selection, weights, counts):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from cases import (
+
+from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, reference
+from tests.support.cases import (
     DISTRIBUTIONS,
     DTYPES,
     SIZES,
@@ -11,8 +13,6 @@ from cases import (
     weight_of,
     with_special_values,
 )
-
-from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, reference
 
 
 def assert_exact(selection, weight, count):

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
-from conftest import GPU, dispatched
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.func import vmap
 
 from pdp_kernels import pq_index, reference
+from tests.conftest import GPU, dispatched
+from tests.support.cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
 
 NORMS = ((0.5, 1.0), (1.0, 2.0), (0.5, 2.0), (0.3, 1.7))
 SIZES = (0, 1, 31, 33, 4097, 16_385, 100_003)  # the last are several tiles

@@ -4,16 +4,6 @@ import math
 
 import pytest
 import torch
-from cases import (
-    DTYPES,
-    Losses,
-    assert_within_budget,
-    doubled,
-    largest,
-    on_device,
-    weight_of,
-    with_special_values,
-)
 from torch.func import grad, vmap
 
 from pdp_kernels import (
@@ -25,6 +15,16 @@ from pdp_kernels import (
     pdp_threshold,
     pdp_thresholds,
     reference,
+)
+from tests.support.cases import (
+    DTYPES,
+    Losses,
+    assert_within_budget,
+    doubled,
+    largest,
+    on_device,
+    weight_of,
+    with_special_values,
 )
 
 # (shape, dim): rows, columns, the inside of a kernel.

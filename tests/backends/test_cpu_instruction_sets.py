@@ -12,22 +12,24 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import test_compress
-import test_digit_counts
-import test_hard_mask
-import test_pq_index
-import test_soft_mask
-import test_soft_mask_channel
-import test_soft_mask_nm
-import test_threshold
 import torch
-from cases import DTYPES, denormals, weight_of, with_special_values
 
 from pdp_kernels import pdp_threshold, reference
+from tests.distributed import test_digit_counts
+from tests.functional import (
+    test_compress,
+    test_hard_mask,
+    test_pq_index,
+    test_soft_mask,
+    test_soft_mask_channel,
+    test_soft_mask_nm,
+    test_threshold,
+)
+from tests.support.cases import DTYPES, denormals, weight_of, with_special_values
 
 SOURCE = Path(__file__).parent / "host_cpu" / "variants.cpp"
-CPU_KERNELS = Path(__file__).parent.parent / "csrc" / "cpu"
-SETUP = Path(__file__).parent.parent / "setup.py"
+CPU_KERNELS = Path(__file__).parents[2] / "csrc" / "cpu"
+SETUP = Path(__file__).parents[2] / "setup.py"
 # Compiled beside SOURCE, which includes the others: these use names of theirs again.
 SEPARATE_SOURCES = [
     CPU_KERNELS / f"{name}.cpp" for name in ("digit_counts", "soft_mask_nm", "soft_mask_channel")

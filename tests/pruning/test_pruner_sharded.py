@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
-from ranks import BACKENDS, DIED, device_of, results_on_ranks, run_on_ranks
-from test_sharded_weights import assert_same_bits, collectives, whole
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner
+from tests.distributed.test_sharded_weights import assert_same_bits, collectives, whole
+from tests.support.ranks import BACKENDS, DIED, device_of, results_on_ranks, run_on_ranks
 
 STEPS = 10
 BATCH = 12  # divisible by every number of ranks

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Of a test that runs on the CPU too, the first, the middle and the last set of parameters.
 SETS = 3

@@ -5,7 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pdp_kernels import pdp_mask, pdp_threshold, reference
+from tests.support.cases import (
     DISTRIBUTIONS,
     DTYPES,
     Losses,
@@ -17,10 +21,6 @@ from cases import (
     weight_of,
     with_neighbours,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from pdp_kernels import pdp_mask, pdp_threshold, reference
 
 SIZES = (0, 1, 31, 33, 4097, 9973)
 

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_soft_mask
-import test_soft_mask_channel
-import test_soft_mask_nm
 import torch
-from cases import weight_of
 
 from instruments.approximate_gpu import MODES, approximate_arithmetic, moved
 from pdp_kernels import pdp_threshold
+from tests.functional import test_soft_mask, test_soft_mask_channel, test_soft_mask_nm
+from tests.support.cases import weight_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles")
 

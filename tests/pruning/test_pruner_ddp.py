@@ -1,10 +1,10 @@
 """Data-parallel training: every rank prunes the same weights, and those of one process."""
 
 import torch
-from ranks import results_on_ranks
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner
+from tests.support.ranks import results_on_ranks
 
 STEPS = 9
 RANKS = 2

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +19,7 @@ from pdp_kernels import (
     pdp_mask_channel,
     pdp_mask_nm,
 )
+from tests.support.cases import DTYPES
 
 AT_ONCE = {"warmup": 0, "ramp": 0}
 

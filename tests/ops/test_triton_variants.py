@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Prints, by network and pattern, how many variants of all kernels a training and an evaluation in
 # float32 need. Convolutions are channels_last.

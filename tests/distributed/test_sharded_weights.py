@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
-from ranks import BACKENDS, device_of, results_on_ranks
+from pdp_kernels.reference import INTEGERS, threshold_dtype
 
 from pdp_kernels import (
     channel_norms,
@@ -20,7 +19,8 @@ from pdp_kernels import (
     pdp_thresholds,
     pq_index,
 )
-from pdp_kernels.reference import INTEGERS, threshold_dtype
+from tests.support.cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
+from tests.support.ranks import BACKENDS, device_of, results_on_ranks
 
 COLLECTIVES = (
     "all_reduce",

@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import (
+from torch.func import grad, vmap
+
+from pdp_kernels import hard_mask_nm, pdp_mask, pdp_mask_nm, reference
+from tests.support.cases import (
     DTYPES,
     Losses,
     assert_within_budget,
@@ -14,9 +17,6 @@ from cases import (
     on_device,
     with_special_values,
 )
-from torch.func import grad, vmap
-
-from pdp_kernels import hard_mask_nm, pdp_mask, pdp_mask_nm, reference
 
 TABLE_6 = [(2, 4), (4, 8), (1, 4), (2, 8)]
 UNUSUAL = [(1, 2), (3, 5), (6, 7), (5, 32), (31, 32)]

@@ -1,13 +1,13 @@
 """The CUDA kernels' own sources, compiled for the CPU by instruments/host_cuda, against a sort."""
 
 import pytest
-import test_digit_counts
-import test_pq_index
 import torch
-from cases import denormals, with_special_values
 
 from instruments.build import CXX
 from instruments.host_build import ADA_SHARED_MEMORY, HOPPER_SHARED_MEMORY, TYPES, HostBuild
+from tests.distributed import test_digit_counts
+from tests.functional import test_pq_index
+from tests.support.cases import denormals, with_special_values
 
 DTYPES = list(TYPES)
 

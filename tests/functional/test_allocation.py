@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES
 
 from pdp_kernels import global_prune_counts
+from tests.support.cases import DTYPES
 
 RATIOS = (0, 1e-4, 0.3, 0.5, 0.9, 0.999, 1)
 

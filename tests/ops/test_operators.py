@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES
 
 from pdp_kernels import (
     hard_mask,
@@ -15,6 +14,7 @@ from pdp_kernels import (
     pdp_thresholds,
     pq_index,
 )
+from tests.support.cases import DTYPES
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from cases import DISTRIBUTIONS, denormals, weight_of, with_special_values
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
 
 from pdp_kernels import compress_2to4, hard_mask, reference
+from tests.support.cases import DISTRIBUTIONS, denormals, weight_of, with_special_values
 
 COMPRESSED_DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = [(32, 64), (64, 128), (96, 192), (160, 64), (32, 1088)]
