@@ -13,8 +13,8 @@
 #include "counters.cuh"
 #include "launch.cuh"
 #include "radix_select.cuh"
-#include "thresholds.cuh"
 #include "weight_table.cuh"
+#include "workspace.cuh"
 
 namespace pdp {
 

@@ -14,6 +14,8 @@
 #include "launch.cuh"
 #include "radix_select.cuh"
 #include "thresholds.cuh"
+#include "weight_table.cuh"
+#include "workspace.cuh"
 
 namespace pdp {
 

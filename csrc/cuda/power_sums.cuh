@@ -14,8 +14,8 @@
 #include "../powers.h"
 #include "block.cuh"
 #include "launch.cuh"
-#include "thresholds.cuh"
 #include "upload.cuh"
+#include "workspace.cuh"
 
 namespace pdp {
 

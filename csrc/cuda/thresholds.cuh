@@ -13,29 +13,9 @@
 #include "launch.cuh"
 #include "radix_select.cuh"
 #include "weight_table.cuh"
+#include "workspace.cuh"
 
 namespace pdp {
-
-// Hands out pieces of the workspace. From a null address it only adds up their sizes.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : begin_(reinterpret_cast<uintptr_t>(memory)) {}
-
-  template <typename Element>
-  Element* take(int64_t count) {
-    constexpr size_t kAlignment = 256;
-    const uintptr_t address = begin_ + bytes_;
-    bytes_ +=
-        (static_cast<size_t>(count) * sizeof(Element) + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<Element*>(address);
-  }
-
-  size_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t begin_;
-  size_t bytes_ = 0;
-};
 
 // What the kernels are asked for, without the workspace.
 struct ThresholdRequest {

@@ -12,6 +12,7 @@
 #include "../../csrc/cuda/power_sums.cuh"
 #include "../../csrc/cuda/prune_counts.cuh"
 #include "../../csrc/cuda/thresholds.cuh"
+#include "../../csrc/cuda/workspace.cuh"
 #include "report.h"
 
 namespace {
