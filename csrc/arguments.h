@@ -73,8 +73,8 @@ inline void check_digit(const std::vector<torch::stable::Tensor>& weights, int64
     STD_TORCH_CHECK(static_cast<int64_t>(weight.element_size()) == bytes,
                     "weights must have elements of one size");
   }
-  STD_TORCH_CHECK(0 <= digit && digit < digit_bits(bytes).count, "digit must be in [0, ",
-                  digit_bits(bytes).count, "), got ", digit);
+  STD_TORCH_CHECK(0 <= digit && digit < key_digits(bytes).count, "digit must be in [0, ",
+                  key_digits(bytes).count, "), got ", digit);
 }
 
 // values that belong to the weight's elements one by one, in any floating point dtype.

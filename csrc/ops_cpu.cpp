@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor pref
     if (!pdp::is_dense(weight)) weight = torch::stable::contiguous(weight);
     parts.push_back(selectable(weight));
   }
-  const pdp::Digit counted = pdp::counted_digit(weights[0].element_size(), digit);
+  const pdp::Digit counted = pdp::key_digits(weights[0].element_size()).digit(digit);
   prefixes = torch::stable::contiguous(prefixes);
   const int64_t count = static_cast<int64_t>(parts.size());
   Tensor counts = torch::stable::empty({count, counted.bins()}, ScalarType::Long);

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor pref
     request.weights.push_back(view_of(weights[i], i));
   }
   request.prefixes = prefixes.const_data_ptr<int64_t>();
-  request.digit = pdp::counted_digit(static_cast<int64_t>(weights[0].element_size()), digit);
+  request.digit = pdp::key_digits(static_cast<int64_t>(weights[0].element_size())).digit(digit);
   const Tensor counts = torch::stable::empty({tensors, request.digit.bins()}, ScalarType::Long,
                                              std::nullopt, prefixes.device());
   const Tensor above = empty_on(prefixes, tensors, ScalarType::Long);

@@ -43,7 +43,7 @@ struct DigitCounts : WeightTable<Key> {
 
 template <typename Key>
 struct DigitCountsShared {
-  WideCounters<sizeof(Key) == sizeof(uint16_t) ? 1 << 8 : 1 << 11> counters;
+  WideCounters<1 << key_digits(sizeof(Key)).bits[0]> counters;
   Share<Key> share;
   Count above;
 };

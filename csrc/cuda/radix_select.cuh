@@ -32,29 +32,29 @@ template <>
 struct RadixSelect<uint64_t> {
   static constexpr int kThreads = 256;
   static constexpr int kBlocks = 4;
-  static constexpr int kDigits[] = {11, 11, 11, 10, 10, 10};
-  using FirstCounters = WideCounters<2048>;
+  static constexpr KeyDigits kDigits = key_digits(8);
+  using FirstCounters = WideCounters<1 << kDigits.bits[0]>;
   using SmallCounters = FirstCounters;
-  using LaterCounters = WideCounters<2048>;
+  using LaterCounters = WideCounters<1 << kDigits.bits[1]>;
 };
 
 template <>
 struct RadixSelect<uint32_t> {
   static constexpr int kThreads = 256;
   static constexpr int kBlocks = 6;
-  static constexpr int kDigits[] = {11, 10, 10};
-  using FirstCounters = WideCounters<2048>;
+  static constexpr KeyDigits kDigits = key_digits(4);
+  using FirstCounters = WideCounters<1 << kDigits.bits[0]>;
   using SmallCounters = FirstCounters;
-  using LaterCounters = WideCounters<1024>;
+  using LaterCounters = WideCounters<1 << kDigits.bits[1]>;
 };
 
 template <>
 struct RadixSelect<uint16_t> {
   static constexpr int kThreads = 1024;
   static constexpr int kBlocks = 1;
-  static constexpr int kDigits[] = {15};
-  using FirstCounters = WideCounters<32768>;
-  using SmallCounters = PackedCounters<32768>;
+  static constexpr KeyDigits kDigits = {1, {15}};
+  using FirstCounters = WideCounters<1 << kDigits.bits[0]>;
+  using SmallCounters = PackedCounters<1 << kDigits.bits[0]>;
 };
 
 template <typename Key, int kThreads = RadixSelect<Key>::kThreads, typename Visit,

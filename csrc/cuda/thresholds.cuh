@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <vector>
 
 #include "launch.cuh"
@@ -66,7 +65,7 @@ Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& wor
     table.push_back({weight.data, weight.size, candidates, tiles,
                      static_cast<int32_t>(weight.position), weight.type});
     tiles += tiles_of<Key>(weight.size);
-    if (std::size(Radix::kDigits) > 1) candidates += candidate_capacity(weight.size);
+    if (Radix::kDigits.count > 1) candidates += candidate_capacity(weight.size);
   }
 
   Selection<Key> selection = {};
@@ -98,25 +97,20 @@ template <typename Key>
 void launch_selection(Launcher& launcher, const Selection<Key>& selection,
                       const std::vector<TableEntry>& table, const DeviceLimits& limits) {
   using Radix = RadixSelect<Key>;
-  constexpr int kDigits = std::size(Radix::kDigits);
+  constexpr KeyDigits kDigits = Radix::kDigits;
   launch_start(launcher, start_selection_kernel<Key, kSmallChunk>,
                start_selection_kernel<Key, kLargeChunk>, selection, table);
   if (selection.blocks == 0) return;
 
-  int shift = 8 * sizeof(Key) - 1;
-  for (int i = 0; i < kDigits; ++i) {
-    const int bits = Radix::kDigits[i];
-    shift -= bits;
-    const Digit digit = {shift, bits, i == 0, i == kDigits - 1};
-    if (i > 0) {
-      if constexpr (kDigits > 1) {
-        launcher.launch(later_digit_kernel<Key>, selection.blocks, Radix::kThreads,
-                        sizeof(LaterDigitShared<Key>), selection, digit);
-      }
-    } else if (lacks_shared_memory<Key>(limits)) {
-      launch_first_digit<Key, typename Radix::SmallCounters>(launcher, selection, digit);
-    } else {
-      launch_first_digit<Key, typename Radix::FirstCounters>(launcher, selection, digit);
+  if (lacks_shared_memory<Key>(limits)) {
+    launch_first_digit<Key, typename Radix::SmallCounters>(launcher, selection, kDigits.digit(0));
+  } else {
+    launch_first_digit<Key, typename Radix::FirstCounters>(launcher, selection, kDigits.digit(0));
+  }
+  if constexpr (kDigits.count > 1) {
+    for (int i = 1; i < kDigits.count; ++i) {
+      launcher.launch(later_digit_kernel<Key>, selection.blocks, Radix::kThreads,
+                      sizeof(LaterDigitShared<Key>), selection, kDigits.digit(i));
     }
   }
 }

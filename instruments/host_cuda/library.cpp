@@ -149,7 +149,7 @@ const char* host_digit_counts(int64_t tensors, const void* const* data, const in
                               const int32_t* types, const int64_t* prefixes, int64_t weight_bytes,
                               int64_t digit, int64_t* counts, int64_t* above) {
   return report([&] {
-    pdp::DigitCountsRequest request = {{},     prefixes, pdp::counted_digit(weight_bytes, digit),
+    pdp::DigitCountsRequest request = {{},     prefixes, pdp::key_digits(weight_bytes).digit(digit),
                                        counts, above,    limits()};
     for (int64_t i = 0; i < tensors; ++i) {
       request.weights.push_back({data[i], sizes[i], i, static_cast<pdp::WeightType>(types[i])});

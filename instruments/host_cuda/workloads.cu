@@ -210,7 +210,7 @@ void digit_counts(uint64_t seed, const std::vector<int64_t>& sizes) {
   }
   request.limits = limits_of(seed, kHopper);
   for (int64_t index = 0;; ++index) {
-    const pdp::Digit digit = pdp::counted_digit(sizeof(Weight), index);
+    const pdp::Digit digit = pdp::key_digits(sizeof(Weight)).digit(index);
     std::vector<int64_t> prefixes, expected, above;
     for (const auto& weight : weights) {
       const auto head = [&](Weight w) {

@@ -101,8 +101,8 @@ void digit_counts(int64_t count, const void* const* data, const int64_t* numel,
   for (int64_t i = 0; i < count; ++i) {
     weights.push_back({data[i], numel[i], static_cast<WeightType>(types[i])});
   }
-  pdp::cpu::digit_counts(weights, prefixes, pdp::counted_digit(weight_bytes, digit), counts, above,
-                         two_ranges);
+  pdp::cpu::digit_counts(weights, prefixes, pdp::key_digits(weight_bytes).digit(digit), counts,
+                         above, two_ranges);
 }
 
 void hard_mask(const void* weight, int64_t type, int64_t numel, int64_t k, bool* kept) {
