@@ -1,4 +1,4 @@
-"""The examples run, in a short form on data that needs no download."""
+"""The studies run, in a short form on data that needs no download."""
 
 import csv
 import gzip
@@ -12,34 +12,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from studies import data, grid, train_image, train_text
+from studies.command_line import budget_of
+from studies.methods import METHODS, NM_METHODS, make_method
+from studies.methods.base import Mask
+from studies.methods.learned import ScoredMask, Shrink, StraightThrough
+from studies.methods.magnitude import ACDC
+from studies.networks import mlp
+from studies.tables import Row, plot_by_setting, plot_by_sparsity, write_table
+from studies.train_image import ImageTask, load_images, random_crop_and_flip
+from studies.train_text import SIZES, TextTask
+from studies.training import Recipe, train
+
 ROOT = Path(__file__).parents[2]
-
-for package in ("matplotlib", "sklearn", "tqdm"):
-    pytest.importorskip(package)
-sys.path.append(str(ROOT / "examples"))
-
-import data  # noqa: E402
-import study  # noqa: E402
-import train_image  # noqa: E402
-import train_text  # noqa: E402
-from command_line import budget_of  # noqa: E402
-from learned_methods import ScoredMask, Shrink, StraightThrough  # noqa: E402
-from magnitude_methods import ACDC  # noqa: E402
-from method import Mask  # noqa: E402
-from methods import METHODS, NM_METHODS, make_method  # noqa: E402
-from networks import mlp  # noqa: E402
-from report import Row, plot_by_setting, plot_by_sparsity, write_table  # noqa: E402
-from train_image import ImageTask, load_images, random_crop_and_flip  # noqa: E402
-from train_text import SIZES, TextTask  # noqa: E402
-from training import Recipe, train  # noqa: E402
-
 RECIPE = Recipe(epochs=4, batch=64, lr=0.1, weight_decay=5e-4)
 
 
-def run_example(name, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "examples" / name, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def digits_mlp():
+    return mlp(64, 300, 100, 10)
+
+
+def run_study(name, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"studies.{name}", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -76,7 +74,7 @@ def test_method_meets_the_sparsity_exactly_in_plain_weights(digits, name):
     model, outcome = train_digits(digits, name)
     total = sum(weight.numel() for weight in weights_of(model))
     assert zeros_of(model) == math.floor(0.9 * total + 0.5)
-    assert model.state_dict().keys() == mlp(1, 8).state_dict().keys()
+    assert model.state_dict().keys() == digits_mlp().state_dict().keys()
     assert all(type(layer) in (torch.nn.Linear, torch.nn.ReLU, torch.nn.Flatten) for layer in model)
     assert outcome.sparsity == zeros_of(model) / total
     # OptG's ramp is a sigmoid in epochs, and is far from its end after four.
@@ -85,7 +83,7 @@ def test_method_meets_the_sparsity_exactly_in_plain_weights(digits, name):
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "sr-ste", "pdp", "pdp-paper"}))
 def test_finalize_prunes_what_the_method_has_not(name):
-    model = mlp(1, 8)
+    model = digits_mlp()
     method = make_method(name, model, budget_of(0.9, "unstructured", 10))
     assert method.sparsity() < 0.05 or name == "dnw"  # which prunes from the start
     method.finalize()
@@ -184,7 +182,7 @@ def test_transforms_and_their_gradients():
 
 
 def test_acdc_phases():
-    method = make_method("acdc", mlp(1, 8), budget_of(0.9, "unstructured", 100))
+    method = make_method("acdc", digits_mlp(), budget_of(0.9, "unstructured", 100))
     assert isinstance(method, ACDC)
     sparse = [epoch for epoch in range(100) if method.is_sparse(epoch)]
     assert sparse == [e for e in range(10, 75) if e // 5 % 2 == 0] + [*range(85, 100)]
@@ -263,7 +261,7 @@ def test_budget_that_cannot_be(arguments, message):
 @pytest.mark.parametrize(("name", "pattern"), [("gmp", "2:4"), ("sr-ste", "unstructured")])
 def test_method_of_another_pattern(name, pattern):
     with pytest.raises(ValueError, match="method"):
-        make_method(name, mlp(1, 8), budget_of(0.5, pattern, 4))
+        make_method(name, digits_mlp(), budget_of(0.5, pattern, 4))
 
 
 @pytest.fixture
@@ -310,7 +308,7 @@ def test_study_runs_what_is_missing(tmp_path):
     path.write_text(",".join(Row._fields) + f"\n{present}\n")
     arguments = ("--epochs", 1, "--seeds", 2, "--workers", 2, "--out", tmp_path)
     settings = ("--settings", "dense", "pdp", "gmp", "--sparsities", 0.5, 0.9)
-    output = run_example("study.py", "methods", *arguments, *settings)
+    output = run_study("grid", "methods", *arguments, *settings)
     assert path.read_text().splitlines()[1] == present
     rows = read_csv(path)
     assert len(rows) == 2 * (1 + 2 + 2)  # dense once per seed
@@ -319,11 +317,11 @@ def test_study_runs_what_is_missing(tmp_path):
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", sorted(study.STUDIES))
+@pytest.mark.parametrize("name", sorted(grid.STUDIES))
 def test_settings_of_studies_are_valid(name, tmp_path):
-    for setting in study.STUDIES[name]():
+    for setting in grid.STUDIES[name]():
         budget = budget_of(0.9, "2:4" if name == "nm" else "unstructured", 20)
-        make_method(setting.method, mlp(1, 8), budget, **setting.options)
+        make_method(setting.method, digits_mlp(), budget, **setting.options)
 
 
 def test_study_table_and_plot(tmp_path):
@@ -336,9 +334,9 @@ def test_study_table_and_plot(tmp_path):
         row("pdp", "unstructured", "0.9", "1", 0.96, 0.965, 0.9),
         row("str", "unstructured", "0.95", "0", 0.9, None, 0.91),
     ]
-    write_table(rows, tmp_path / "table.md", "python study.py")
+    write_table(rows, tmp_path / "table.md", "python -m studies.grid")
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert "    python study.py" in table
+    assert "    python -m studies.grid" in table
     assert table[4:] == [
         "| | 90% | 95% | soft, 90% | soft, 95% | time |",
         "|---|---|---|---|---|---|",
@@ -346,7 +344,7 @@ def test_study_table_and_plot(tmp_path):
         "| pdp | 96.50 ± 0.71 |  | 97.00 ± 0.71 |  | 10 s |",
         "| str |  | 90.00 |  |  | 10 s |",
         "",
-        "Sparsity reached before the last step met it: str at 95%: 91.00%.",
+        "Sparsity before the final pruning, where it missed the budget: str at 95%: 91.00%.",
     ]
     for plot in (plot_by_sparsity, plot_by_setting):
         plot(rows, tmp_path / "plot.png")
@@ -355,9 +353,7 @@ def test_study_table_and_plot(tmp_path):
 
 
 def test_sap_mnist(tmp_path):
-    output = run_example(
-        "sap_mnist.py", "--rounds", 2, "--epochs", 1, "--seeds", 1, "--out", tmp_path
-    )
+    output = run_study("sap_mnist", "--rounds", 2, "--epochs", 1, "--seeds", 1, "--out", tmp_path)
     rows = read_csv(tmp_path / "rounds.csv")
     assert len(rows) == 4 * 3  # methods, rounds and the dense network
     remaining = {row["method"]: float(row["remaining"]) for row in rows if row["round"] == "2"}
@@ -371,7 +367,7 @@ def test_sap_mnist(tmp_path):
 
 def test_remove_dead_channels():
     pytest.importorskip("torch_pruning")
-    output = run_example("remove_dead_channels.py", "--epochs", 1, "--sparsity", 0.5)
+    output = run_study("remove_dead_channels", "--epochs", 1, "--sparsity", 0.5)
     masked, smaller, difference = output.strip().splitlines()[-3:]
     weights = [int(line.split()[1].replace(",", "")) for line in (masked, smaller)]
     # Half of the channels between two convolutions of 32 x 64 x 9 weights, in each of 3 blocks.

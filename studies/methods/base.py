@@ -1,8 +1,8 @@
-"""What all ways to prune a network while it trains have in common.
+"""What all methods that prune a network during training have in common.
 
-A method gives every prunable weight w a transform, so that the network computes with w_hat; it
-changes its masks after every step of the optimizer; and its `finalize` leaves plain weights with
-exactly the asked-for number of zeros. `methods.py` lists them all.
+A method parametrizes every prunable weight w, so that the network computes with w_hat. It updates
+its masks after optimizer steps. `finalize` leaves plain weights with the exact number of zeros that
+the budget asks for.
 """
 
 import math
@@ -16,13 +16,13 @@ from torch.nn.utils import parametrize
 
 from pdp_kernels import hard_mask
 
-UPDATE_INTERVAL = 0.2  # epochs between two masks of gradual methods: 94 steps on MNIST
+UPDATE_INTERVAL = 0.2  # epochs between mask updates of gradual methods: 94 steps on MNIST
 
 
 class Budget(NamedTuple):
-    """How much of which weights is pruned, and when; the same for every method."""
+    """How many of which weights are pruned, and when. Every method gets the same."""
 
-    sparsity: float  # of all prunable weights together
+    sparsity: float  # fraction of all prunable weights
     epochs: float
     warmup: float  # epochs without pruning
     ramp: float  # epochs in which the sparsity grows
@@ -30,20 +30,22 @@ class Budget(NamedTuple):
     exclude: tuple[str, ...] = ()  # globs of names of layers that stay dense
 
     def ramp_at(self, progress: float, shape: str = "cubic") -> float:
-        """The share of the sparsity that is asked for at this progress, in epochs."""
+        """Return the fraction of the final sparsity at this progress in epochs."""
         passed = max(0.0, progress - self.warmup)
         x = 1.0 if passed >= self.ramp else passed / self.ramp
         return 1 - (1 - x) ** 3 if shape == "cubic" else x
 
     def sparsity_at(self, progress: float) -> float:
+        """Return the sparsity at this progress in epochs, on the cubic ramp."""
         return self.sparsity * self.ramp_at(progress)
 
 
 class Method:
-    """Dense training, and what all methods share.
+    """Dense training, and the base of all methods.
 
-    layers: the Linear and Conv2d layers whose weights are pruned.
-    soft: whether training computes with other weights than the pruned network.
+    Attributes:
+        layers: Linear and Conv2d layers whose weights are pruned.
+        soft: Whether the network in training mode has other weights than the pruned one.
     """
 
     soft = False
@@ -58,11 +60,11 @@ class Method:
                 parametrize.register_parametrization(layer, "weight", transform)
 
     def transform(self, weight: Tensor) -> nn.Module | None:
-        """What makes w_hat of w; its parameters are learned with the weights."""
+        """Return the module that maps w to w_hat; its parameters are trained with the weights."""
         return None
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """What the method learns beside the weights."""
+        """Return the parameters that the method trains besides the weights."""
         return [
             parameter
             for transform in self.transforms()
@@ -70,25 +72,26 @@ class Method:
         ]
 
     def own_weight_decay(self) -> float:
+        """Return the weight decay of the own parameters."""
         return 0.0
 
     def own_rate(self, progress: float) -> float:
-        """The learning rate of the own parameters, as a factor of the weights'."""
+        """Return the learning rate of the own parameters relative to that of the weights."""
         return 1.0
 
     def step(self, progress: float) -> None:
-        """To be called after each step of the optimizer; progress in epochs."""
+        """Update the masks. Call after each optimizer step, with the progress in epochs."""
 
     def due(self, progress: float, interval: float = UPDATE_INTERVAL) -> bool:
-        """Whether another interval of so many epochs is over."""
-        # Progress is a sum of fractions: let rounding not move an update to the next step.
+        """Return whether an interval of so many epochs has ended since the last update."""
+        # Progress is a sum of fractions, and its rounding must not delay an update.
         updates = int(progress / interval + 1e-6)
         is_due, self.updates = updates > self.updates, updates
         return is_due
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Makes w_hat the weights, and prunes by magnitude to the exact number of zeros."""
+        """Make w_hat the weights, and prune by magnitude to the exact number of zeros."""
         for layer in self.layers:
             if parametrize.is_parametrized(layer, "weight"):
                 parametrize.remove_parametrizations(layer, "weight")
@@ -98,19 +101,21 @@ class Method:
 
     @torch.no_grad()
     def sparsity(self) -> float:
-        """The share of zeros among the weights that the network computes with."""
+        """Return the fraction of zeros in the weights that the network computes with."""
         weights = [layer.weight for layer in self.layers]
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         return zeros / sum(weight.numel() for weight in weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not part of the model's own state."""
+        """Return the state that the model's state_dict does not hold."""
         return {"updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict returned."""
         self.updates = state["updates"]
 
     def transforms(self) -> list[nn.Module]:
+        """Return the modules that map w to w_hat, in the order of `layers`."""
         return [
             layer.parametrizations.weight[0]
             for layer in self.layers
@@ -118,12 +123,12 @@ class Method:
         ]
 
     def plain_weights(self) -> list[Tensor]:
-        """The weights before their transforms."""
+        """Return the weights w, before they are transformed."""
         return [layer.parametrizations.weight.original for layer in self.layers]
 
 
 def prunable_names(model: nn.Module, budget: Budget) -> list[str]:
-    """The Linear and Conv2d layers; with N:M those whose inputs divide into groups of M."""
+    """Return names of Linear and Conv2d layers; for N:M, those with a multiple of M inputs."""
     names = []
     for name, layer in model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -136,24 +141,24 @@ def prunable_names(model: nn.Module, budget: Budget) -> list[str]:
 
 
 def group_size(pattern: str) -> tuple[int, int]:
-    """N and M of a pattern such as "2:4"."""
+    """Return N and M of a pattern such as "2:4"."""
     n, m = pattern.split(":")
     return int(n), int(m)
 
 
 def global_masks(weights: list[Tensor], sparsity: float) -> list[Tensor]:
-    """All but the largest magnitudes of all layers together, exactly."""
-    kept = hard_mask(flat(weights), sparsity)
-    parts = kept.split([weight.numel() for weight in weights])
-    return [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+    """Return masks that keep the largest magnitudes over all layers; the total is exact."""
+    kept = hard_mask(flat(weights), sparsity).split([weight.numel() for weight in weights])
+    return [mask.view(weight.shape) for mask, weight in zip(kept, weights, strict=True)]
 
 
 def flat(weights: list[Tensor]) -> Tensor:
+    """Return all weights in one vector."""
     return torch.cat([weight.detach().flatten() for weight in weights])
 
 
 def layer_counts(weights: list[Tensor], sparsity: float) -> list[int]:
-    """The same share of every layer, rounded so that the sum is that of all weights together."""
+    """Return how many weights to prune in each layer: the same fraction, and exact in total."""
     ends = [0]
     for weight in weights:
         ends.append(ends[-1] + weight.numel())
@@ -162,7 +167,7 @@ def layer_counts(weights: list[Tensor], sparsity: float) -> list[int]:
 
 
 def layer_masks(weights: list[Tensor], sparsity: float) -> list[Tensor]:
-    """All but the largest magnitudes of each layer, the same share of each."""
+    """Return masks that keep the largest magnitudes of each layer, with one sparsity for all."""
     counts = layer_counts(weights, sparsity)
     return [
         hard_mask(weight, count / weight.numel())
@@ -171,7 +176,7 @@ def layer_masks(weights: list[Tensor], sparsity: float) -> list[Tensor]:
 
 
 class Mask(nn.Module):
-    """w_hat = mask w; the gradient reaches what is kept alone."""
+    """w_hat = mask w. Only kept weights receive a gradient."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -182,11 +187,12 @@ class Mask(nn.Module):
 
 
 class Masking(Method):
-    """What methods share that change their masks now and then."""
+    """Base of the methods that update a mask at intervals."""
 
     def transform(self, weight: Tensor) -> nn.Module:
         return Mask(weight)
 
     def set_masks(self, masks: list[Tensor]) -> None:
+        """Replace the masks, given in the order of `layers`."""
         for transform, mask in zip(self.transforms(), masks, strict=True):
             transform.mask.copy_(mask)

@@ -1,4 +1,4 @@
-"""The rows of a study, their table and their plots."""
+"""The rows of a grid of trainings, their table and their plots."""
 
 import csv
 from pathlib import Path
@@ -11,6 +11,8 @@ from matplotlib.ticker import PercentFormatter
 
 
 class Row(NamedTuple):
+    """One training: a line of the CSV file."""
+
     network: str
     setting: str
     pattern: str
@@ -19,20 +21,22 @@ class Row(NamedTuple):
     epochs: str
     accuracy: float
     soft_accuracy: float | None
-    own_sparsity: float  # before the last weights were pruned to meet the budget
+    own_sparsity: float  # before `finalize`
     seconds: float
 
     @property
     def key(self) -> tuple[str, ...]:
+        """The cells that identify the training."""
         return tuple(self[:6])
 
     @property
     def column(self) -> str:
-        """What stands above the row's results in the table."""
+        """Heading of the row's column in the table."""
         return self.pattern if ":" in self.pattern else f"{100 * float(self.sparsity):g}%"
 
 
 def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a CSV file, or none if there is no such file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -43,22 +47,23 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def columns_of(rows: list[Row]) -> list[str]:
-    """The sparsities and patterns of pruned networks, in the order they first come."""
+    """Return the headings of pruned networks in the order of the rows."""
     return [c for c in dict.fromkeys(row.column for row in rows) if c != "0%"]
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation over the seeds, in percent."""
+    """Return mean and standard deviation over the seeds, in percent."""
     text = f"{100 * mean(values):.2f}"
     return text + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def write_table(rows: list[Row], path: Path, command: str) -> None:
+    """Write a Markdown table with a line for each setting, and the command that made it."""
     columns = columns_of(rows)
     seeds = len({row.seed for row in rows})
     lines = [
         f"Test accuracy in percent, mean ± standard deviation of {seeds} seeds: of the finished "
-        "network, then in training mode where that differs (soft). Time per run with one thread.",
+        "network, then with soft masks (soft). Time per run with one thread.",
         "",
         f"    {command}",
         "",
@@ -81,12 +86,13 @@ def write_table(rows: list[Row], path: Path, command: str) -> None:
         time = f"{mean(row.seconds for row in own):.0f} s"
         lines.append(f"| {setting} | " + " | ".join([*cells, *soft_cells, time]) + " |")
     if notes:
-        lines += ["", "Sparsity reached before the last step met it: " + "; ".join(notes) + "."]
+        title = "Sparsity before the final pruning, where it missed the budget: "
+        lines += ["", title + "; ".join(notes) + "."]
     path.write_text("\n".join(lines) + "\n")
 
 
 def plot_by_sparsity(rows: list[Row], path: Path) -> None:
-    """Accuracy against the share of remaining weights, a line for each setting."""
+    """Plot accuracy against the fraction of remaining weights, with a line for each setting."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
@@ -96,8 +102,8 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
             if row.setting == setting:
                 groups.setdefault(1 - float(row.sparsity), []).append(row.accuracy)
         remaining = sorted(groups)
-        means = [mean(groups[share]) for share in remaining]
-        errors = [stdev(groups[share]) if len(groups[share]) > 1 else 0.0 for share in remaining]
+        means = [mean(groups[x]) for x in remaining]
+        errors = [stdev(groups[x]) if len(groups[x]) > 1 else 0.0 for x in remaining]
         if remaining == [1.0]:
             axes.axhline(means[0], color="black", linestyle=":", label=setting)
         else:
@@ -108,9 +114,9 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
     axes.invert_xaxis()
     axes.set_xticks(sorted({1 - float(row.sparsity) for row in rows if row.column != "0%"}))
     axes.minorticks_off()
-    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+    axes.xaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.3g}%")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    # What collapses falls out of the picture, so that the others can be told apart.
+    # Networks that collapsed are left out of the range, so that the others stay distinguishable.
     top = max(row.accuracy for row in rows)
     axes.set_ylim(max(min(row.accuracy for row in rows), top - 0.025) - 0.001, top + 0.001)
     axes.grid(alpha=0.3)
@@ -119,7 +125,7 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
 
 
 def plot_by_setting(rows: list[Row], path: Path) -> None:
-    """Accuracy of each setting, pruned (filled) and in training mode (open), by column."""
+    """Plot the accuracy of each setting, pruned (filled) and with soft masks (open), by column."""
     columns = columns_of(rows) or ["0%"]
     settings = list(dict.fromkeys(row.setting for row in rows))[::-1]
     figure = Figure(

@@ -1,4 +1,4 @@
-"""One training loop for every network and every way to prune it."""
+"""One training loop for all networks and pruning methods."""
 
 import csv
 import math
@@ -10,60 +10,68 @@ from typing import NamedTuple, Protocol
 
 import torch
 from matplotlib.figure import Figure
-from method import Method
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from studies.methods.base import Method
+
 
 class Recipe(NamedTuple):
-    """How a network is trained. Lengths in epochs; the learning rate falls as a cosine."""
+    """How a network is trained: lengths in epochs, with a learning rate that falls as a cosine."""
 
     epochs: int
     batch: int
     lr: float
     final_lr: float = 0.0
-    lr_warmup: float = 0.0  # the learning rate rises linearly so long
+    lr_warmup: float = 0.0  # epochs in which the learning rate rises linearly
     optimizer: str = "sgd"  # or "adamw"
-    momentum: float = 0.9  # AdamW: beta_1; beta_2 is 0.99
+    momentum: float = 0.9  # beta_1 of AdamW, whose beta_2 is 0.99
     nesterov: bool = False
-    weight_decay: float = 0.0  # of weights; biases and norms have none
-    clip: float | None = None  # the largest norm of the gradient
+    weight_decay: float = 0.0  # of weights, not of biases and norms
+    clip: float | None = None  # maximum norm of the gradient
     bfloat16: bool = False  # autocast
 
     def lr_at(self, epoch: float) -> float:
+        """Return the learning rate at this progress in epochs."""
         if epoch < self.lr_warmup:
             return self.lr * epoch / self.lr_warmup
-        share = (epoch - self.lr_warmup) / (self.epochs - self.lr_warmup)
-        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * share)) / 2
+        progress = (epoch - self.lr_warmup) / (self.epochs - self.lr_warmup)
+        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Task(Protocol):
-    """What is learned: batches of inputs and labels, and a score of the model in eval mode."""
+    """A data set as batches of inputs and labels, and a score of a model in eval mode."""
 
     score_name: str
     steps_per_epoch: int
 
-    def batches(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def batches(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of one epoch."""
 
-    def score(self, model: nn.Module) -> float: ...
+    def score(self, model: nn.Module) -> float:
+        """Return the score on the test set."""
 
 
 class EpochLog(NamedTuple):
+    """A row of log.csv."""
+
     epoch: int
     lr: float
     train_loss: float
     score: float  # of the network that would be deployed
-    soft_score: float | None  # with soft masks, where the method has them
+    soft_score: float | None  # with soft masks, if the method has them
     sparsity: float
-    seconds: float  # since the run started, those before it was resumed included
+    seconds: float  # of training, including the time before a resume
 
 
 class Outcome(NamedTuple):
+    """The result of a training."""
+
     score: float
     soft_score: float | None
-    sparsity: float  # of the finished network: as asked for
-    own_sparsity: float  # before `finalize` pruned the last weights
+    sparsity: float  # of the finished network
+    own_sparsity: float  # before `finalize`
     seconds: float
     log: list[EpochLog]
 
@@ -80,11 +88,20 @@ def train(
     stop_after: int | None = None,
     show_progress: bool = True,
 ) -> Outcome | None:
-    """Trains and finishes the model: its pruned weights are exact zeros in plain parameters.
+    """Train the model and finalize it: pruned weights are exact zeros in plain parameters.
 
-    With a folder the state of training is kept there after every epoch, and log.csv and log.png
-    are written; resume goes on from there, to the same network bit by bit. Without a folder the
-    model is scored at the end alone.
+    Args:
+        task: Data and score.
+        model: The network, to which `method` has been applied.
+        method: The pruning method.
+        recipe: How to train.
+        seed: Seed of the order of the data.
+        folder: Where checkpoint.pt, log.csv and log.png are written after every epoch. Without a
+            folder the model is scored only at the end.
+        resume: Whether to continue from the checkpoint, if there is one. The network is the same
+            bit for bit as without the interruption.
+        stop_after: Number of epochs after which to stop early.
+        show_progress: Whether to show a progress bar.
 
     Returns:
         The outcome, or None if stop_after ended the run before its last epoch.
@@ -121,8 +138,17 @@ def train(
     return Outcome(score(task, model), soft, method.sparsity(), own_sparsity, seconds, log)
 
 
-def train_epoch(task, model, method, recipe, optimizer, epoch, seed, bar) -> float:
-    """One pass over the data. Returns the mean loss."""
+def train_epoch(
+    task: Task,
+    model: nn.Module,
+    method: Method,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    seed: int,
+    bar: tqdm,
+) -> float:
+    """Train for one epoch and return the mean loss."""
     model.train()
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
@@ -146,10 +172,10 @@ def train_epoch(task, model, method, recipe, optimizer, epoch, seed, bar) -> flo
 
 
 def make_optimizer(model: nn.Module, method: Method, recipe: Recipe) -> torch.optim.Optimizer:
-    """Weights with weight decay, biases and norms without, and the method's own parameters."""
+    """Return an optimizer with three groups: weights, biases and norms, the method's parameters."""
     own = method.own_parameters()
-    taken = {id(parameter) for parameter in own}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    own_ids = {id(parameter) for parameter in own}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in own_ids]
     groups = [
         {"params": [p for p in others if p.dim() > 1], "own": False},
         {"params": [p for p in others if p.dim() <= 1], "own": False, "weight_decay": 0.0},
@@ -175,21 +201,30 @@ def make_optimizer(model: nn.Module, method: Method, recipe: Recipe) -> torch.op
 
 
 def score(task: Task, model: nn.Module) -> float:
+    """Return the score of the network that would be deployed."""
     model.eval()
     return task.score(model)
 
 
 def soft_score(task: Task, model: nn.Module, method: Method) -> float | None:
-    """The score of the network that trains, where it is another than the pruned one."""
+    """Return the score with soft masks, or None if the method has none."""
     if not method.soft:
         return None
     model.eval()
     for layer in method.layers:
-        layer.train()  # linear layers and convolutions differ by their masks alone
+        layer.train()  # changes only the masks of linear layers and convolutions
     return task.score(model)
 
 
-def save_checkpoint(path, model, method, optimizer, epoch, log) -> None:
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    log: list[EpochLog],
+) -> None:
+    """Write the state of the training, replacing the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "epoch": epoch,
@@ -204,8 +239,14 @@ def save_checkpoint(path, model, method, optimizer, epoch, log) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path, model, method, optimizer, device) -> tuple[int, list[EpochLog]]:
-    """Returns the epochs done, and their log."""
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> tuple[int, list[EpochLog]]:
+    """Restore the state of the training, and return the number of epochs done and their log."""
     state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     method.load_state_dict(state["method"])
@@ -217,7 +258,7 @@ def load_checkpoint(path, model, method, optimizer, device) -> tuple[int, list[E
 
 
 def write_log(log: list[EpochLog], score_name: str, folder: Path) -> None:
-    """log.csv and log.png: the score and the sparsity by epoch."""
+    """Write log.csv and log.png: score and sparsity by epoch."""
     with open(folder / "log.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(name.replace("score", score_name) for name in EpochLog._fields)

@@ -1,7 +1,7 @@
-"""The data sets of the examples, held in memory: images in [0, 1] with labels, and text.
+"""The data sets of the studies, held in memory: images in [0, 1] with labels, and text.
 
-Each is read from the files it is usually distributed as, and has a stand-in that is installed
-already: scikit-learn's 8 x 8 digits, and the help texts of Python's standard library.
+Each is read from the files in which it is usually distributed. Stand-ins need no download:
+scikit-learn's 8 x 8 digits for images, the help texts of Python's standard library for text.
 """
 
 import gzip
@@ -28,7 +28,7 @@ class Images(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Characters as int64 indices into the sorted characters of the whole text."""
+    """Characters as int64 indices into `characters`, the sorted characters of the text."""
 
     train: Tensor
     test: Tensor
@@ -36,23 +36,23 @@ class Text(NamedTuple):
 
 
 def mnist(folder: Path) -> Images:
-    """MNIST from its four gzipped IDX files, as torchvision's `MNIST/raw` holds them."""
+    """Return MNIST, read from its four gzipped IDX files as in torchvision's `MNIST/raw`."""
 
     def read(name: str) -> Tensor:
         content = gzip.decompress((folder / f"{name}-ubyte.gz").read_bytes())
-        dimensions = content[3]  # IDX: 0, 0, type, dimensions, then a 4-byte size of each
+        dimensions = content[3]  # IDX: 0, 0, type, number of dimensions, 4 bytes for each size
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
         return torch.from_numpy(values.copy())
 
-    parts = []
+    tensors = []
     for prefix in ("train", "t10k"):
-        parts.append(read(f"{prefix}-images-idx3").view(-1, 1, 28, 28).float() / 255)
-        parts.append(read(f"{prefix}-labels-idx1").long())
-    return Images(*parts)
+        tensors.append(read(f"{prefix}-images-idx3").view(-1, 1, 28, 28).float() / 255)
+        tensors.append(read(f"{prefix}-labels-idx1").long())
+    return Images(*tensors)
 
 
 def digits() -> Images:
-    """scikit-learn's digits: 1437 to train with, 360 to test with."""
+    """Return scikit-learn's digits, 1437 for training and 360 for testing."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -64,7 +64,7 @@ def digits() -> Images:
 
 
 def cifar10(folder: Path) -> Images:
-    """CIFAR-10 as `cifar10/{train,test}/<class>/<number>.jpg`, in the folder or its archive."""
+    """Return CIFAR-10, read from `cifar10/{train,test}/<class>/<number>.jpg` or its archive."""
     from PIL import Image
 
     splits: dict[str, list[tuple[str, bytes]]] = {"train": [], "test": []}
@@ -72,16 +72,16 @@ def cifar10(folder: Path) -> Images:
         _, split, label, _ = path.parts
         splits[split].append((label, content))
     labels = sorted({label for label, _ in splits["train"]})
-    parts = []
+    tensors = []
     for files in splits.values():
         images = np.stack([np.asarray(Image.open(io.BytesIO(content))) for _, content in files])
-        parts.append(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
-        parts.append(torch.tensor([labels.index(label) for label, _ in files]))
-    return Images(*parts)
+        tensors.append(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        tensors.append(torch.tensor([labels.index(label) for label, _ in files]))
+    return Images(*tensors)
 
 
 def _cifar10_files(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    """Each image's path, from `cifar10` on, and content, in an order that is always the same."""
+    """Yield path and content of each image in sorted order; paths start with `cifar10`."""
     if (folder / "cifar10").is_dir():
         for path in sorted((folder / "cifar10").glob("*/*/*.jpg")):
             yield path.relative_to(folder), path.read_bytes()
@@ -97,7 +97,7 @@ def _cifar10_files(folder: Path) -> Iterator[tuple[Path, bytes]]:
 
 
 def shakespeare(folder: Path) -> Text:
-    """Tiny Shakespeare, under the name it is kept by here or the one nanoGPT gives it."""
+    """Return Tiny Shakespeare, read from `tinyshakespeare.txt` or nanoGPT's `input.txt`."""
     for name in ("tinyshakespeare.txt", "input.txt"):
         if (folder / name).is_file():
             return split_text((folder / name).read_text())
@@ -105,14 +105,14 @@ def shakespeare(folder: Path) -> Text:
 
 
 def help_text() -> Text:
-    """What Python's `help()` says of its keywords and topics: 465,000 characters in Python 3.11."""
+    """Return Python's `help()` of all keywords and topics: 465,000 characters in Python 3.11."""
     from pydoc_data.topics import topics
 
     return split_text("\n".join(topics[name] for name in sorted(topics)))
 
 
 def split_text(text: str) -> Text:
-    """The first nine tenths to train with, the last to test with, as nanoGPT does."""
+    """Return the first nine tenths of the text for training, the last for testing, as nanoGPT."""
     characters = "".join(sorted(set(text)))
     index = {character: number for number, character in enumerate(characters)}
     numbers = torch.tensor([index[character] for character in text])
@@ -121,7 +121,7 @@ def split_text(text: str) -> Text:
 
 
 def normalized(images: Images) -> Images:
-    """Every channel with the mean 0 and the standard deviation 1 of the training images."""
+    """Return images whose training set has mean 0 and standard deviation 1 in each channel."""
     mean = images.train_inputs.mean((0, 2, 3), keepdim=True)
     std = images.train_inputs.std((0, 2, 3), keepdim=True)
     return images._replace(
@@ -131,5 +131,5 @@ def normalized(images: Images) -> Images:
 
 
 def first_folder(folder: Path, *names: str) -> Path:
-    """The first of these subfolders that exists, else the folder itself."""
+    """Return the first of these subfolders that exists, or else the folder itself."""
     return next((folder / name for name in names if (folder / name).is_dir()), folder)

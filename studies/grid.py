@@ -1,13 +1,12 @@
-"""Runs a grid of trainings on worker processes, and makes its table and plot.
+"""Run a grid of trainings on worker processes, and make its table and plot.
 
-    python examples/study.py methods --network mlp --data-dir DIR --workers 2 --out OUT
-    python examples/study.py tau --data-dir DIR --workers 2 --out OUT
-    python examples/study.py nm --data-dir DIR --workers 2 --out OUT
+    python -m studies.grid methods --network mlp --data-dir DIR --workers 2 --out OUT
+    python -m studies.grid tau --data-dir DIR --workers 2 --out OUT
+    python -m studies.grid nm --data-dir DIR --workers 2 --out OUT
 
-methods: every method at every sparsity. tau: PDP's temperatures and ramps, cubic and annealed to
-the end unless they say otherwise. nm: methods for N:M patterns. Each run adds a row to
-OUT/<study>.csv; rows that are there already are not run again, so that the same command goes on
-where it was stopped. From all rows OUT/<study>.md and OUT/<study>.png are written.
+methods: every method at every sparsity. tau: PDP's temperatures and ramps. nm: methods for N:M
+patterns. Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, so the same
+command continues where it was stopped. All rows together make OUT/<study>.md and OUT/<study>.png.
 """
 
 import argparse
@@ -21,16 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from command_line import budget_of
-from methods import METHODS, NM_METHODS, make_method
-from report import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from tqdm import tqdm
-from train_image import RECIPES, ImageTask, make_network, make_task
-from training import train
+
+from studies.command_line import budget_of
+from studies.methods import METHODS, NM_METHODS, make_method
+from studies.tables import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
+from studies.train_image import RECIPES, ImageTask, make_network, make_task
+from studies.training import train
 
 
 class Setting(NamedTuple):
-    """What a row of the table stands for."""
+    """A method with its settings: a line of the table."""
 
     name: str
     method: str
@@ -38,6 +38,8 @@ class Setting(NamedTuple):
 
 
 class Job(NamedTuple):
+    """One training of the grid."""
+
     network: str
     setting: Setting
     pattern: str
@@ -47,7 +49,7 @@ class Job(NamedTuple):
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The cells of the job's row that name it, as the CSV file has them."""
+        """The cells of the CSV file that identify the training."""
         name = self.setting.name
         return (
             self.network,
@@ -60,17 +62,19 @@ class Job(NamedTuple):
 
 
 def method_settings() -> list[Setting]:
+    """Return all methods for unstructured sparsity."""
     return [Setting(name, name, {}) for name in METHODS if name != "sr-ste"]
 
 
 def nm_settings() -> list[Setting]:
+    """Return all methods for N:M patterns."""
     return [Setting(name, name, {}) for name in NM_METHODS]
 
 
 def tau_settings() -> list[Setting]:
-    """Temperatures, ramps, and when temperature and budget stop moving.
+    """Return settings of PDP: temperatures, ramps, and the ends of annealing and allocation.
 
-    The last of them is the recommended setting, which the others differ from in what they name.
+    The last one is the recommended setting. The others differ from it in what they name.
     """
     constant = {
         **{f"tau {tau}": {"tau": float(tau)} for tau in ("1e-5", "1e-4", "1e-3", "1e-2")},
@@ -79,11 +83,11 @@ def tau_settings() -> list[Setting]:
     once = {"reallocate": None}
     linear = {"ramp_shape": "linear"} | once
     settings = [
-        Setting(f"{name}, linear, shared out once", "pdp", temperature | linear)
+        Setting(f"{name}, linear, allocated once", "pdp", temperature | linear)
         for name, temperature in constant.items()
     ]
     others = {
-        "tau 1e-4, linear, shared out once, thresholds by epoch": {"tau": 1e-4}
+        "tau 1e-4, linear, allocated once, thresholds by epoch": {"tau": 1e-4}
         | linear
         | {"update_interval": 1.0},
         "tau 1e-3": {"tau": 1e-3},
@@ -93,7 +97,7 @@ def tau_settings() -> list[Setting]:
         "relative 1 to 0.05": {"relative_tau": (1.0, 0.05)},
         "relative 1 to 0.02, linear": {"ramp_shape": "linear"},
         "relative 1 to 0.02, annealed by the end of the ramp": {"anneal": None},
-        "relative 1 to 0.02, shared out once": once,
+        "relative 1 to 0.02, allocated once": once,
         "relative 1 to 0.02": {},
     }
     return settings + [Setting(name, "pdp", options) for name, options in others.items()]
@@ -103,7 +107,7 @@ STUDIES = {"methods": method_settings, "tau": tau_settings, "nm": nm_settings}
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """All runs of the grid, seed by seed; dense ones once for all sparsities."""
+    """Return all trainings of the grid, seed by seed. Dense ones serve all sparsities."""
     settings = [
         setting
         for setting in STUDIES[arguments.study]()
@@ -129,19 +133,21 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-_task: ImageTask | None = None  # of a worker process
+_task: ImageTask | None = None  # of this worker process
 
 
 def start_worker(network: str, folder: Path | None, device: str) -> None:
+    """Prepare a worker process: one thread, subnormals flushed to zero, the data loaded."""
     global _task
     torch.set_num_threads(1)
-    # Products of small weights and small soft masks are denormal; with tau = 1e-4 an epoch of the
+    # Products of small weights and small soft masks are subnormal: with tau = 1e-4 an epoch of the
     # MLP took 44 s instead of 1.5 s.
     torch.set_flush_denormal(True)
     _task = make_task(network, folder, RECIPES[network].batch, device)
 
 
 def run_job(job: Job) -> Row:
+    """Train in a worker process."""
     recipe = RECIPES[job.network]._replace(epochs=job.epochs)
     budget = budget_of(job.sparsity, job.pattern, job.epochs)
     torch.manual_seed(job.seed)
@@ -154,7 +160,7 @@ def run_job(job: Job) -> Row:
 
 
 def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> None:
-    """Appends a row for each job to the file as it is done."""
+    """Run the jobs, and append the row of each to the file as soon as it is done."""
     if not jobs:
         return
     if not path.exists():
@@ -186,9 +192,9 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("study", choices=STUDIES)
     add("--network", choices=RECIPES, default="mlp")
-    add("--data-dir", type=Path, help="as for train_image.py")
+    add("--data-dir", type=Path, help="as for studies.train_image")
     add("--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99])
-    add("--patterns", nargs="+", default=["2:4", "1:4"], help="of the study nm")
+    add("--patterns", nargs="+", default=["2:4", "1:4"], help="patterns of the study nm")
     add("--settings", nargs="+", default=["*"], help="globs of the rows of the table to run")
     add("--seeds", type=int, default=3)
     add("--epochs", type=int)
@@ -203,8 +209,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def shown_command() -> str:
-    """The command line, with DIR for the folder of the data."""
-    words = ["python", "examples/study.py", *sys.argv[1:]]
+    """Return the command line, with DIR for the folder of the data."""
+    words = ["python", "-m", "studies.grid", *sys.argv[1:]]
     if "--data-dir" in words:
         words[words.index("--data-dir") + 1] = "DIR"
     return shlex.join(words)

@@ -1,14 +1,16 @@
-"""Ways to prune by magnitude while the kept weights are trained: GMP, GraNet, AC/DC."""
+"""Methods that prune by magnitude and train the kept weights: GMP, GraNet, AC/DC."""
 
 import math
+from collections.abc import Iterator
 
 import torch
-from method import Mask, Masking, global_masks, layer_masks
 from torch import Tensor, nn
+
+from studies.methods.base import Mask, Masking, global_masks, layer_masks
 
 
 class GMP(Masking):
-    """Gradual magnitude pruning: the same share of each layer, on a cubic ramp.
+    """Gradual magnitude pruning: one sparsity for all layers, on a cubic ramp.
 
     Michael Zhu, Suyog Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
     model compression", arXiv 1710.01878.
@@ -19,21 +21,22 @@ class GMP(Masking):
             self.set_masks(self.select(self.plain_weights(), self.budget.sparsity_at(progress)))
 
     def select(self, weights: list[Tensor], sparsity: float) -> list[Tensor]:
+        """Return the masks of this sparsity."""
         return layer_masks(weights, sparsity)
 
 
 class GlobalGMP(GMP):
-    """GMP with one threshold for all layers, as AC/DC and PDP have it."""
+    """GMP with one global threshold, as in AC/DC and PDP."""
 
     def select(self, weights: list[Tensor], sparsity: float) -> list[Tensor]:
         return global_masks(weights, sparsity)
 
 
 class GraNet(Masking):
-    """GMP that prunes a share more at each update, and regrows it where gradients are largest.
+    """GMP that prunes more at each update and regrows it where gradients are largest.
 
-    The share of the remaining weights falls from 1/2 to 0 as a cosine; both selections are over
-    all layers together. Shiwei Liu et al., "Sparse Training via Boosting Pruning Plasticity with
+    The regrown fraction of the remaining weights falls from 1/2 to 0 as a cosine. Both selections
+    are global. Shiwei Liu et al., "Sparse Training via Boosting Pruning Plasticity with
     Neuroregeneration", arXiv 2106.10404.
     """
 
@@ -45,28 +48,29 @@ class GraNet(Masking):
         if not start <= progress or not self.due(progress):
             return
         weights, sparsity = self.plain_weights(), self.budget.sparsity_at(progress)
-        share = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - start) / (end - start)))) / 2
+        regrown = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - start) / (end - start)))) / 2
         pruned = global_masks(
             [weight * transform.mask for weight, transform in self._pairs()],
-            sparsity + share * (1 - sparsity),
+            sparsity + regrown * (1 - sparsity),
         )
         with torch.no_grad():
             for weight, mask in zip(weights, pruned, strict=True):
-                weight.mul_(mask)  # what regrows starts from 0
+                weight.mul_(mask)  # regrown weights start from 0
         gradients = [transform.w_hat.grad for transform in self.transforms()]
-        # What is still there is kept before anything grows.
+        # Weights that remain rank before all regrown ones.
         scores = [
             gradient.abs().masked_fill(mask, math.inf)
             for gradient, mask in zip(gradients, pruned, strict=True)
         ]
         self.set_masks(global_masks(scores, sparsity))
 
-    def _pairs(self):
+    def _pairs(self) -> Iterator[tuple[Tensor, nn.Module]]:
+        """Yield each weight with its transform."""
         return zip(self.plain_weights(), self.transforms(), strict=True)
 
 
 class MaskWithDenseGradient(Mask):
-    """A mask that remembers w_hat, whose gradient is that of pruned weights too."""
+    """A mask that retains w_hat, whose gradient covers pruned weights too."""
 
     def forward(self, weight: Tensor) -> Tensor:
         w_hat = weight * self.mask
@@ -77,15 +81,16 @@ class MaskWithDenseGradient(Mask):
 
 
 class ACDC(Masking):
-    """Phases of sparse and of dense training take turns; one threshold for all layers.
+    """Sparse and dense phases alternate, with one global threshold.
 
-    The phases are those of its 100 epochs on ImageNet, as shares of the training: dense for 10%,
-    phases of 5%, at last 10% dense and 15% sparse. Alexandra Peste, Eugenia Iofinova, Adrian
-    Vladu, Dan Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
-    Networks", arXiv 2106.12379.
+    The phases are those of the paper's 100 epochs on ImageNet, as fractions of the training: dense
+    for 10%, phases of 5%, and at the end 10% dense and 15% sparse. Alexandra Peste, Eugenia
+    Iofinova, Adrian Vladu, Dan Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of
+    Deep Neural Networks", arXiv 2106.12379.
     """
 
     def is_sparse(self, progress: float) -> bool:
+        """Return whether this progress in epochs lies in a sparse phase."""
         percent = 100 * progress / self.budget.epochs + 1e-6
         if percent < 10 or 75 <= percent < 85:
             return False
@@ -93,7 +98,7 @@ class ACDC(Masking):
 
     @torch.no_grad()
     def step(self, progress: float) -> None:
-        # Dense and sparse phases are counted, so that a checkpoint knows where it is.
+        # `updates` counts phases, so that a checkpoint holds the current one.
         sparse = self.is_sparse(progress)
         if sparse == bool(self.updates % 2):
             return
@@ -103,5 +108,5 @@ class ACDC(Masking):
             self.set_masks(global_masks(weights, self.budget.sparsity))
             return
         for weight, transform in zip(weights, self.transforms(), strict=True):
-            weight.mul_(transform.mask)  # what was pruned starts from 0
+            weight.mul_(transform.mask)  # pruned weights start from 0
             transform.mask.fill_(1)

@@ -1,9 +1,13 @@
-"""Ways to prune that let pruned weights learn, or learn scores or thresholds beside them."""
+"""Methods that go on training pruned weights, or that train scores or thresholds."""
 
 import math
 
 import torch
-from method import (
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from pdp_kernels import hard_mask, hard_mask_nm, pdp_threshold
+from studies.methods.base import (
     Budget,
     Mask,
     Masking,
@@ -13,33 +17,30 @@ from method import (
     group_size,
     layer_counts,
 )
-from torch import Tensor, nn
-
-from pdp_kernels import hard_mask, hard_mask_nm, pdp_threshold
 
 
 class StraightThrough(torch.autograd.Function):
-    """w_hat = mask w; the gradient reaches all weights, and draws the pruned ones towards 0."""
+    """w_hat = mask w. All weights receive the gradient; `decay` pulls pruned ones towards 0."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+    def forward(ctx: FunctionCtx, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
         ctx.decay = decay
         if decay:
             ctx.save_for_backward(weight * ~mask)
         return weight * mask
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.decay:
             gradient = gradient + ctx.decay * ctx.saved_tensors[0]
         return gradient, None, None
 
 
 class DNW(Method):
-    """The largest magnitudes of each layer, the same share from the first step on.
+    """The largest magnitudes of each layer are kept, with one sparsity from the first step on.
 
     Mitchell Wortsman, Ali Farhadi, Mohammad Rastegari, "Discovering Neural Wirings", arXiv
-    1906.00586: the gradient reaches pruned weights as if they were used.
+    1906.00586: pruned weights receive the gradient as if they were used.
     """
 
     def __init__(self, model: nn.Module, budget: Budget):
@@ -54,6 +55,8 @@ class DNW(Method):
 
 
 class LargestMagnitudes(nn.Module):
+    """Keeps the largest magnitudes, with a straight-through gradient."""
+
     sparsity = 0.0
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -61,10 +64,10 @@ class LargestMagnitudes(nn.Module):
 
 
 class SRSTE(Method):
-    """N:M from the first step on, with lambda_W = 2e-4.
+    """N:M from the first step on, with the decay lambda_W = 2e-4.
 
     Aojun Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
-    arXiv 2102.04010; the paper of PDP calls it LNM.
+    arXiv 2102.04010; PDP's paper calls it LNM.
     """
 
     def transform(self, weight: Tensor) -> nn.Module:
@@ -72,6 +75,8 @@ class SRSTE(Method):
 
 
 class LargestOfGroup(nn.Module):
+    """Keeps the N largest magnitudes of every M inputs, with a straight-through gradient."""
+
     def __init__(self, n: int, m: int):
         super().__init__()
         self.n, self.m = n, m
@@ -83,9 +88,9 @@ class LargestOfGroup(nn.Module):
 class STR(Method):
     """A learned threshold for each layer: w_hat = sign(w) max(0, |w| - sigmoid(s)).
 
-    Weight decay draws s up from a start where nothing is pruned, the loss draws it down. What
-    sparsity that gives is not known before: on MNIST the MLP ended at 80.5, 91.5 and 97.5% with
-    decays of 0.001, 0.003 and 0.01, from which the default follows.
+    s starts where nothing is pruned. Weight decay raises it, the loss lowers it. The final sparsity
+    cannot be set: on MNIST the MLP ended at 80.5, 91.5 and 97.5% with decays of 0.001, 0.003 and
+    0.01, from which the default follows.
     Aditya Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity",
     arXiv 2002.03231.
     """
@@ -104,16 +109,16 @@ class STR(Method):
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """To the exact sparsity along |w| - sigmoid(s), of all layers together.
+        """Prune to the exact sparsity by |w| - sigmoid(s) over all layers.
 
-        Where too few weights are left, more come back: as large as they were under the thresholds
-        lowered by so much that they pass.
+        Where STR pruned too many weights, some return: all thresholds fall by the amount that lets
+        enough of them pass.
         """
         margins = [
             (weight.abs() - torch.sigmoid(transform.s)).double()
             for weight, transform in zip(self.plain_weights(), self.transforms(), strict=True)
         ]
-        # A threshold is less than 1, so that margins shifted by 1 rank as magnitudes.
+        # Thresholds are less than 1, so margins plus 1 are positive and rank like magnitudes.
         shifted = [margin + 1 for margin in margins]
         masks = global_masks(shifted, self.budget.sparsity)
         passing = pdp_threshold(flat(shifted), self.budget.sparsity) - 1
@@ -126,6 +131,8 @@ class STR(Method):
 
 
 class SoftThreshold(nn.Module):
+    """Shrinks weights by sigmoid(s), which is learned."""
+
     def __init__(self, start: float):
         super().__init__()
         self.s = nn.Parameter(torch.tensor(start))
@@ -135,25 +142,25 @@ class SoftThreshold(nn.Module):
 
 
 class Shrink(torch.autograd.Function):
-    """sign(w) max(0, |w| - t); three times as fast as autograd through its operations."""
+    """sign(w) max(0, |w| - t), three times as fast as autograd through its operations."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, threshold: Tensor):
+    def forward(ctx: FunctionCtx, weight: Tensor, threshold: Tensor) -> Tensor:
         signs = weight.sign() * (weight.abs() > threshold)  # 0 where pruned
         ctx.save_for_backward(signs)
         return weight * signs.abs() - threshold * signs
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (signs,) = ctx.saved_tensors
         return gradient * signs.abs(), -(gradient * signs).sum()
 
 
 class Movement(Masking):
-    """Each weight learns a score, and those of the largest scores are kept; ramp cubic.
+    """Each weight has a learned score, and the largest scores are kept, on a cubic ramp.
 
-    The gradient reaches scores as if all weights were used, so that a score sums up how far its
-    weight moved away from 0. One threshold for all layers. Victor Sanh, Thomas Wolf, Alexander M.
+    Scores receive the gradient as if all weights were used, so that a score sums up how far its
+    weight moved away from 0. The threshold is global. Victor Sanh, Thomas Wolf, Alexander M.
     Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", arXiv 2005.07683.
     """
 
@@ -166,9 +173,10 @@ class Movement(Masking):
 
     @torch.no_grad()
     def keep_best(self, sparsity: float) -> None:
+        """Set masks that keep the largest scores over all layers."""
         scores = [transform.scores for transform in self.transforms()]
         least = min(score.min() for score in scores)
-        # From 0 up, scores rank as magnitudes.
+        # Shifted so that the least is 0, scores rank like magnitudes.
         self.set_masks(global_masks([score - least for score in scores], sparsity))
 
     def finalize(self) -> None:
@@ -177,7 +185,7 @@ class Movement(Masking):
 
 
 class ScoredMask(Mask):
-    """w_hat = mask w; the gradient reaches all scores, and the weights that are kept."""
+    """w_hat = mask w. All scores receive a gradient, and the weights that are kept."""
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
@@ -188,9 +196,9 @@ class ScoredMask(Mask):
 
 
 class OptG(Movement):
-    """Scores as in movement pruning, but masks change once in an epoch, on a ramp of their own.
+    """Movement pruning that updates masks once an epoch, on a ramp of its own.
 
-    The sparsity and the learning rate of the scores rise as sigmoid(e - E / 2) in epoch e of E.
+    Sparsity and the learning rate of the scores rise as sigmoid(e - E / 2) in epoch e of E.
     Yuxin Zhang et al., "OptG: Optimizing Gradient-driven Criteria in Network Sparsity",
     arXiv 2201.12826.
     """

@@ -1,4 +1,4 @@
-"""What the training examples have in common on the command line, and one run as it says."""
+"""The command line that train_image and train_text share."""
 
 import argparse
 from collections.abc import Callable
@@ -6,42 +6,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from method import Budget
-from methods import METHODS, make_method
 from torch import nn
-from training import Recipe, Task, train
 
-WARMUP, RAMP = 0.15, 0.4  # as shares of the training: epochs 3 and 8 of 20
+from studies.methods import METHODS, make_method
+from studies.methods.base import Budget
+from studies.training import Recipe, Task, train
+
+WARMUP, RAMP = 0.15, 0.4  # fractions of the training: 3 and 8 of 20 epochs
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, sparsity: float) -> None:
+    """Add the arguments of every training, with the default of --sparsity."""
     add = parser.add_argument
-    add("--data-dir", type=Path, help="folder of the data set; without it a bundled stand-in")
+    add(
+        "--data-dir",
+        type=Path,
+        help="folder of the data set (default: data that needs no download)",
+    )
     add("--method", choices=METHODS, default="pdp")
-    add("--sparsity", type=float, default=sparsity, help="share of the weights to prune")
-    add("--pattern", default="unstructured", help="or N:M, such as 2:4, which sets the sparsity")
+    add("--sparsity", type=float, default=sparsity, help="fraction of the weights to prune")
+    add("--pattern", default="unstructured", help="or N:M such as 2:4, which implies the sparsity")
     add("--epochs", type=int)
     add("--batch", type=int)
     add("--lr", type=float)
     add("--weight-decay", type=float)
-    add("--warmup", type=float, help="epochs before pruning; default 15%% of all")
-    add("--ramp", type=float, help="epochs in which the sparsity grows; default 40%% of all")
+    add("--warmup", type=float, help="epochs before pruning (default: 15%% of all)")
+    add("--ramp", type=float, help="epochs in which the sparsity grows (default: 40%% of all)")
     pdp = parser.add_argument_group("PDP", "the default is the recommended temperature")
-    pdp.add_argument("--tau", type=temperature, metavar="T", help="absolute; START,END to anneal")
-    pdp.add_argument("--relative-tau", type=temperature, metavar="T", help="of the threshold^2")
+    pdp.add_argument(
+        "--tau", type=temperature, metavar="T", help="absolute temperature; START,END anneals"
+    )
+    pdp.add_argument(
+        "--relative-tau",
+        type=temperature,
+        metavar="T",
+        help="temperature in units of the squared threshold",
+    )
     pdp.add_argument("--ramp-shape", choices=("linear", "cubic"))
-    pdp.add_argument("--update-interval", type=float, help="epochs between thresholds; 0: steps")
+    pdp.add_argument(
+        "--update-interval", type=float, help="epochs between updates of thresholds; 0: every step"
+    )
     add("--str-decay", type=float, help="weight decay of STR's thresholds")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("run"))
-    add("--resume", action="store_true", help="go on from the checkpoint in OUT, if there is one")
-    add("--stop-after", type=int, metavar="EPOCH", help="stop there, to be resumed")
+    add(
+        "--resume", action="store_true", help="continue from the checkpoint in OUT, if there is one"
+    )
+    add("--stop-after", type=int, metavar="EPOCH", help="stop after this epoch, to be resumed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def temperature(text: str) -> float | tuple[float, float]:
-    """A number, or two with a comma."""
-    values = tuple(float(part) for part in text.split(","))
+    """Parse a number, or two that a comma separates."""
+    values = tuple(float(number) for number in text.split(","))
     if len(values) > 2:
         raise ValueError
     return values if len(values) == 2 else values[0]
@@ -55,7 +72,19 @@ def budget_of(
     ramp: float | None = None,
     exclude: tuple[str, ...] = (),
 ) -> Budget:
-    """The budget of a run; raises ValueError for one that cannot be."""
+    """Return the budget of a run.
+
+    Args:
+        sparsity: Fraction of the weights to prune; N:M patterns imply their own.
+        pattern: "unstructured" or N:M.
+        epochs: Length of the training.
+        warmup: Epochs before pruning; by default 15% of the training.
+        ramp: Epochs in which the sparsity grows; by default 40% of the training.
+        exclude: Globs of names of layers that stay dense.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
     if pattern != "unstructured":
         n, colon, m = pattern.partition(":")
         if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 32):
@@ -76,7 +105,11 @@ def budget_of(
 
 
 def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the chosen method; raises ValueError for those of another."""
+    """Return the settings of the chosen method.
+
+    Raises:
+        ValueError: A setting belongs to another method.
+    """
     pdp = ("tau", "relative_tau", "ramp_shape", "update_interval")
     own = {"pdp": pdp, "pdp-paper": pdp, "str": ("str_decay",)}.get(arguments.method, ())
     options = {}
@@ -96,7 +129,15 @@ def run(
     make_model: Callable[[Task], nn.Module],
     exclude: tuple[str, ...] = (),
 ) -> None:
-    """One training as the arguments say; prints its outcome."""
+    """Train as the arguments say, and print the outcome.
+
+    Args:
+        arguments: The command line, with the arguments of `add_common_arguments`.
+        recipe: The recipe that arguments may change.
+        make_task: Returns the data for a recipe.
+        make_model: Returns the network for the data.
+        exclude: Globs of names of layers that stay dense.
+    """
     changes = {name: getattr(arguments, name) for name in ("epochs", "batch", "lr", "weight_decay")}
     recipe = recipe._replace(**{name: v for name, v in changes.items() if v is not None})
     budget = budget_of(
@@ -123,7 +164,7 @@ def run(
         stop_after=arguments.stop_after,
     )
     if outcome is None:
-        print(f"stopped after epoch {arguments.stop_after} of {recipe.epochs}; --resume goes on")
+        print(f"stopped after epoch {arguments.stop_after} of {recipe.epochs}; --resume continues")
         return
     torch.save(model.state_dict(), arguments.out / "model.pt")
     soft = "" if outcome.soft_score is None else f" (with soft masks {outcome.soft_score:.4f})"

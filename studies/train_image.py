@@ -1,28 +1,35 @@
-"""Trains an image classifier with one method of pruning, or dense.
+"""Train an image classifier with one pruning method, or dense.
 
-    python examples/train_image.py --network mlp --method pdp --sparsity 0.98 --data-dir DIR
-    python examples/train_image.py --network resnet20 --method gmp --data-dir DIR
-    python examples/train_image.py --network lenet        # on scikit-learn's bundled digits
+    python -m studies.train_image --network mlp --method pdp --sparsity 0.98 --data-dir DIR
+    python -m studies.train_image --network resnet20 --method gmp --data-dir DIR
+    python -m studies.train_image --network lenet        # on scikit-learn's digits
 
-With --data-dir the MLP (784-300-100-10) and LeNet-5 learn MNIST (its four *-ubyte.gz files, in the
-folder or its mnist or MNIST/raw), ResNet-20 CIFAR-10 (cifar10-jpeg.tar.xz or the cifar10 folder it
-holds). Written are checkpoint.pt, log.csv, log.png and model.pt, the finished network's weights.
+With --data-dir the MLP (784-300-100-10) and LeNet-5 learn MNIST: four *-ubyte.gz files, in the
+folder or its subfolder mnist or MNIST/raw. ResNet-20 learns CIFAR-10: cifar10-jpeg.tar.xz, or the
+folder cifar10 that it holds. The program writes checkpoint.pt, log.csv, log.png and model.pt, the
+weights of the finished network.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import data
-import networks
 import torch
-from command_line import add_common_arguments, run
-from data import Images
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from training import Recipe
 
-NETWORKS = {"mlp": networks.mlp, "lenet": networks.lenet, "resnet20": networks.resnet20}
+from studies import data
+from studies.command_line import add_common_arguments, run
+from studies.data import Images
+from studies.networks import lenet, mlp, resnet20
+from studies.training import Recipe
+
+# By name, for a number of channels and a size of images.
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "mlp": lambda channels, size: mlp(channels * size * size, 300, 100, 10),
+    "lenet": lenet,
+    "resnet20": lambda channels, size: resnet20(channels),
+}
 RECIPES = {
     "mlp": Recipe(epochs=20, batch=128, lr=0.1, weight_decay=5e-4),
     "lenet": Recipe(epochs=20, batch=128, lr=0.05, weight_decay=5e-4),
@@ -32,7 +39,13 @@ CROP_PADDING = 4  # pixels, as in the ResNet paper's training on CIFAR-10
 
 
 class ImageTask:
-    """Batches of shuffled images, and the accuracy on the test images."""
+    """Batches of shuffled images, and the accuracy on the test images.
+
+    Args:
+        images: The data set.
+        batch: Images per batch.
+        augment: Whether to crop and flip at random.
+    """
 
     score_name = "accuracy"
 
@@ -43,6 +56,7 @@ class ImageTask:
         self.steps_per_epoch = -(-len(images.train_inputs) // batch)
 
     def batches(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels in an order that epoch and seed determine."""
         inputs, labels, *_ = self.images
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
         order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
@@ -52,6 +66,7 @@ class ImageTask:
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:
+        """Return the accuracy on the test images."""
         right = 0
         for inputs, labels in zip(
             self.images.test_inputs.split(2000), self.images.test_labels.split(2000), strict=True
@@ -61,7 +76,7 @@ class ImageTask:
 
 
 def random_crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to 4 pixels each way, and every other one mirrored."""
+    """Return each image shifted by up to 4 pixels in each direction, and half of them mirrored."""
     count, _, height, width = images.shape
     draws = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator)
     flipped = torch.rand(count, 1, generator=generator) < 0.5
@@ -72,15 +87,15 @@ def random_crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     rows, columns = rows.to(images.device), columns.to(images.device)
     padded = pad(images, [CROP_PADDING] * 4)
     every = torch.arange(count, device=images.device).view(-1, 1, 1)
-    # Indices on both sides of a slice put the channels last.
+    # Indexing on both sides of a slice moves the channels to the end.
     return padded[every, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def load_images(network: str, folder: Path | None) -> Images:
-    """The data set a network learns, normalized; the digits without a folder."""
+    """Return the normalized data set of a network; without a folder, the digits."""
     if folder is None:
         images = data.digits()
-        if network != "mlp":  # twice as large: LeNet's convolutions need 16 pixels
+        if network != "mlp":  # LeNet's convolutions need 16 pixels
             images = images._replace(
                 train_inputs=enlarged(images.train_inputs), test_inputs=enlarged(images.test_inputs)
             )
@@ -92,15 +107,18 @@ def load_images(network: str, folder: Path | None) -> Images:
 
 
 def enlarged(images: Tensor) -> Tensor:
+    """Return images of twice the size."""
     return images.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def make_task(network: str, folder: Path | None, batch: int, device: str) -> ImageTask:
-    images = Images(*(part.to(device) for part in load_images(network, folder)))
+    """Return the data of a network on a device."""
+    images = Images(*(tensor.to(device) for tensor in load_images(network, folder)))
     return ImageTask(images, batch, augment=network == "resnet20" and folder is not None)
 
 
 def make_network(network: str, task: ImageTask) -> nn.Module:
+    """Return a network for the images of the task, on their device."""
     _, channels, size, _ = task.images.train_inputs.shape
     return NETWORKS[network](channels, size).to(task.images.train_inputs.device)
 
@@ -123,5 +141,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)  # see study.py
+    torch.set_flush_denormal(True)  # see studies/grid.py
     main()

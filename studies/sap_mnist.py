@@ -1,11 +1,11 @@
-"""SAP, one-shot magnitude pruning and lottery tickets on MNIST: accuracy against what remains.
+"""Compare SAP, one-shot magnitude pruning and lottery tickets on MNIST.
 
-An MLP is trained, pruned and rewound in rounds, so that every network of every method starts from
-the same values and trains as long; the methods differ in what they prune, and how much. Written are
-rounds.csv, accuracy.png (against remaining weights) and pq_index.png (per round).
+An MLP is trained, pruned and rewound in rounds. All networks start from the same values and train
+equally long; the methods differ in what they prune and how much. The program writes rounds.csv,
+accuracy.png (against remaining weights) and pq_index.png (by round).
 
-    python examples/sap_mnist.py --data-dir DIR    # with MNIST's four *-ubyte.gz files
-    python examples/sap_mnist.py                   # on scikit-learn's bundled 8 x 8 digits
+    python -m studies.sap_mnist --data-dir DIR    # with MNIST's four *-ubyte.gz files
+    python -m studies.sap_mnist                   # on scikit-learn's 8 x 8 digits
 """
 
 import argparse
@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from data import Images, digits, mnist
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
@@ -24,47 +23,55 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from pdp_kernels import SAPPruner, hard_mask, pq_index
+from studies.data import Images, digits, mnist
+from studies.networks import mlp
 
 LOTTERY_TICKET_RATE = 0.2  # of the remaining weights per round, as in arXiv 1803.03635
 BATCH = 512
-# With eta = 0 SAP slows down at 17% (global) to 32% (neuron): trained for few epochs, the remaining
-# weights spread too evenly to spare many. This prunes 17% of equal weights.
+# With eta = 0 SAP slows down at 17% (global) to 32% (neuron) remaining weights: after few epochs of
+# training their magnitudes are too even to prune many. 0.1 prunes 17% of equal weights.
 ETA = 0.1
 
 
 class Row(NamedTuple):
+    """One network: a line of rounds.csv."""
+
     method: str
     seed: int
     round: int
-    remaining: float  # share of the weights, biases aside
-    pq_index: float  # of the trained network's remaining weights together
+    remaining: float  # fraction of the weights without biases
+    pq_index: float  # of all remaining weights after training
     accuracy: float
 
 
 class Pruner(Protocol):
-    """What all methods have in common; the interface of SAPPruner."""
+    """What the methods have in common: the interface of SAPPruner."""
 
     masks: dict[str, Tensor]
 
     def step(self) -> object:
-        """Prunes the trained model for the next round, and rewinds it."""
+        """Prune the trained model for the next round, and rewind it."""
 
     def attach(self, optimizer: torch.optim.Optimizer) -> object:
-        """Keeps pruned weights at 0 while the optimizer runs."""
+        """Keep pruned weights at 0 during training."""
 
 
 class MagnitudePruner:
-    """The least magnitudes of the whole model: 20% of what remains in each round.
+    """Prunes the smallest magnitudes of the model: 20% of the remaining weights in each round.
 
-    A lottery ticket is selected by the weights trained in the round before; one-shot selects every
-    round's share by the weights of the dense network.
+    Lottery tickets rank weights by their values after the last round, one-shot pruning by their
+    values in the trained dense network.
+
+    Args:
+        model: The network.
+        one_shot: Whether to prune one-shot.
     """
 
-    def __init__(self, model: nn.Module, one_shot: bool):
+    def __init__(self, model: nn.Module, one_shot: bool) -> None:
         self.model = model
         self.one_shot = one_shot
         self.round = 0
-        self.scores = None
+        self.scores: Tensor | None = None
         self.initial = {name: value.clone() for name, value in model.state_dict().items()}
         self.weights = {
             name: weight for name, weight in model.named_parameters() if weight.dim() > 1
@@ -74,22 +81,25 @@ class MagnitudePruner:
         }
 
     def step(self) -> None:
+        """Prune the trained model for the next round, and rewind it."""
         self.round += 1
         if self.scores is None or not self.one_shot:
             self.scores = torch.cat([weight.detach().flatten() for weight in self.weights.values()])
         kept = hard_mask(self.scores, 1 - (1 - LOTTERY_TICKET_RATE) ** self.round)
-        parts = kept.split([weight.numel() for weight in self.weights.values()])
-        for (name, weight), part in zip(self.weights.items(), parts, strict=True):
-            self.masks[name] = part.view(weight.shape)
+        masks = kept.split([weight.numel() for weight in self.weights.values()])
+        for (name, weight), mask in zip(self.weights.items(), masks, strict=True):
+            self.masks[name] = mask.view(weight.shape)
         self.model.load_state_dict(self.initial)
         self.mask_weights()
 
     @torch.no_grad()
     def mask_weights(self) -> None:
+        """Set pruned weights to 0."""
         for name, weight in self.weights.items():
             weight.mul_(self.masks[name])
 
     def attach(self, optimizer: torch.optim.Optimizer) -> object:
+        """Keep pruned weights at 0 during training."""
         return optimizer.register_step_post_hook(lambda *_: self.mask_weights())
 
 
@@ -102,20 +112,12 @@ METHODS = {
 
 
 def load_data(folder: Path | None) -> Images:
-    """MNIST, or the digits without a folder, as rows of pixels."""
-    images = digits() if folder is None else mnist(folder)
-    return images._replace(
-        train_inputs=images.train_inputs.flatten(1), test_inputs=images.test_inputs.flatten(1)
-    )
-
-
-def make_model(inputs: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 10)
-    )
+    """Return MNIST, or the digits without a folder."""
+    return digits() if folder is None else mnist(folder)
 
 
 def train(model: nn.Module, data: Images, epochs: int, pruner: Pruner) -> None:
+    """Train the remaining weights of the model."""
     # Optimizer and schedule of arXiv 2302.05601 with fewer epochs.
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -134,15 +136,17 @@ def train(model: nn.Module, data: Images, epochs: int, pruner: Pruner) -> None:
 
 @torch.no_grad()
 def accuracy_of(model: nn.Module, data: Images) -> float:
+    """Return the accuracy on the test images."""
     return float((model(data.test_inputs).argmax(1) == data.test_labels).double().mean())
 
 
 def run_method(
     method: str, seed: int, data: Images, rounds: int, epochs: int, progress: tqdm
 ) -> list[Row]:
-    """Trains the dense network (round 0), and the one that each of the rounds leaves."""
+    """Train the dense network (round 0) and the network after each round of pruning."""
     torch.manual_seed(seed)
-    model = make_model(data.train_inputs.shape[1]).to(data.train_inputs.device)
+    inputs = data.train_inputs[0].numel()
+    model = mlp(inputs, 128, 256, 10).to(data.train_inputs.device)
     pruner = METHODS[method](model)
     rows = []
     for number in range(rounds + 1):
@@ -160,7 +164,7 @@ def run_method(
 
 
 def mean_curve(rows: list[Row], method: str, field: str) -> list[float]:
-    """The mean over seeds for each round."""
+    """Return the mean of a field over the seeds, for each round."""
     rows = [row for row in rows if row.method == method]
     rounds = range(1 + max(row.round for row in rows))
     return [
@@ -169,18 +173,22 @@ def mean_curve(rows: list[Row], method: str, field: str) -> list[float]:
     ]
 
 
-def at_equal_remaining(rows: list[Row], share: float) -> dict[str, float]:
-    """Mean accuracy of each method at a share of remaining weights, between its rounds (in log)."""
+def at_equal_remaining(rows: list[Row], fraction: float) -> dict[str, float]:
+    """Return each method's mean accuracy at a fraction of remaining weights.
+
+    It is interpolated between rounds, over the logarithm of the fraction.
+    """
     result = {}
     for method in METHODS:
         remaining = np.log(mean_curve(rows, method, "remaining"))[::-1]
-        if remaining[0] <= np.log(share):
+        if remaining[0] <= np.log(fraction):
             accuracy = mean_curve(rows, method, "accuracy")[::-1]
-            result[method] = float(np.interp(np.log(share), remaining, accuracy))
+            result[method] = float(np.interp(np.log(fraction), remaining, accuracy))
     return result
 
 
 def plot_accuracy(rows: list[Row], path: Path) -> None:
+    """Plot accuracy against remaining weights, with a line for each method."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for method in METHODS:
@@ -188,7 +196,7 @@ def plot_accuracy(rows: list[Row], path: Path) -> None:
         axes.plot(remaining, accuracy, "o-", markersize=3, label=method)
     axes.set(xscale="log", xlabel="remaining weights", ylabel="test accuracy")
     axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axes.xaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:g}%")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -196,7 +204,7 @@ def plot_accuracy(rows: list[Row], path: Path) -> None:
 
 
 def plot_pq_index(rows: list[Row], path: Path) -> None:
-    """PQ Index above, accuracy below: where does the index turn, and where the accuracy?"""
+    """Plot the PQ Index above the accuracy, by round, to compare where each of them turns."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (field, label) in zip(
@@ -224,7 +232,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    data = Images(*(part.to(arguments.device) for part in load_data(arguments.data_dir)))
+    data = Images(*(tensor.to(arguments.device) for tensor in load_data(arguments.data_dir)))
     rows = []
     total = len(METHODS) * arguments.seeds * (arguments.rounds + 1)
     with tqdm(total=total, unit="network") as progress:
@@ -239,9 +247,9 @@ def main() -> None:
     plot_accuracy(rows, arguments.out / "accuracy.png")
     plot_pq_index(rows, arguments.out / "pq_index.png")
     print("accuracy at equal remaining weights")
-    for share in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002):
-        accuracies = at_equal_remaining(rows, share)
-        print(f"{share:6.1%}", *(f"{name} {a:.2%}" for name, a in accuracies.items()), sep="  ")
+    for fraction in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002):
+        accuracies = at_equal_remaining(rows, fraction)
+        print(f"{fraction:6.1%}", *(f"{name} {a:.2%}" for name, a in accuracies.items()), sep="  ")
 
 
 if __name__ == "__main__":
