@@ -26,7 +26,7 @@ from benchmarks.networks import NETWORKS, make_weights
 from benchmarks.report import format_environment
 from benchmarks.rows import write_json
 from pdp_kernels import pdp_thresholds
-from pdp_kernels.reference import DIGIT_BITS
+from pdp_kernels.ops.reference import DIGIT_BITS
 
 SPARSITY = 0.9
 COUNTED = ("resnet50", "gpt2", "llama-7b")

@@ -22,8 +22,8 @@ from pdp_kernels import (
     pdp_mask_nm,
     pdp_threshold,
     pq_index,
-    reference,
 )
+from pdp_kernels.ops import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = 4096

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import device_is_lost
-from pdp_kernels import reference
+from pdp_kernels.ops import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from instruments.build import CXX, HOST_CUDA, build, cuda_sources
-from pdp_kernels import reference
+from pdp_kernels.ops import reference
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 

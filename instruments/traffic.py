@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.networks import NETWORKS
 from instruments.host_build import CountingBuild, Counts
-from pdp_kernels import reference
+from pdp_kernels.ops import reference
 
 SPARSITY = 0.9
 MULTIPROCESSORS = 132  # H100, H200

@@ -2,31 +2,31 @@
 
 from pdp_kernels._build_info import build_info
 from pdp_kernels._version import __version__
-from pdp_kernels.allocation import global_prune_counts
-from pdp_kernels.compress import compress_2to4
-from pdp_kernels.config import PDPConfig
-from pdp_kernels.freeze import FrozenZeros, freeze_zeros
-from pdp_kernels.hard_mask import hard_mask
-from pdp_kernels.pq_index import pq_index
-from pdp_kernels.pruner import PDPPruner
-from pdp_kernels.pruning_report import LayerReport, PruningReport
-from pdp_kernels.sap import SAPPruner, SAPRound, sap_prune_counts
-from pdp_kernels.semi_structured import (
+from pdp_kernels.functional.allocation import global_prune_counts
+from pdp_kernels.functional.compress import compress_2to4
+from pdp_kernels.functional.hard_mask import hard_mask
+from pdp_kernels.functional.pq_index import pq_index
+from pdp_kernels.functional.sap_counts import sap_prune_counts
+from pdp_kernels.functional.soft_mask import pdp_mask
+from pdp_kernels.functional.soft_mask_channel import (
+    channel_norms,
+    hard_mask_channel,
+    pdp_mask_channel,
+)
+from pdp_kernels.functional.soft_mask_nm import hard_mask_nm, pdp_mask_nm
+from pdp_kernels.functional.threshold import pdp_threshold, pdp_thresholds
+from pdp_kernels.pruning.channel_report import ChannelReport, channel_report
+from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
+from pdp_kernels.pruning.pruner import PDPPruner
+from pdp_kernels.pruning.report import LayerReport, PruningReport
+from pdp_kernels.pruning.sap import SAPPruner, SAPRound
+from pdp_kernels.pruning.semi_structured import (
     GroupCheck,
     SemiStructuredReport,
     check_nm,
     to_semi_structured,
 )
-from pdp_kernels.soft_mask import pdp_mask
-from pdp_kernels.soft_mask_channel import (
-    ChannelReport,
-    channel_norms,
-    channel_report,
-    hard_mask_channel,
-    pdp_mask_channel,
-)
-from pdp_kernels.soft_mask_nm import hard_mask_nm, pdp_mask_nm
-from pdp_kernels.threshold import pdp_threshold, pdp_thresholds
 
 __all__ = [
     "ChannelReport",

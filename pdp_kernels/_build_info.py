@@ -4,8 +4,8 @@ import importlib
 
 import torch
 
-from pdp_kernels import _ops
 from pdp_kernels._version import __version__
+from pdp_kernels.ops import backends
 
 
 def build_info() -> dict:
@@ -28,9 +28,9 @@ def build_info() -> dict:
         True
     """
     reasons = {
-        "native": _ops.load_errors["_C"],
-        "cuda": _ops.load_errors["_C_cuda"] or _no_device(),
-        "triton": (None if _ops.has_triton else "No module named 'triton'") or _no_device(),
+        "native": backends.load_errors["_C"],
+        "cuda": backends.load_errors["_C_cuda"] or _no_device(),
+        "triton": (None if backends.has_triton else "No module named 'triton'") or _no_device(),
     }
     return {
         "version": __version__,
@@ -47,6 +47,6 @@ def _no_device() -> str | None:
 
 
 def _built_with(module: str) -> dict | None:
-    if _ops.load_errors[module] is not None:
+    if backends.load_errors[module] is not None:
         return None
     return importlib.import_module(f"pdp_kernels.{module}").build_info()

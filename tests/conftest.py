@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from pdp_kernels import _ops
+from pdp_kernels import ops
 
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 
@@ -125,5 +125,5 @@ def rounding_interpreter(monkeypatch, quick_interpreter):
 def dispatched(name):
     device = "cuda" if name == "gpu" else "cpu"
     return SimpleNamespace(
-        device=device, **{name: getattr(torch.ops.pdp, name) for name in _ops.SCHEMAS}
+        device=device, **{name: getattr(torch.ops.pdp, name) for name in ops.schemas.SCHEMAS}
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pdp_kernels
-from pdp_kernels import _ops
+from pdp_kernels import ops
 
 
 def run(program, **environment):
@@ -59,7 +59,7 @@ def test_a_cuda_build_keeps_its_native_kernels_on_a_cpu_only_torch():
 
 def test_native_kernels_are_registered():
     """`make test` builds the extension: tests of it must not pass on the reference."""
-    for name in _ops.SCHEMAS:
+    for name in ops.schemas.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pdp::{name}", "CPU")
 
 

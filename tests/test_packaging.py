@@ -45,7 +45,7 @@ def unpacked(tmp_path_factory):
 
 
 def python_files(package):
-    return {f"pdp_kernels/{path.name}" for path in (ROOT / package).glob("*.py")}
+    return {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
 
 
 def test_source_distribution_holds_every_source(unpacked):

@@ -1,6 +1,6 @@
 """2:4 compression on GPUs: prunes and packs a matrix in one pass, 3.125 bytes a weight.
 
-Layout as in pdp_kernels/reference.py.
+Layout as in pdp_kernels/ops/reference.py.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Soft mask on GPUs: w_hat = sigmoid(z) w and its backward, one pass over the weight each.
 
-Equations as in pdp_kernels/reference.py. Bytes moved per float32 weight: 8 forward, 12 backward.
+Equations as in pdp_kernels/ops/reference.py. Bytes moved per float32 weight: 8 forward, 12
+backward.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Channel masks on GPUs: norms in one read, w_hat in one read and one write, the backward in one
 read of gradient and weight where a channel fits a program's registers, else in two.
 
-Equations as in pdp_kernels/reference.py. A dense weight in storage order is outer x channels x
+Equations as in pdp_kernels/ops/reference.py. A dense weight in storage order is outer x channels x
 inner: the dimensions whose strides are above that of the channels', the channels, and the
 dimensions below. A tile is CHANNELS of them times INNER neighbours in one outer row; the tiles of
 the same channels are numbered along the inner, then the outer dimension.
@@ -22,7 +22,7 @@ from pdp_kernels.triton_kernels.soft_mask import (
 )
 from torch import Tensor
 
-from pdp_kernels import reference
+from pdp_kernels.ops import reference
 
 # Elements per tile, and the most a channel may have to be kept in a program's registers. Not yet
 # measured on a GPU.

@@ -1,6 +1,6 @@
 """N:M masks on GPUs: every group of M weights is a layer of its own, held in registers.
 
-Equations as in pdp_kernels/reference.py. Thresholds are found again in the backward rather than
+Equations as in pdp_kernels/ops/reference.py. Thresholds are found again in the backward rather than
 written to memory, so the bytes moved are those of the plain soft mask. Members of a group lie
 `stride` elements apart: whatever the dimension, dense layouts are walked in place.
 """

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdp_kernels import pdp_threshold, reference
+from pdp_kernels import pdp_threshold
+from pdp_kernels.ops import reference
 from tests.distributed import test_digit_counts
 from tests.functional import (
     test_compress,

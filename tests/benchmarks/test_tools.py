@@ -11,7 +11,7 @@ import torch
 from benchmarks import kernels, smoke, sweep, variants
 from benchmarks.batches import make_batch
 from benchmarks.rows import Row, read_rows
-from pdp_kernels import _ops
+from pdp_kernels import ops
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ CASES = [
 
 
 def test_every_operator_has_a_case():
-    assert {param.values[0].operator for param in CASES} == set(_ops.SCHEMAS)
+    assert {param.values[0].operator for param in CASES} == set(ops.schemas.SCHEMAS)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pdp_kernels import reference
+from pdp_kernels.ops import reference
 from tests.support.cases import (
     DISTRIBUTIONS,
     DTYPES,

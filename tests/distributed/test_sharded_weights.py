@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from pdp_kernels.reference import INTEGERS, threshold_dtype
 
 from pdp_kernels import (
     channel_norms,
@@ -19,6 +18,7 @@ from pdp_kernels import (
     pdp_thresholds,
     pq_index,
 )
+from pdp_kernels.ops.reference import INTEGERS, threshold_dtype
 from tests.support.cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
 from tests.support.ranks import BACKENDS, device_of, results_on_ranks
 

@@ -14,7 +14,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from pdp_kernels import compress_2to4, hard_mask, reference
+from pdp_kernels import compress_2to4, hard_mask
+from pdp_kernels.ops import reference
 from tests.support.cases import DISTRIBUTIONS, denormals, weight_of, with_special_values
 
 COMPRESSED_DTYPES = (torch.bfloat16, torch.float16)

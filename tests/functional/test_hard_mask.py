@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, reference
+from pdp_kernels import hard_mask, pdp_mask, pdp_threshold
+from pdp_kernels.ops import reference
 from tests.support.cases import (
     DISTRIBUTIONS,
     DTYPES,

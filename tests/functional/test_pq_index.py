@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.func import vmap
 
-from pdp_kernels import pq_index, reference
+from pdp_kernels import pq_index
+from pdp_kernels.ops import reference
 from tests.conftest import GPU, dispatched
 from tests.support.cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pdp_kernels import pdp_mask, pdp_threshold, reference
+from pdp_kernels import pdp_mask, pdp_threshold
+from pdp_kernels.ops import reference
 from tests.support.cases import (
     DISTRIBUTIONS,
     DTYPES,

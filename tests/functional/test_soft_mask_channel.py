@@ -14,8 +14,8 @@ from pdp_kernels import (
     pdp_mask_channel,
     pdp_threshold,
     pdp_thresholds,
-    reference,
 )
+from pdp_kernels.ops import reference
 from tests.support.cases import (
     DTYPES,
     Losses,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from pdp_kernels import hard_mask_nm, pdp_mask, pdp_mask_nm, reference
+from pdp_kernels import hard_mask_nm, pdp_mask, pdp_mask_nm
+from pdp_kernels.ops import reference
 from tests.support.cases import (
     DTYPES,
     Losses,

@@ -2,7 +2,7 @@
 
 import torch
 
-from pdp_kernels import reference
+from pdp_kernels.ops import reference
 
 # The operators that Triton serves on a GPU.
 TRITON = (

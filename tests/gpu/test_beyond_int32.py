@@ -6,7 +6,8 @@ Fresh memory is NaN, so what is not written shows. Each test takes up to 20 GB.
 import pytest
 import torch
 
-from pdp_kernels import compress_2to4, hard_mask, pdp_mask, pdp_threshold, pq_index, reference
+from pdp_kernels import compress_2to4, hard_mask, pdp_mask, pdp_threshold, pq_index
+from pdp_kernels.ops import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.large]
 

@@ -13,8 +13,8 @@ from pdp_kernels import (
     pdp_mask_nm,
     pdp_thresholds,
     pq_index,
-    reference,
 )
+from pdp_kernels.ops import reference
 from tests.gpu.operations import captured
 
 pytestmark = pytest.mark.gpu

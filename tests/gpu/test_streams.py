@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pdp_kernels import _ops, build_info, pdp_threshold
+from pdp_kernels import build_info, ops, pdp_threshold
 from tests.gpu.operations import call, matrices, side_stream
 
 pytestmark = pytest.mark.gpu
@@ -16,7 +16,7 @@ def test_every_backend_is_live():
     assert all(build_info()["backends"].values()), build_info()["reasons"]
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.schemas.SCHEMAS)
 def test_waits_for_what_its_own_stream_is_still_writing(name):
     sources = [matrix.cuda() for matrix in matrices(name)]
     expected = call(name, *sources)  # compiled and loaded by now
@@ -44,7 +44,7 @@ def test_two_streams_at_once():
         assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.schemas.SCHEMAS)
 def test_serves_a_second_device_while_the_first_is_the_current_one(name):
     if torch.cuda.device_count() < 2:
         pytest.skip("one device")

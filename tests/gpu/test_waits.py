@@ -9,8 +9,8 @@ from torch import nn
 from pdp_kernels import (
     PDPConfig,
     PDPPruner,
-    _ops,
     hard_mask,
+    ops,
     pdp_mask,
     pdp_mask_channel,
     pdp_mask_nm,
@@ -31,7 +31,7 @@ def waits_are_errors():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.schemas.SCHEMAS)
 def test_an_operator(name):
     inputs = [matrix.cuda() for matrix in matrices(name)]
     with waits_are_errors():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.func import grad, vjp, vmap
 
-from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, pdp_thresholds, reference
+from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, pdp_thresholds
+from pdp_kernels.ops import reference
 
 TEMPERATURES = [{"tau": 0.1}, {"relative_tau": 0.3}]
 

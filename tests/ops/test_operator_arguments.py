@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pdp_kernels import _arguments, _ops
+from pdp_kernels import ops
 
 W = torch.linspace(-1, 1, 48).view(4, 12)
 HALVES = torch.ones(32, 64, dtype=torch.bfloat16)
@@ -132,7 +132,7 @@ def placed(argument, device, elsewhere):
 
 
 def test_every_operator_is_tried():
-    assert set(CASES) == set(_ops.SCHEMAS)
+    assert set(CASES) == set(ops.schemas.SCHEMAS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -150,12 +150,12 @@ def test_wrong_arguments_raise(device, name, index):
         getattr(torch.ops.pdp, name)(*placed(wrong, device, "cpu"))
 
 
-OF_TRITON = [name for names in _ops._TRITON.values() for name in names]
+OF_TRITON = [name for names in ops.backends.TRITON_OPERATORS.values() for name in names]
 
 
 @pytest.mark.parametrize(("name", "index"), each_change(OF_TRITON))
 def test_wrong_arguments_of_a_triton_kernel_raise(name, index):
-    check = getattr(_arguments, name)
+    check = getattr(ops.arguments, name)
     arguments, changes = CASES[name]
     check(*arguments)
     with pytest.raises(ValueError, match=r"must .*got|must be"):

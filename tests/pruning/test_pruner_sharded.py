@@ -437,7 +437,7 @@ def drift(rank, how):
     ("how", "expected"),
     [
         ("data parallel", "2.weight is not the same on ranks [0, 1, 3] and [2]"),
-        ("replicas of FSDP", "part (0,) of 2.weight is not the same on ranks [0] and [2]"),
+        ("replicas of FSDP", "shard (0,) of 2.weight is not the same on ranks [0] and [2]"),
     ],
 )
 def test_a_replica_that_drifts_is_named(backend, tmp_path, how, expected):

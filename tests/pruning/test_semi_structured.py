@@ -12,7 +12,8 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from pdp_kernels import GroupCheck, check_nm, semi_structured, to_semi_structured
+from pdp_kernels import GroupCheck, check_nm, to_semi_structured
+from pdp_kernels.pruning import semi_structured
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 

@@ -3,7 +3,7 @@
 import torch
 
 import pdp_kernels  # noqa: F401
-from pdp_kernels import reference
+from pdp_kernels.ops import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 31, 33, 4097, 9973, 40009)

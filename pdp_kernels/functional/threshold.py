@@ -5,9 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels import _sharded_selection, reference
-from pdp_kernels._sharding import is_distributed
-from pdp_kernels._validation import check_ratio, check_ratio_tensor, check_weight, check_weights
+from pdp_kernels.distributed import order_statistics
+from pdp_kernels.distributed.shards import is_distributed
+from pdp_kernels.functional.validation import (
+    check_ratio,
+    check_ratio_tensor,
+    check_weight,
+    check_weights,
+)
+from pdp_kernels.ops import reference
 
 
 def pdp_threshold(weight: Tensor, sparsity: float | Tensor) -> Tensor:
@@ -30,7 +36,7 @@ def pdp_threshold(weight: Tensor, sparsity: float | Tensor) -> Tensor:
     """
     check_weight("weight", weight, distributed=True)
     counts = prune_count(weight, sparsity)
-    return _sharded_selection.thresholds([weight.detach()], counts).squeeze(0)
+    return order_statistics.thresholds([weight.detach()], counts).squeeze(0)
 
 
 def pdp_thresholds(
@@ -76,7 +82,7 @@ def pdp_thresholds(
     weights = [weight.detach() for weight in weights]
     if isinstance(sparsities, Tensor):
         check_ratio_tensor("sparsities", sparsities, ((), (len(weights),)), weights[0].device)
-        return _sharded_selection.thresholds(weights, _counts_of_tensor(weights, sparsities))
+        return order_statistics.thresholds(weights, _counts_of_tensor(weights, sparsities))
     if not isinstance(sparsities, (list, tuple)):
         check_ratio("sparsities", sparsities)
         sparsities = [sparsities] * len(weights)
@@ -88,7 +94,7 @@ def pdp_thresholds(
     for index, sparsity in enumerate(sparsities):
         check_ratio(f"sparsities[{index}]", sparsity)
     counts = _prune_counts(weights, [float(sparsity) for sparsity in sparsities])
-    return _sharded_selection.thresholds(weights, counts)
+    return order_statistics.thresholds(weights, counts)
 
 
 def prune_count(weight: Tensor, sparsity: float | Tensor) -> Tensor:

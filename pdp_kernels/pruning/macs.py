@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdp_kernels._selection import Holder, Selected
+from pdp_kernels.pruning.targets import Holder, Selected
 
 _ATTENTION_INPUTS = ("query", "key", "value")
 

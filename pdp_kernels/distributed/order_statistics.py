@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels import _ops  # noqa: F401
-from pdp_kernels._sharding import (
+from pdp_kernels import ops  # noqa: F401
+from pdp_kernels.distributed.shards import (
     ShardedList,
     is_sharded,
     local_part,
     places_along,
 )
-from pdp_kernels.reference import (
+from pdp_kernels.ops.reference import (
     DIGIT_BITS,
     magnitude_keys,
     magnitudes_of_keys,

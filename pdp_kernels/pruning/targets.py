@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
-from pdp_kernels._layers import WeightSlot, weight_slots
-from pdp_kernels._validation import check_weight
-from pdp_kernels.config import LayerPlan, PDPConfig
+from pdp_kernels.functional.validation import check_weight
+from pdp_kernels.pruning.config import LayerPlan, PDPConfig
+from pdp_kernels.pruning.layers import WeightSlot, weight_slots
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from pdp_kernels import _sharded_selection
-from pdp_kernels._sharding import distributed_like, is_distributed
-from pdp_kernels._validation import check_weight
-from pdp_kernels.threshold import prune_count
+from pdp_kernels.distributed import order_statistics
+from pdp_kernels.distributed.shards import distributed_like, is_distributed
+from pdp_kernels.functional.threshold import prune_count
+from pdp_kernels.functional.validation import check_weight
 
 
 def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
@@ -34,5 +34,5 @@ def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
         tensor([ True, False, False,  True])
     """
     check_weight("weight", weight, distributed=True)
-    kept = _sharded_selection.hard_mask_part(weight, prune_count(weight, sparsity))
+    kept = order_statistics.hard_mask_part(weight, prune_count(weight, sparsity))
     return distributed_like(weight, kept) if is_distributed(weight) else kept

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels._sharded_selection import key_of_rank
-from pdp_kernels._sharding import ShardedList
-from pdp_kernels._validation import check_ratio, check_weights
-from pdp_kernels.reference import magnitude_keys, threshold_dtype
+from pdp_kernels.distributed.order_statistics import key_of_rank
+from pdp_kernels.distributed.shards import ShardedList
+from pdp_kernels.functional.validation import check_ratio, check_weights
+from pdp_kernels.ops.reference import magnitude_keys, threshold_dtype
 
 
 @torch.no_grad()

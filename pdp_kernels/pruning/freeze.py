@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pdp_kernels._sharding import local_part
-from pdp_kernels._validation import check_optimizer
+from pdp_kernels.distributed.shards import local_part
+from pdp_kernels.functional.validation import check_optimizer
 
 
 class FrozenZeros:

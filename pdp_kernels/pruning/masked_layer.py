@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdp_kernels._autograd import MaskedChannels, MaskedWeight
-from pdp_kernels._layers import parts_read
-from pdp_kernels._sharded_selection import hard_mask_part
-from pdp_kernels._sharded_sums import channel_norms, with_whole_channels
-from pdp_kernels._sharding import (
+from pdp_kernels.distributed.order_statistics import hard_mask_part
+from pdp_kernels.distributed.shards import (
     is_distributed,
     is_sharded,
     local_part,
     map_parts,
     places_along,
 )
-from pdp_kernels._validation import check_divisible
-from pdp_kernels.config import LayerPlan
-from pdp_kernels.reference import threshold_dtype
-from pdp_kernels.soft_mask import autocast_dtype
+from pdp_kernels.distributed.sums import channel_norms, with_whole_channels
+from pdp_kernels.functional.soft_mask import autocast_dtype
+from pdp_kernels.functional.validation import check_divisible
+from pdp_kernels.ops.autograd import MaskedChannels, MaskedWeight
+from pdp_kernels.ops.reference import threshold_dtype
+from pdp_kernels.pruning.config import LayerPlan
+from pdp_kernels.pruning.layers import parts_read
 
 
 class WeightMask:

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pdp_kernels._masked_layer import WeightMask
-from pdp_kernels._selection import Selected
-from pdp_kernels._sharding import ShardedList, local_part
+from pdp_kernels.distributed.shards import ShardedList, local_part
+from pdp_kernels.pruning.masked_layer import WeightMask
+from pdp_kernels.pruning.targets import Selected
 
 SOFT_ZONE = (0.1, 0.9)
 _BINS = 20

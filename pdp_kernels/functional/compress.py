@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from pdp_kernels._arguments import COMPRESSED_COLUMNS, COMPRESSED_ROWS
-from pdp_kernels._validation import check_weight
+from pdp_kernels.functional.validation import check_weight
+from pdp_kernels.ops.arguments import COMPRESSED_COLUMNS, COMPRESSED_ROWS
 
 COMPRESSED_DTYPES = (torch.bfloat16, torch.float16)
 

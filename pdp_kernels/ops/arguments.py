@@ -7,7 +7,7 @@ before.
 import torch
 from torch import Tensor
 
-from pdp_kernels.reference import threshold_dtype
+from pdp_kernels.ops.reference import threshold_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUP = 32  # members of an N:M group

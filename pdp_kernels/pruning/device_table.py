@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pdp_kernels._masked_layer import ChannelWeightMask, GroupWeightMask, WeightMask
-from pdp_kernels._selection import Selected
-from pdp_kernels._sharded_selection import thresholds
-from pdp_kernels._sharded_sums import channel_norms
-from pdp_kernels.config import PDPConfig
+from pdp_kernels.distributed.order_statistics import thresholds
+from pdp_kernels.distributed.sums import channel_norms
+from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.masked_layer import ChannelWeightMask, GroupWeightMask, WeightMask
+from pdp_kernels.pruning.targets import Selected
 
 
 class DeviceTable:

@@ -10,9 +10,9 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from pdp_kernels._layers import layer_weights
-from pdp_kernels._validation import check_divisible, check_pattern, check_weight
-from pdp_kernels.compress import COMPRESSED_DTYPES, compress_2to4
+from pdp_kernels.functional.compress import COMPRESSED_DTYPES, compress_2to4
+from pdp_kernels.functional.validation import check_divisible, check_pattern, check_weight
+from pdp_kernels.pruning.layers import layer_weights
 
 
 class GroupCheck(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels import _sharded_sums
-from pdp_kernels._validation import (
+from pdp_kernels.distributed.sums import power_sums
+from pdp_kernels.functional.validation import (
     check_exponents,
     check_has_rows,
     check_kept,
@@ -88,7 +88,7 @@ def pq_index(
 
     weights = [of.detach() for of in weights]
     p, q = float(p), float(q)
-    sums = _sharded_sums.power_sums(weights, masks, p, q, scope == "neuron")
+    sums = power_sums(weights, masks, p, q, scope == "neuron")
     if scope == "global":
         return index_of(sums.sum(0), p, q)
     index = index_of(sums, p, q)
@@ -97,14 +97,14 @@ def pq_index(
     return index.squeeze(0) if scope == "layer" and single else index
 
 
-def index_of(power_sums: Tensor, p: float, q: float) -> Tensor:
+def index_of(sums: Tensor, p: float, q: float) -> Tensor:
     """I of (..., 3) sums (d, sum |w|^p, sum |w|^q), float64 (...).
 
     Written as 1 - (S_p / S_q^(p/q) d^(p/q - 1))^(1/p): the quotient of the norms to the power p
     lies between 1 and d^(1 - p/q), so that no step overflows however many or large the weights, and
     there is no logarithm to lose digits of a result near 0. One of equal weights is 0 to 1e-14.
     """
-    count, sum_p, sum_q = power_sums.unbind(-1)
+    count, sum_p, sum_q = sums.unbind(-1)
     index = 1 - (sum_p / sum_q ** (p / q) * count ** (p / q - 1)) ** (1 / p)
     index = index.masked_fill(sum_q == math.inf, math.nan)
     if q > 1:  # a denormal power has lost digits; |w| itself, and its roots, have not

@@ -4,7 +4,7 @@ import inspect
 
 import torch
 
-from pdp_kernels import _ops
+from pdp_kernels.ops.vmap import map_over_batch
 
 
 class MaskedWeight(torch.autograd.Function):
@@ -41,7 +41,7 @@ class MaskedWeight(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _ops.map_over_batch(MaskedWeight.apply, info.batch_size, in_dims, args)
+        return map_over_batch(MaskedWeight.apply, info.batch_size, in_dims, args)
 
 
 class MaskedChannels(torch.autograd.Function):
@@ -79,7 +79,7 @@ class MaskedChannels(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _ops.map_over_batch(MaskedChannels.apply, info.batch_size, in_dims, args)
+        return map_over_batch(MaskedChannels.apply, info.batch_size, in_dims, args)
 
 
 def _backward(name, *arguments):
@@ -109,7 +109,7 @@ class _BackwardOnce(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _ops.map_over_batch(_BackwardOnce.apply, info.batch_size, in_dims, args)
+        return map_over_batch(_BackwardOnce.apply, info.batch_size, in_dims, args)
 
 
 class _BoundAsGiven(inspect.BoundArguments):

@@ -11,24 +11,24 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pdp_kernels._device_table import DeviceTable
-from pdp_kernels._macs import count_macs
-from pdp_kernels._masked_layer import (
+from pdp_kernels.distributed.replicas import compare_replicas
+from pdp_kernels.distributed.shards import local_part, show_shards
+from pdp_kernels.functional.allocation import check_budget, global_prune_counts
+from pdp_kernels.functional.validation import check_non_negative, check_optimizer, check_positive
+from pdp_kernels.ops.reference import threshold_dtype
+from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.device_table import DeviceTable
+from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
+from pdp_kernels.pruning.macs import count_macs
+from pdp_kernels.pruning.masked_layer import (
     GroupWeightMask,
     WeightMask,
     mask_model,
     new_mask,
     unmask_model,
 )
-from pdp_kernels._replicas import compare_replicas
-from pdp_kernels._selection import Selected, select_weights
-from pdp_kernels._sharding import local_part, show_shards
-from pdp_kernels._validation import check_non_negative, check_optimizer, check_positive
-from pdp_kernels.allocation import check_budget, global_prune_counts
-from pdp_kernels.config import PDPConfig
-from pdp_kernels.freeze import FrozenZeros, freeze_zeros
-from pdp_kernels.pruning_report import PruningReport, ReportHistory
-from pdp_kernels.reference import threshold_dtype
+from pdp_kernels.pruning.report import PruningReport, ReportHistory
+from pdp_kernels.pruning.targets import Selected, select_weights
 
 _NOT_ALLOCATED = -1  # in a state_dict, until the end of the warm-up
 
@@ -256,8 +256,13 @@ class PDPPruner:
             RuntimeError: some differ, on every rank alike: which weights, and which ranks agree.
         """
         show_shards(self.model)
-        thresholds = [mask.threshold for mask in self._masks]
-        compare_replicas(self._weights, thresholds, group)
+        weights = {entry.name: entry.weight for entry in self._weights}
+        thresholds = {
+            entry.name: mask.threshold
+            for entry, mask in zip(self._weights, self._masks, strict=True)
+            if mask.threshold is not None
+        }
+        compare_replicas(weights, thresholds, group)
 
     def state_dict(self) -> dict[str, Any]:
         """Progress, what each layer loses, the thresholds by now, and the configuration.

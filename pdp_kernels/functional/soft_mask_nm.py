@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from pdp_kernels._autograd import MaskedWeight
-from pdp_kernels._sharding import map_parts
-from pdp_kernels._validation import (
+from pdp_kernels.distributed.shards import map_parts
+from pdp_kernels.functional.soft_mask import autocast_dtype, temperature_of
+from pdp_kernels.functional.validation import (
     check_divisible,
     check_out_dtype,
     check_pattern,
     check_pruned,
     check_weight,
 )
-from pdp_kernels.soft_mask import autocast_dtype, temperature_of
+from pdp_kernels.ops.autograd import MaskedWeight
 
 
 def pdp_mask_nm(

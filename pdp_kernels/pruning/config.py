@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pdp_kernels._validation import (
+from pdp_kernels.functional.soft_mask import PAPER_TAU
+from pdp_kernels.functional.validation import (
     MAX_GROUP,
     NORMS,
     check_non_negative,
@@ -16,7 +17,6 @@ from pdp_kernels._validation import (
     check_ratio,
     check_temperature,
 )
-from pdp_kernels.soft_mask import PAPER_TAU
 
 PAPER_WARMUP = 16.0  # epochs; s of arXiv 2305.11203, Algorithm 1
 PAPER_EPSILON = 0.015  # of the ramp's whole height, per epoch

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels import _ops  # noqa: F401
-from pdp_kernels._sharding import (
+from pdp_kernels import ops  # noqa: F401
+from pdp_kernels.distributed.shards import (
     ShardedList,
     borders_along,
     is_sharded,
@@ -14,7 +14,7 @@ from pdp_kernels._sharding import (
     places_along,
     sharding_dims,
 )
-from pdp_kernels.reference import fan_in, threshold_dtype
+from pdp_kernels.ops.reference import fan_in, threshold_dtype
 
 # Weights that the CPU kernel adds up in one go (kSumTile of csrc/cpu/power_sums.cpp). Sums in
 # floating point depend on their order: tiles cut by a border between ranks are put together first.

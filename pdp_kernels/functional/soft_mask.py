@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from pdp_kernels._autograd import MaskedWeight
-from pdp_kernels._sharding import map_parts
-from pdp_kernels._validation import (
+from pdp_kernels.distributed.shards import map_parts
+from pdp_kernels.functional.threshold import pdp_threshold
+from pdp_kernels.functional.validation import (
     check_one_given,
     check_out_dtype,
     check_temperature,
     check_threshold,
     check_weight,
 )
-from pdp_kernels.reference import threshold_dtype
-from pdp_kernels.threshold import pdp_threshold
+from pdp_kernels.ops.autograd import MaskedWeight
+from pdp_kernels.ops.reference import threshold_dtype
 
 PAPER_TAU = 1e-4  # that of arXiv 2305.11203
 

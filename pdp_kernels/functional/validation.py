@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pdp_kernels._arguments import DTYPES, MAX_GROUP
-from pdp_kernels._sharding import borders_along, is_distributed
+from pdp_kernels.distributed.shards import borders_along, is_distributed
+from pdp_kernels.ops.arguments import DTYPES, MAX_GROUP
 
 NORMS = ("l2", "rms")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -1,0 +1,1 @@
+"""Weights that are sharded over ranks (DTensors): order statistics and sums of global weights."""

@@ -1,0 +1,1 @@
+"""Public functions of tensors: thresholds, masks, allocation, PQ Index, compression."""

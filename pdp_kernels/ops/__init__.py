@@ -1,0 +1,10 @@
+"""The dispatcher operators of namespace ``pdp``: schemas, fakes, vmap rules and backends.
+
+A call goes from a public function to an `autograd.Function`, to an operator, to a backend. The
+dispatcher chooses the backend: native C++ for CPU tensors, CUDA C++ (selection) and Triton (masks)
+for CUDA tensors, and the reference where a tensor has no kernel of its own.
+"""
+
+from pdp_kernels.ops import backends, schemas, vmap
+
+__all__ = ["backends", "schemas", "vmap"]

@@ -1,0 +1,52 @@
+"""The fast backends: extension modules register their own kernels, Triton's are registered here."""
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from pdp_kernels.ops import arguments
+from pdp_kernels.ops.schemas import library
+
+
+def _load(module: str) -> str | None:
+    """Import a module that registers kernels. Return the error's text if it does not load."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+# Why each extension module is not live; None where it is.
+load_errors: dict[str, str | None] = {
+    name: _load(f"pdp_kernels.{name}") for name in ("_C", "_C_cuda")
+}
+
+has_triton: bool = find_spec("triton") is not None
+
+# The operators that Triton serves, by their file in triton_kernels.
+TRITON_OPERATORS = {
+    "soft_mask": ("soft_mask", "soft_mask_backward"),
+    "soft_mask_nm": ("soft_mask_nm", "soft_mask_nm_backward", "hard_mask_nm"),
+    "compress": ("compress_2to4",),
+    "soft_mask_channel": ("channel_norms", "soft_mask_channel", "soft_mask_channel_backward"),
+}
+
+
+def _on_first_call(file: str, name: str) -> Callable[..., Any]:
+    """Return the Triton implementation, which imports Triton when it is first called."""
+    check = getattr(arguments, name)
+
+    def call(*args: Any) -> Any:
+        check(*args)
+        module = importlib.import_module(f"pdp_kernels.triton_kernels.{file}")
+        return getattr(module, name)(*args)
+
+    return call
+
+
+if has_triton:
+    for _file, _names in TRITON_OPERATORS.items():
+        for _name in _names:
+            library.impl(_name, _on_first_call(_file, _name), "CUDA")

@@ -1,0 +1,126 @@
+"""The fake of every operator: empty results with the right shapes, dtypes, strides and device."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pdp_kernels.ops.reference import DIGIT_BITS, threshold_dtype
+
+
+def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=torch.int64)
+
+
+def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
+    return weights[0].new_empty(len(weights), dtype=threshold_dtype(weights))
+
+
+def digit_counts(weights: Sequence[Tensor], prefixes: Tensor, digit: int) -> tuple[Tensor, Tensor]:
+    bins = 1 << DIGIT_BITS[weights[0].element_size()][digit]
+    return prefixes.new_empty(len(weights), bins), torch.empty_like(prefixes)
+
+
+def hard_mask(weight: Tensor, prune_count: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.bool)
+
+
+def soft_mask(
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+    return_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    w_hat = torch.empty_like(weight, dtype=out_dtype)
+    return w_hat, torch.empty_like(w_hat) if return_mask else w_hat.new_empty(0)
+
+
+def soft_mask_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def soft_mask_nm(
+    weight: Tensor,
+    tau: Tensor,
+    m: int,
+    pruned: int,
+    dim: int,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+    return_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    return soft_mask(weight, tau, tau, relative, out_dtype, return_mask)
+
+
+def soft_mask_nm_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    tau: Tensor,
+    m: int,
+    pruned: int,
+    dim: int,
+    relative: bool,
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
+    return torch.empty_like(weight, dtype=torch.bool)
+
+
+def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows, cols = weight.shape
+    values = weight.new_empty(rows, cols // 2)
+    return values, weight.new_empty(rows, cols // 16, dtype=torch.int16)
+
+
+def channel_norms(weight: Tensor, dim: int, rms: bool) -> Tensor:
+    return weight.new_empty(weight.shape[dim], dtype=threshold_dtype([weight]))
+
+
+def soft_mask_channel(
+    weight: Tensor,
+    norms: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    dim: int,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    w_hat = torch.empty_like(weight, dtype=out_dtype)
+    return w_hat, w_hat.new_empty(weight.shape[dim])
+
+
+def soft_mask_channel_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    norms: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    dim: int,
+    relative: bool,
+    rms: bool,
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def power_sums(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    p: float,
+    q: float,
+    per_row: bool,
+) -> Tensor:
+    groups = sum(weight.shape[0] for weight in weights) if per_row else len(weights)
+    return weights[0].new_empty(groups, 3, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Pruning of whole models: PDP (Algorithm 1), SAP, reports, and conversion for inference."""
