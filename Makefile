@@ -45,7 +45,7 @@ gpu:
 $(VENV)/tools: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
-	$(VENV)/bin/pip install --quiet "$(TORCH)" --group build --group test --group bench --group examples \
+	$(VENV)/bin/pip install --quiet "$(TORCH)" --group build --group test --group bench --group studies \
 		--group lint
 	touch $@
 
