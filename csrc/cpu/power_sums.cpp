@@ -4,9 +4,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
-
-#include "root_sums.h"
 
 namespace pdp::cpu {
 namespace {
@@ -44,11 +41,6 @@ PDP_INLINE void add_block(Norms norms, const Real* values, int count, double p, 
                           PowerSums& sums) {
   switch (norms) {
     case Norms::kHalfOne:
-      if constexpr (std::is_same_v<Real, float>) {
-        const int added = add_root_sums(values, count, sums);
-        values += added;
-        count -= added;
-      }
       return add_block<Norms::kHalfOne>(values, count, p, q, sums);
     case Norms::kHalfTwo:
       return add_block<Norms::kHalfTwo>(values, count, p, q, sums);

@@ -27,7 +27,7 @@ constexpr bool compiled_for(std::string_view feature) {
 
 }  // namespace
 
-// So that gather.cpp and root_sums.cpp choose what the level has, not what the CPU has.
+// gather.cpp then chooses what the level has, not what the CPU has.
 #define __builtin_cpu_supports(feature) compiled_for(feature)
 
 #include "../../../csrc/cpu/compress.cpp"
@@ -36,7 +36,6 @@ constexpr bool compiled_for(std::string_view feature) {
 #include "../../../csrc/cpu/hard_mask.cpp"
 #include "../../../csrc/cpu/power_sums.cpp"
 #include "../../../csrc/cpu/radix_select.cpp"
-#include "../../../csrc/cpu/root_sums.cpp"
 #include "../../../csrc/cpu/soft_mask.cpp"
 #include "../../../csrc/cpu/soft_mask_channel.h"
 #include "../../../csrc/cpu/soft_mask_nm.h"
