@@ -15,15 +15,13 @@ from setuptools import setup
 
 
 def find_toolkit() -> Path | None:
-    """A folder that holds the CUDA headers; `which nvcc` may lead to a wrapper somewhere else."""
-    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    """Return a folder that holds the CUDA headers; nvcc on PATH may be a wrapper elsewhere."""
     nvcc = shutil.which("nvcc")
-    found = [str(Path(nvcc).resolve().parents[1])] if nvcc else []
-    usual = ["/usr/local/cuda", *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
-    for folder in filter(None, named + found + usual):
-        if Path(folder, "include", "cuda_runtime.h").exists():
-            return Path(folder)
-    return None
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates += [Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"]
+    candidates += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
+    folders = (Path(folder) for folder in candidates if folder)
+    return next((each for each in folders if (each / "include/cuda_runtime.h").exists()), None)
 
 
 TOOLKIT = find_toolkit()
@@ -40,13 +38,11 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000")]
 # square roots and, below AVX-512, conditions.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]
 
-# Ampere, Hopper, Blackwell; what comes later compiles the PTX of the last.
+# Ampere, Hopper, Blackwell. Later GPUs compile the PTX of the last.
 ARCHITECTURES = ("8.0", "9.0", "10.0")
-
-
-# Kernel arguments may take 32,764 bytes from this release on.
-OLDEST_CUDA = (12, 1)
+OLDEST_CUDA = (12, 1)  # from this release on kernel arguments may take 32,764 bytes
 
 
 def ask_nvcc(option: str) -> str:
@@ -58,8 +54,7 @@ def obstacle_to_cuda() -> str | None:
         return "no CUDA toolkit was found (set CUDA_HOME)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    release = re.search(r"release (\d+)\.(\d+)", ask_nvcc("--version"))
-    major, minor = map(int, release.groups())
+    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", ask_nvcc("--version")).groups())
     if major != int(torch.version.cuda.split(".")[0]):
         return f"torch is built for CUDA {torch.version.cuda}, and {TOOLKIT} is CUDA {major}"
     if (major, minor) < OLDEST_CUDA:
@@ -84,9 +79,9 @@ def extensions() -> list:
     if shutil.which(compiler) is None:
         print(f"pdp_kernels: no C++ compiler ({compiler}): installing without native kernels")
         return []
-    cpu = ["csrc/ops_cpu.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
     # pybind11's own headers come before torch's copy, which a stable ABI target may not include.
     headers = pybind11.get_include()
+    cpu = ["csrc/ops_cpu.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
     options = {"define_macros": MACROS, "extra_compile_args": FLAGS}
     modules = [CppExtension("pdp_kernels._C", cpu, include_dirs=[headers], **options)]
     if wants_cuda():
@@ -94,12 +89,10 @@ def extensions() -> list:
         usual = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
         chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(usual) + "+PTX")
         macros = [*MACROS, ("USE_CUDA", None), ("PDP_CUDA_ARCHITECTURES", f'"{chosen}"')]
-        flags = {"cxx": FLAGS, "nvcc": ["-O3", "-std=c++17"]}
-        options = {"define_macros": macros, "extra_compile_args": flags}
+        flags = {"cxx": FLAGS, "nvcc": NVCC_FLAGS}
+        options = {"define_macros": macros, "extra_compile_args": flags, "include_dirs": [headers]}
         cuda = ["csrc/ops_cuda.cu", "csrc/module_cuda.cpp"]
-        modules.append(
-            CUDAExtension("pdp_kernels._C_cuda", cuda, include_dirs=[headers], **options)
-        )
+        modules.append(CUDAExtension("pdp_kernels._C_cuda", cuda, **options))
     return modules
 
 
