@@ -13,9 +13,9 @@ from torch import Tensor
 from pdp_kernels import ops  # noqa: F401
 from pdp_kernels.distributed.shards import (
     ShardedList,
+    global_indices,
     is_sharded,
-    local_part,
-    places_along,
+    local_shard,
 )
 from pdp_kernels.ops.reference import (
     DIGIT_BITS,
@@ -36,49 +36,49 @@ def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
     """
     sharded = [index for index, weight in enumerate(weights) if is_sharded(weight)]
     if not sharded:
-        return torch.ops.pdp.thresholds(list(map(local_part, weights)), prune_counts)
+        return torch.ops.pdp.thresholds(list(map(local_shard, weights)), prune_counts)
     whole = [index for index, weight in enumerate(weights) if not is_sharded(weight)]
     counts = prune_counts.unbind()
     dtype = threshold_dtype(weights)
     found = dict(zip(sharded, _select(weights, sharded, counts), strict=True))
     if whole:
-        parts = [local_part(weights[index]) for index in whole]
+        parts = [local_shard(weights[index]) for index in whole]
         ranks = torch.stack([counts[index] for index in whole])
         found |= zip(whole, torch.ops.pdp.thresholds(parts, ranks), strict=True)
     return torch.stack([found[index].to(dtype) for index in range(len(weights))])
 
 
-def hard_mask_part(weight: Tensor, prune_count: Tensor) -> Tensor:
+def hard_mask_of_shard(weight: Tensor, prune_count: Tensor) -> Tensor:
     """The operator `hard_mask` of a weight that may be distributed: the part for this rank's part.
 
     Among weights tied at the boundary the last one pruned is found by a second selection, in their
     flat indices in the whole weight. Waits for the device where the weight is sharded.
     """
-    local = local_part(weight)
+    local = local_shard(weight)
     if not is_sharded(weight):
         return torch.ops.pdp.hard_mask(local, prune_count)
     count = int(prune_count)
     if not 0 < count < weight.numel():
         return torch.full_like(local, count <= 0, dtype=torch.bool)
-    shards = ShardedList([weight])
+    sharded = ShardedList([weight])
     bits = 8 * weight.element_size() - 1
-    part = shards.parts[0]
-    kth, pruned_ties = key_of_rank({0: lambda: magnitude_keys(part)}, count, bits, shards)
+    part = sharded.shards[0]
+    kth, pruned_ties = select_key({0: lambda: magnitude_keys(part)}, count, bits, sharded)
     keys = magnitude_keys(local).view(local.shape)
     kept, tied = keys > kth, keys == kth
     places = _flat_indices(weight, tied)
     counted = places if part.numel() else places[:0]
-    ties = shards.totals({0: torch.tensor(len(counted), device=weight.device)})[0]
+    ties = sharded.all_reduce({0: torch.tensor(len(counted), device=weight.device)})[0]
     if pruned_ties < ties:
-        last, _ = key_of_rank(
-            {0: lambda: counted}, pruned_ties, weight.numel().bit_length(), shards
+        last, _ = select_key(
+            {0: lambda: counted}, pruned_ties, weight.numel().bit_length(), sharded
         )
         kept[tied] = places > last
     return kept
 
 
-def key_of_rank(
-    keys: Mapping[int, Callable[[], Tensor]], rank: int, bits: int, shards: ShardedList
+def select_key(
+    keys: Mapping[int, Callable[[], Tensor]], rank: int, bits: int, sharded: ShardedList
 ) -> tuple[int, int]:
     """The rank-th (from 1) of all keys of a list together, and its rank among those equal to it.
 
@@ -92,7 +92,7 @@ def key_of_rank(
         counts = {
             index: _digit_histogram(key(), prefix, bits, width) for index, key in keys.items()
         }
-        cumulative = sum(total.cpu() for total in shards.totals(counts).values()).cumsum(0)
+        cumulative = sum(total.cpu() for total in sharded.all_reduce(counts).values()).cumsum(0)
         digit = int(torch.searchsorted(cumulative, rank))
         rank -= int(cumulative[digit - 1]) if digit else 0
         prefix = prefix << width | digit
@@ -109,7 +109,7 @@ def _flat_indices(weight: Tensor, chosen: Tensor) -> Tensor:
     """The indices in the whole weight, flattened, of chosen elements of this rank's part."""
     index = torch.zeros((), dtype=torch.int64, device=weight.device)
     for dim, places in enumerate(chosen.nonzero(as_tuple=True)):
-        index = index * weight.shape[dim] + places_along(weight, dim)[places]
+        index = index * weight.shape[dim] + global_indices(weight, dim)[places]
     return index
 
 
@@ -117,25 +117,25 @@ def _select(
     weights: Sequence[Tensor], sharded: Sequence[int], prune_counts: Sequence[Tensor]
 ) -> list[Tensor]:
     """The thresholds of those weights that are sharded."""
-    shards = ShardedList([weights[index] for index in sharded])
+    listed = ShardedList([weights[index] for index in sharded])
     members: dict[torch.dtype, list[int]] = {}
-    for place, part in enumerate(shards.parts):
+    for place, part in enumerate(listed.shards):
         members.setdefault(part.dtype, []).append(place)
     searches = [
         _Search(
             places,
-            [shards.parts[place] for place in places],
+            [listed.shards[place] for place in places],
             torch.stack([prune_counts[sharded[place]] for place in places]),
         )
         for places in members.values()
     ]
     while running := [search for search in searches if search.digits_left()]:
         counts = {place: count for search in running for place, count in search.count().items()}
-        totals = shards.totals(counts)
+        totals = listed.all_reduce(counts)
         for search in running:
             search.advance(totals)
     above = {place: key for search in searches for place, key in search.above.items()}
-    least = shards.totals(above, least=True)
+    least = listed.all_reduce(above, minimum=True)
     found = {place: t for search in searches for place, t in search.thresholds(least).items()}
     return [found[place] for place in range(len(sharded))]
 
@@ -149,7 +149,7 @@ class _Search:
 
     def __init__(self, places: list[int], parts: list[Tensor], prune_counts: Tensor):
         self.places = places
-        self.parts = parts
+        self.shards = parts
         self.prune_counts = prune_counts
         self.bits = DIGIT_BITS[parts[0].element_size()]
         self.digit = 0
@@ -161,7 +161,7 @@ class _Search:
         return self.digit < len(self.bits)
 
     def count(self) -> dict[int, Tensor]:
-        counts, above = torch.ops.pdp.digit_counts(self.parts, self.prefix, self.digit)
+        counts, above = torch.ops.pdp.digit_counts(self.shards, self.prefix, self.digit)
         self.above = dict(zip(self.places, above, strict=True))
         return dict(zip(self.places, counts, strict=True))
 
@@ -182,10 +182,10 @@ class _Search:
         self.digit += 1
 
     def thresholds(self, above: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        dtype = self.parts[0].dtype
+        dtype = self.shards[0].dtype
         above = torch.stack([above[place] for place in self.places])
         kth, following = (
-            magnitudes_of_keys(keys, dtype).to(threshold_dtype(self.parts))
+            magnitudes_of_keys(keys, dtype).to(threshold_dtype(self.shards))
             for keys in (self.prefix, torch.where(self.next_here, self.next, above))
         )
         t = threshold_between(kth, following, self.prune_counts, self.sizes)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pdp_kernels.distributed.shards import is_distributed, local_part, sharding_dims
+from pdp_kernels.distributed.shards import is_distributed, local_shard, sharding_dims
 from pdp_kernels.ops.reference import INTEGERS
 
 
@@ -51,7 +51,7 @@ def compare_replicas(
 
 def _checksum(weight: Tensor) -> Tensor:
     """Return the sum of a shard's bits, which changes with any one weight."""
-    shard = local_part(weight).contiguous()
+    shard = local_shard(weight).contiguous()
     return shard.view(INTEGERS[shard.element_size()]).sum(dtype=torch.int64).cpu()
 
 

@@ -23,7 +23,7 @@ def is_distributed(weight: Tensor) -> bool:
     return hasattr(weight, "device_mesh")
 
 
-def show_shards(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Makes FSDP put its sharded parameters back, where a forward has left whole copies of them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp else ():
@@ -46,13 +46,13 @@ def is_sharded(weight: Tensor) -> bool:
     return is_distributed(weight) and bool(sharding_dims(weight))
 
 
-def local_part(weight: Tensor) -> Tensor:
+def local_shard(weight: Tensor) -> Tensor:
     """What this rank holds of a weight, detached; of one that is not distributed, all."""
     weight = weight.detach()
     return weight.to_local() if is_distributed(weight) else weight
 
 
-def map_parts(function: Callable[[Tensor], Any], weight: Tensor) -> Any:
+def map_shards(function: Callable[[Tensor], Any], weight: Tensor) -> Any:
     """What a function makes of a weight element by element, distributed like the weight.
 
     Differentiable. Of several results those of the weight's shape are distributed.
@@ -81,7 +81,7 @@ def distributed_like(weight: "DTensor", part: Tensor) -> "DTensor":
     )
 
 
-def places_along(weight: "DTensor", dim: int) -> Tensor:
+def global_indices(weight: "DTensor", dim: int) -> Tensor:
     """Which places along one dimension of the whole weight this rank's part has, int64."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
@@ -105,7 +105,7 @@ def places_along(weight: "DTensor", dim: int) -> Tensor:
     return places
 
 
-def borders_along(weight: "DTensor", dim: int) -> list[int]:
+def shard_starts(weight: "DTensor", dim: int) -> list[int]:
     """Where parts begin along one dimension of the whole weight, on whatever rank."""
     pieces = [(0, weight.shape[dim])]
     for mesh_dim in sharding_dims(weight):
@@ -143,13 +143,13 @@ class ShardedList:
     """
 
     def __init__(self, weights: Sequence[Tensor]):
-        self.parts = [local_part(weight) for weight in weights]
+        self.shards = [local_shard(weight) for weight in weights]
         self._groups: list[_Group] = []
         sharded = {index: weight for index, weight in enumerate(weights) if is_sharded(weight)}
         if sharded:
             self._form_groups(sharded)
 
-    def totals(self, values: Mapping[int, Tensor], least: bool = False) -> dict[int, Tensor]:
+    def all_reduce(self, values: Mapping[int, Tensor], minimum: bool = False) -> dict[int, Tensor]:
         """Of values of weights' parts, by position and of one dtype, the sums over all parts.
 
         Or the least. One collective for each group of ranks: usually one.
@@ -160,7 +160,7 @@ class ShardedList:
             if not mine:
                 continue
             buffer = torch.cat([values[index].flatten() for index in mine])
-            op = dist.ReduceOp.MIN if least else dist.ReduceOp.SUM
+            op = dist.ReduceOp.MIN if minimum else dist.ReduceOp.SUM
             dist.all_reduce(buffer, op, process_group)
             pieces = buffer.split([values[index].numel() for index in mine])
             for index, piece in zip(mine, pieces, strict=True):
@@ -184,7 +184,7 @@ class ShardedList:
             place = next(place for place, span in enumerate(spans) if peers[key] <= span.ranks)
             members.setdefault(place, []).append(index)
             if min(spans[place].ranks) not in peers[key]:
-                self.parts[index] = self.parts[index].flatten()[:0]
+                self.shards[index] = self.shards[index].flatten()[:0]
         self._groups = [
             _Group(spans[place].process_group(), indices) for place, indices in members.items()
         ]

@@ -8,10 +8,10 @@ from torch import Tensor
 from pdp_kernels import ops  # noqa: F401
 from pdp_kernels.distributed.shards import (
     ShardedList,
-    borders_along,
+    global_indices,
     is_sharded,
-    local_part,
-    places_along,
+    local_shard,
+    shard_starts,
     sharding_dims,
 )
 from pdp_kernels.ops.reference import fan_in, threshold_dtype
@@ -29,17 +29,17 @@ def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], rms: bool) -> 
     """
     sharded = [index for index, weight in enumerate(weights) if is_sharded(weight)]
     norms = {
-        index: torch.ops.pdp.channel_norms(local_part(weights[index]), dims[index], rms)
+        index: torch.ops.pdp.channel_norms(local_shard(weights[index]), dims[index], rms)
         for index in range(len(weights))
         if index not in sharded
     }
     if sharded:
-        shards = ShardedList([weights[index] for index in sharded])
+        listed = ShardedList([weights[index] for index in sharded])
         sums = {
-            place: _channel_sums(weights[index], shards.parts[place], dims[index], rms)
+            place: _channel_sums(weights[index], listed.shards[place], dims[index], rms)
             for place, index in enumerate(sharded)
         }
-        for place, total in shards.totals(sums).items():
+        for place, total in listed.all_reduce(sums).items():
             weight, dim = weights[sharded[place]], dims[sharded[place]]
             if _cuts_channels(weight, dim):
                 total = (total / fan_in(weight, dim) if rms else total).sqrt()
@@ -52,7 +52,7 @@ def _cuts_channels(weight: Tensor, dim: int) -> bool:
     return any(weight.placements[i].dim % weight.dim() != dim for i in sharding_dims(weight))
 
 
-def with_whole_channels(weight: Tensor, dim: int) -> Tensor:
+def shard_by_channels(weight: Tensor, dim: int) -> Tensor:
     """The weight, sharded along dim instead where its channels are cut. Differentiable."""
     if not is_sharded(weight) or not _cuts_channels(weight, dim):
         return weight
@@ -68,7 +68,7 @@ def _channel_sums(weight: Tensor, part: Tensor, dim: int, rms: bool) -> Tensor:
         values = torch.ops.pdp.power_sums([part.transpose(0, dim)], [None], 1.0, 2.0, True)[:, 2]
     else:
         values = torch.ops.pdp.channel_norms(part, dim, rms).double()
-    sums[places_along(weight, dim)] = values
+    sums[global_indices(weight, dim)] = values
     return sums
 
 
@@ -86,8 +86,8 @@ def power_sums(
     """
     sharded = [index for index, weight in enumerate(weights) if is_sharded(weight)]
     if not sharded:
-        masks = [None if mask is None else local_part(mask) for mask in masks]
-        return torch.ops.pdp.power_sums(list(map(local_part, weights)), masks, p, q, per_row)
+        masks = [None if mask is None else local_shard(mask) for mask in masks]
+        return torch.ops.pdp.power_sums(list(map(local_shard, weights)), masks, p, q, per_row)
     sums = {
         index: power_sums([weight], [masks[index]], p, q, per_row)
         for index, weight in enumerate(weights)
@@ -119,15 +119,15 @@ def _sums_of_rows(
     weights: list[Tensor], masks: list[Tensor | None], p: float, q: float
 ) -> list[Tensor]:
     """(rows, 3) of each weight: every row is whole on some rank. One collective."""
-    shards = ShardedList(weights)
+    sharded = ShardedList(weights)
     sums = {}
-    for index, (weight, mask, part) in enumerate(zip(weights, masks, shards.parts, strict=True)):
+    for index, (weight, mask, part) in enumerate(zip(weights, masks, sharded.shards, strict=True)):
         sums[index] = torch.zeros(weight.shape[0], 3, dtype=torch.float64, device=weight.device)
         if part.numel():
-            kept = None if mask is None else local_part(mask)
+            kept = None if mask is None else local_shard(mask)
             own = torch.ops.pdp.power_sums([part], [kept], p, q, True)
-            sums[index][places_along(weight, 0)] = own
-    return list(shards.totals(sums).values())
+            sums[index][global_indices(weight, 0)] = own
+    return list(sharded.all_reduce(sums).values())
 
 
 def _sums_of_tensors(
@@ -137,13 +137,15 @@ def _sums_of_tensors(
 
     Two collectives: one for the weights in tiles that lie on several ranks, one for all sums.
     """
-    shards = ShardedList(weights)
+    sharded = ShardedList(weights)
     ranges = {
         index: _Range(weight, mask, part)
-        for index, (weight, mask, part) in enumerate(zip(weights, masks, shards.parts, strict=True))
+        for index, (weight, mask, part) in enumerate(
+            zip(weights, masks, sharded.shards, strict=True)
+        )
     }
-    cut = shards.totals({index: each.cut_tiles() for index, each in ranges.items()})
-    sums = shards.totals({index: each.tile_sums(p, q) for index, each in ranges.items()})
+    cut = sharded.all_reduce({index: each.cut_tiles() for index, each in ranges.items()})
+    sums = sharded.all_reduce({index: each.tile_sums(p, q) for index, each in ranges.items()})
     for index, each in ranges.items():
         sums[index][each.cut, 1:] = each.sums_of_cut_tiles(cut[index], p, q)
     # One after another, as the kernel adds them up.
@@ -159,15 +161,15 @@ class _Range:
     def __init__(self, weight: Tensor, mask: Tensor | None, part: Tensor):
         row_size = weight.numel() // max(1, weight.shape[0])
         self.size = weight.numel()
-        self.begin = int(places_along(weight, 0)[0]) * row_size if part.numel() else 0
+        self.begin = int(global_indices(weight, 0)[0]) * row_size if part.numel() else 0
         self.end = self.begin + part.numel()
-        borders = (row * row_size for row in borders_along(weight, 0))
+        borders = (row * row_size for row in shard_starts(weight, 0))
         self.cut = sorted({border // _TILE for border in borders if border % _TILE})
         self.dtype = part.dtype
         self.values = part.flatten()
         self.count = part.numel()
         if mask is not None and part.numel():
-            kept = local_part(mask)
+            kept = local_shard(mask)
             self.values = torch.where(kept, part, 0).flatten()
             self.count = kept.sum()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdp_kernels.distributed.order_statistics import key_of_rank
+from pdp_kernels.distributed.order_statistics import select_key
 from pdp_kernels.distributed.shards import ShardedList
 from pdp_kernels.functional.validation import check_ratio, check_weights
 from pdp_kernels.ops.reference import magnitude_keys, threshold_dtype
@@ -87,13 +87,15 @@ def _counts_below(weights: Sequence[Tensor], count: int, dtype: torch.dtype) -> 
     """How many of each weight are among the `count` of least magnitude of all together."""
     if count == 0:
         return [0] * len(weights)
-    shards = ShardedList(weights)
-    keys = {index: functools.partial(_keys, part, dtype) for index, part in enumerate(shards.parts)}
-    largest, left = key_of_rank(keys, count, torch.finfo(dtype).bits - 1, shards)
-    counted = {
-        index: _below_and_tied(part, dtype, largest) for index, part in enumerate(shards.parts)
+    sharded = ShardedList(weights)
+    keys = {
+        index: functools.partial(_keys, part, dtype) for index, part in enumerate(sharded.shards)
     }
-    counted = shards.totals(counted)
+    largest, left = select_key(keys, count, torch.finfo(dtype).bits - 1, sharded)
+    counted = {
+        index: _below_and_tied(part, dtype, largest) for index, part in enumerate(sharded.shards)
+    }
+    counted = sharded.all_reduce(counted)
     counts = []
     for index in range(len(weights)):
         below, tied = counted[index].tolist()

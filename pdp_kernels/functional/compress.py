@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pdp_kernels.functional.validation import check_weight
+from pdp_kernels.functional.validation import check_plain_weight
 from pdp_kernels.ops.arguments import COMPRESSED_COLUMNS, COMPRESSED_ROWS
 
 COMPRESSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -48,7 +48,7 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
         >>> hex(metadata[0, 0] & 0xF)  # places 1 and 2
         '0x9'
     """
-    check_weight("weight", weight)
+    check_plain_weight("weight", weight)
     if weight.dtype not in COMPRESSED_DTYPES:
         raise TypeError(
             f"weight must have dtype torch.bfloat16 or torch.float16, got {weight.dtype}"

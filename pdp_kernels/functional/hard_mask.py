@@ -33,6 +33,6 @@ def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
         >>> hard_mask(torch.tensor([2.0, -1.0, 1.0, -3.0]), 0.5)
         tensor([ True, False, False,  True])
     """
-    check_weight("weight", weight, distributed=True)
-    kept = order_statistics.hard_mask_part(weight, prune_count(weight, sparsity))
+    check_weight("weight", weight)
+    kept = order_statistics.hard_mask_of_shard(weight, prune_count(weight, sparsity))
     return distributed_like(weight, kept) if is_distributed(weight) else kept

@@ -72,7 +72,7 @@ def pq_index(
     """
     single = not isinstance(weight, (list, tuple))
     if single:
-        check_weight("weight", weight, distributed=True)
+        check_weight("weight", weight)
         weights, masks, names = [weight], [mask], ["mask"]
     else:
         check_weights("weight", weight)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pdp_kernels.distributed.shards import map_parts
+from pdp_kernels.distributed.shards import map_shards
 from pdp_kernels.functional.threshold import pdp_threshold
 from pdp_kernels.functional.validation import (
     check_one_given,
@@ -77,7 +77,7 @@ def pdp_mask(
         tensor([ 0.0000, -0.0000,  0.3000, -0.4000])
         >>> w_hat.sum().backward()
     """
-    check_weight("weight", weight, distributed=True)
+    check_weight("weight", weight)
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     dtype = threshold_dtype([weight])
@@ -88,7 +88,7 @@ def pdp_mask(
         check_threshold(threshold, dtype, weight.device)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
-    w_hat, mask = map_parts(
+    w_hat, mask = map_shards(
         lambda part: MaskedWeight.apply(
             part, threshold, temperature, None, relative, out_dtype, return_mask
         ),

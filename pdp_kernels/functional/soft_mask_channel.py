@@ -12,6 +12,7 @@ from pdp_kernels.functional.validation import (
     check_norm,
     check_one_given,
     check_out_dtype,
+    check_plain_weight,
     check_threshold,
     check_weight,
 )
@@ -77,7 +78,7 @@ def pdp_mask_channel(
                 [0., 0.],
                 [6., 8.]])
     """
-    check_weight("weight", weight)
+    check_plain_weight("weight", weight)
     check_dim("weight", weight, dim)
     check_norm(norm)
     check_out_dtype(out_dtype)
@@ -124,7 +125,7 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: str = "l2") -> Tensor:
         >>> channel_norms(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
         tensor([5.0000, 0.5000])
     """
-    check_weight("weight", weight, distributed=True)
+    check_weight("weight", weight)
     check_dim("weight", weight, dim)
     check_norm(norm)
     return norms_of_channels([weight.detach()], [dim % weight.dim()], norm == "rms")[0]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pdp_kernels.distributed.shards import map_parts
+from pdp_kernels.distributed.shards import map_shards
 from pdp_kernels.functional.soft_mask import autocast_dtype, temperature_of
 from pdp_kernels.functional.validation import (
     check_divisible,
@@ -63,7 +63,7 @@ def pdp_mask_nm(
         >>> pdp_mask_nm(weight, 2, 4)
         tensor([[ 0.0000, -0.4000,  0.3000,  0.0000]])
     """
-    check_weight("weight", weight, distributed=True)
+    check_weight("weight", weight)
     check_out_dtype(out_dtype)
     check_pattern(n, m, dim)
     check_divisible("weight", weight, m, dim)
@@ -74,7 +74,7 @@ def pdp_mask_nm(
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
     group = (m, pruned, dim % weight.dim())
-    w_hat, mask = map_parts(
+    w_hat, mask = map_shards(
         lambda part: MaskedWeight.apply(
             part, None, temperature, group, relative, out_dtype, return_mask
         ),
@@ -102,10 +102,10 @@ def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tenso
         >>> hard_mask_nm(torch.tensor([1.0, -1.0, 3.0, 0.5]), 2, 4)
         tensor([False,  True,  True, False])
     """
-    check_weight("weight", weight, distributed=True)
+    check_weight("weight", weight)
     check_pattern(n, m, dim)
     check_divisible("weight", weight, m, dim)
-    return map_parts(
+    return map_shards(
         lambda part: torch.ops.pdp.hard_mask_nm(part, m, m - n, dim % weight.dim()),
         weight.detach(),
     )

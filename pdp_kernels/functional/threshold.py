@@ -34,7 +34,7 @@ def pdp_threshold(weight: Tensor, sparsity: float | Tensor) -> Tensor:
         >>> t.item()
         2.5
     """
-    check_weight("weight", weight, distributed=True)
+    check_weight("weight", weight)
     counts = prune_count(weight, sparsity)
     return order_statistics.thresholds([weight.detach()], counts).squeeze(0)
 

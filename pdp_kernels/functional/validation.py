@@ -3,13 +3,17 @@
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pdp_kernels.distributed.shards import borders_along, is_distributed
+from pdp_kernels.distributed.shards import is_distributed, shard_starts
 from pdp_kernels.ops.arguments import DTYPES, MAX_GROUP
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 NORMS = ("l2", "rms")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -17,7 +21,8 @@ SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
 
-def check_weight(name: str, weight: Tensor, distributed: bool = False) -> None:
+def check_weight(name: str, weight: Tensor) -> None:
+    """Accept a dense floating point tensor; a DTensor too."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
     if weight.layout != torch.strided:
@@ -25,12 +30,17 @@ def check_weight(name: str, weight: Tensor, distributed: bool = False) -> None:
     if weight.dtype not in DTYPES:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {weight.dtype}")
     if is_distributed(weight):
-        _check_distributed(name, weight, distributed)
+        _check_placements(name, weight)
 
 
-def _check_distributed(name: str, weight: Tensor, accepted: bool) -> None:
-    if not accepted:
+def check_plain_weight(name: str, weight: Tensor) -> None:
+    """Accept a dense floating point tensor that is no DTensor."""
+    if isinstance(weight, Tensor) and is_distributed(weight):
         raise TypeError(f"{name} must be a plain tensor, got a DTensor: take its full_tensor()")
+    check_weight(name, weight)
+
+
+def _check_placements(name: str, weight: "DTensor") -> None:
     if any(placement.is_partial() for placement in weight.placements):
         raise ValueError(
             f"{name} must have placements Shard and Replicate, got {weight.placements}: "
@@ -43,13 +53,13 @@ def _check_distributed(name: str, weight: Tensor, accepted: bool) -> None:
 
 
 def check_weights(name: str, weights: Sequence[Tensor], one_device: bool = True) -> None:
-    """Of those any may be a DTensor."""
+    """Accept a list of such tensors, any of which may be a DTensor."""
     if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
         raise TypeError(f"{name} must be a list or tuple of tensors, got {type(weights).__name__}")
     if not weights:
         raise ValueError(f"{name} must hold at least one tensor, got an empty list")
     for index, weight in enumerate(weights):
-        check_weight(f"{name}[{index}]", weight, distributed=True)
+        check_weight(f"{name}[{index}]", weight)
         if one_device and weight.device != weights[0].device:
             raise ValueError(
                 f"{name} must be on one device, got {weights[0].device} for {name}[0] and "
@@ -152,7 +162,7 @@ def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
             f"{name} must have a size along dim that is divisible by m, got shape "
             f"{tuple(weight.shape)}, dim = {dim}, m = {m}"
         )
-    if is_distributed(weight) and any(b % m for b in borders_along(weight, dim % weight.dim())):
+    if is_distributed(weight) and any(b % m for b in shard_starts(weight, dim % weight.dim())):
         raise ValueError(
             f"{name} must not be sharded through groups of {m} along dim {dim}, got shape "
             f"{tuple(weight.shape)} with placements {weight.placements} on a mesh of shape "

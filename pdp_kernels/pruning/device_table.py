@@ -10,7 +10,7 @@ from pdp_kernels.distributed.order_statistics import thresholds
 from pdp_kernels.distributed.sums import channel_norms
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import ChannelWeightMask, GroupWeightMask, WeightMask
-from pdp_kernels.pruning.targets import Selected
+from pdp_kernels.pruning.targets import Target
 
 
 class DeviceTable:
@@ -24,7 +24,7 @@ class DeviceTable:
         self,
         place: tuple[torch.device, torch.dtype],
         members: list[int],
-        weights: list[Selected],
+        weights: list[Target],
         masks: list[WeightMask],
     ):
         device, dtype = self.place = place

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pdp_kernels.distributed.shards import local_part
+from pdp_kernels.distributed.shards import local_shard
 from pdp_kernels.functional.validation import check_optimizer
 
 
@@ -14,7 +14,7 @@ class FrozenZeros:
     """The zeros that an optimizer keeps, until `remove`. One byte per weight is kept for them."""
 
     def __init__(self, weights: list[Tensor], optimizer: Optimizer):
-        self._zeros = [(weight, local_part(weight) == 0) for weight in weights]
+        self._zeros = [(weight, local_shard(weight) == 0) for weight in weights]
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self.mask_gradients()),
             optimizer.register_step_post_hook(lambda *_: self._mask_weights()),
@@ -29,7 +29,7 @@ class FrozenZeros:
         """
         for weight, zeros in self._zeros:
             if weight.grad is not None:
-                local_part(weight.grad).masked_fill_(zeros, 0)
+                local_shard(weight.grad).masked_fill_(zeros, 0)
 
     def remove(self) -> None:
         """Lets the weights grow again."""
@@ -40,7 +40,7 @@ class FrozenZeros:
     def _mask_weights(self) -> None:
         # An optimizer that mixes the elements of a gradient moves zeros of gradient 0 too.
         for weight, zeros in self._zeros:
-            local_part(weight).masked_fill_(zeros, 0)
+            local_shard(weight).masked_fill_(zeros, 0)
 
 
 @torch.no_grad()
@@ -87,5 +87,5 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
     for weight in weights:
         for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                local_part(value).masked_fill_(local_part(weight) == 0, 0)
+                local_shard(value).masked_fill_(local_shard(weight) == 0, 0)
     return FrozenZeros(weights, optimizer)

@@ -45,7 +45,7 @@ def weight_slots(layer: nn.Module) -> list[WeightSlot]:
     return []
 
 
-def parts_read(layer: nn.Module, training: bool) -> list[nn.Module]:
+def layers_read(layer: nn.Module, training: bool) -> list[nn.Module]:
     """The parts whose weights a layer reads itself in this mode, instead of calling them."""
     if isinstance(layer, nn.MultiheadAttention):
         return [layer.out_proj]

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pdp_kernels.pruning.targets import Holder, Selected
+from pdp_kernels.pruning.targets import Holder, Target
 
 _ATTENTION_INPUTS = ("query", "key", "value")
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, entries: list[Selected], inputs: Any) -> tuple[int, list[int]]:
+def count_macs(model: nn.Module, entries: list[Target], inputs: Any) -> tuple[int, list[int]]:
     """(of the whole model, of each entry), dense; a weight that several layers use counts for all.
 
     The model is called once in evaluation mode. The whole is counted by torch's FlopCounterMode

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdp_kernels.distributed.order_statistics import hard_mask_part
+from pdp_kernels.distributed.order_statistics import hard_mask_of_shard
 from pdp_kernels.distributed.shards import (
+    global_indices,
     is_distributed,
     is_sharded,
-    local_part,
-    map_parts,
-    places_along,
+    local_shard,
+    map_shards,
 )
-from pdp_kernels.distributed.sums import channel_norms, with_whole_channels
+from pdp_kernels.distributed.sums import channel_norms, shard_by_channels
 from pdp_kernels.functional.soft_mask import autocast_dtype
 from pdp_kernels.functional.validation import check_divisible
 from pdp_kernels.ops.autograd import MaskedChannels, MaskedWeight
 from pdp_kernels.ops.reference import threshold_dtype
 from pdp_kernels.pruning.config import LayerPlan
-from pdp_kernels.pruning.layers import parts_read
+from pdp_kernels.pruning.layers import layers_read
 
 
 class WeightMask:
@@ -48,7 +48,7 @@ class WeightMask:
     def soft(self, weight: Tensor) -> Tensor:
         """w_hat, differentiable."""
         out_dtype = autocast_dtype(weight)
-        return map_parts(
+        return map_shards(
             lambda part: MaskedWeight.apply(
                 part, self.threshold, self.tau, None, self.relative, out_dtype, False
             )[0],
@@ -58,12 +58,12 @@ class WeightMask:
     def values(self, weight: Tensor) -> Tensor:
         """The values of the soft mask on this rank, one for each that is selected from."""
         return torch.ops.pdp.soft_mask(
-            local_part(weight), self.threshold, self.tau, self.relative, self.tau.dtype, True
+            local_shard(weight), self.threshold, self.tau, self.relative, self.tau.dtype, True
         )[1]
 
     def kept(self, weight: Tensor) -> Tensor:
         """The exact hard mask, which broadcasts with this rank's part of the weight."""
-        return hard_mask_part(weight, self.prune_count)
+        return hard_mask_of_shard(weight, self.prune_count)
 
     def to(self, weight: Tensor) -> None:
         """Follows a weight to its device and dtype."""
@@ -84,8 +84,8 @@ class ChannelWeightMask(WeightMask):
 
     def soft(self, weight: Tensor) -> Tensor:
         out_dtype = autocast_dtype(weight)
-        whole = with_whole_channels(weight, self.dim)
-        w_hat = map_parts(lambda part: self._soft_part(part, out_dtype), whole)
+        whole = shard_by_channels(weight, self.dim)
+        w_hat = map_shards(lambda part: self._soft_part(part, out_dtype), whole)
         return w_hat if whole is weight else w_hat.redistribute(placements=weight.placements)
 
     def _soft_part(self, part: Tensor, out_dtype: torch.dtype | None) -> Tensor:
@@ -107,7 +107,7 @@ class ChannelWeightMask(WeightMask):
 
     def _of_part(self, weight: Tensor, of_channels: Tensor) -> Tensor:
         """Of values for all channels those for this rank's part of the weight."""
-        return of_channels[places_along(weight, self.dim)] if is_sharded(weight) else of_channels
+        return of_channels[global_indices(weight, self.dim)] if is_sharded(weight) else of_channels
 
 
 class GroupWeightMask(WeightMask):
@@ -127,7 +127,7 @@ class GroupWeightMask(WeightMask):
         self._check_groups(weight)
         group = (self.m, self.pruned, self.dim)
         out_dtype = autocast_dtype(weight)
-        return map_parts(
+        return map_shards(
             lambda part: MaskedWeight.apply(
                 part, None, self.tau, group, self.relative, out_dtype, False
             )[0],
@@ -138,12 +138,12 @@ class GroupWeightMask(WeightMask):
         self._check_groups(weight)
         group = (self.m, self.pruned, self.dim)
         return torch.ops.pdp.soft_mask_nm(
-            local_part(weight), self.tau, *group, self.relative, self.tau.dtype, True
+            local_shard(weight), self.tau, *group, self.relative, self.tau.dtype, True
         )[1]
 
     def kept(self, weight: Tensor) -> Tensor:
         self._check_groups(weight)
-        return torch.ops.pdp.hard_mask_nm(local_part(weight), self.m, self.pruned, self.dim)
+        return torch.ops.pdp.hard_mask_nm(local_shard(weight), self.m, self.pruned, self.dim)
 
     def _check_groups(self, weight: Tensor) -> None:
         # A weight that is sharded after the pruner has checked it.
@@ -167,7 +167,7 @@ class MaskedLayer(nn.Module):
     def forward(self, *args, **kwargs):
         shown = []
         try:
-            for layer in (self, *parts_read(self, self.training)):
+            for layer in (self, *layers_read(self, self.training)):
                 for name, mask in getattr(layer, "pdp_masks", {}).items():
                     if layer.pdp_shown[name] is None:
                         layer.pdp_shown[name] = _masked(layer, name, mask)
@@ -206,7 +206,7 @@ def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) 
     for layer, own in masks.items():
         _mask_layer(layer, own)
     for layer in model.modules():
-        parts = parts_read(layer, training=False)
+        parts = layers_read(layer, training=False)
         if layer not in masks and any(isinstance(part, MaskedLayer) for part in parts):
             _mask_layer(layer, {})
 
@@ -245,7 +245,7 @@ def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     if layer.training:
         return mask.soft(weight)
     kept = mask.kept(weight)
-    return map_parts(lambda part: torch.where(kept, part, 0), weight)
+    return map_shards(lambda part: torch.where(kept, part, 0), weight)
 
 
 @functools.cache

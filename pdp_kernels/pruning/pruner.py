@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.distributed.replicas import compare_replicas
-from pdp_kernels.distributed.shards import local_part, show_shards
+from pdp_kernels.distributed.shards import local_shard, reshard
 from pdp_kernels.functional.allocation import check_budget, global_prune_counts
 from pdp_kernels.functional.validation import check_non_negative, check_optimizer, check_positive
 from pdp_kernels.ops.reference import threshold_dtype
@@ -28,7 +28,7 @@ from pdp_kernels.pruning.masked_layer import (
     unmask_model,
 )
 from pdp_kernels.pruning.report import PruningReport, ReportHistory
-from pdp_kernels.pruning.targets import Selected, select_weights
+from pdp_kernels.pruning.targets import Target, find_targets
 
 _NOT_ALLOCATED = -1  # in a state_dict, until the end of the warm-up
 
@@ -91,7 +91,7 @@ class PDPPruner:
         if not isinstance(config, PDPConfig):
             raise TypeError(f"config must be a PDPConfig, got {type(config).__name__}")
         self.config = config
-        self._weights = select_weights(model, config)
+        self._weights = find_targets(model, config)
         self._shapes = [entry.weight.shape for entry in self._weights]
         for members in self._budgets().values():
             sizes = [self._weights[index].units(config) for index in members]
@@ -104,7 +104,7 @@ class PDPPruner:
             for entry in self._weights
         ]
         self._tables: list[DeviceTable] = []
-        self._followers: list[tuple[nn.Module, list[Selected]]] = []
+        self._followers: list[tuple[nn.Module, list[Target]]] = []
         self._finalized = False
         self._history = ReportHistory()
         self._put_masks_on(model, self._weights)
@@ -131,7 +131,7 @@ class PDPPruner:
         """
         check_non_negative("progress", progress)
         self._check_in_charge()
-        show_shards(self.model)
+        reshard(self.model)
         if progress >= self.config.warmup and (
             self.prune_counts is None or self.config.reallocates(self.progress, progress)
         ):
@@ -172,7 +172,7 @@ class PDPPruner:
         Raises:
             ValueError: its weights have other names, shapes, dtypes or devices.
         """
-        entries = select_weights(copy, self.config)
+        entries = find_targets(copy, self.config)
         expected, got = (
             {
                 entry.name: (tuple(entry.weight.shape), entry.weight.dtype, entry.weight.device)
@@ -197,7 +197,7 @@ class PDPPruner:
         """
         self._check_in_charge()
         for model in (self.model, *(copy for copy, _ in self._followers)):
-            show_shards(model)
+            reshard(model)
         reached = self.config.ramp_at(self.progress)
         if reached < 1:
             warnings.warn(
@@ -210,7 +210,7 @@ class PDPPruner:
         self._set_schedule(self.config.warmup + self.config.ramp_epochs)
         for model, entries in ((self.model, self._weights), *self._followers):
             for entry, mask in zip(entries, self._masks, strict=True):
-                local_part(entry.weight).masked_fill_(~mask.kept(entry.weight), 0)
+                local_shard(entry.weight).masked_fill_(~mask.kept(entry.weight), 0)
             unmask_model(model)
         self._followers.clear()
         self._finalized = True
@@ -223,7 +223,7 @@ class PDPPruner:
         """
         if not self._finalized:
             raise RuntimeError("freeze keeps the zeros that finalize makes: call finalize first")
-        show_shards(self.model)
+        reshard(self.model)
         return freeze_zeros([entry.weight for entry in self._weights], optimizer)
 
     def report(self, inputs: Any = None) -> PruningReport:
@@ -237,7 +237,7 @@ class PDPPruner:
                 multiply-accumulates of one inference; None leaves them out.
         """
         macs = None if inputs is None else count_macs(self.model, self._weights, inputs)
-        show_shards(self.model)
+        reshard(self.model)
         masks = None if self._finalized else self._masks
         return self._history.report(self._weights, masks, self.progress, macs)
 
@@ -255,7 +255,7 @@ class PDPPruner:
         Raises:
             RuntimeError: some differ, on every rank alike: which weights, and which ranks agree.
         """
-        show_shards(self.model)
+        reshard(self.model)
         weights = {entry.name: entry.weight for entry in self._weights}
         thresholds = {
             entry.name: mask.threshold
@@ -322,7 +322,7 @@ class PDPPruner:
             if mask.threshold is not None:
                 mask.threshold.copy_(thresholds[entry.name])
 
-    def _put_masks_on(self, model: nn.Module, entries: list[Selected]) -> None:
+    def _put_masks_on(self, model: nn.Module, entries: list[Target]) -> None:
         masks: dict[nn.Module, dict[str, WeightMask]] = {}
         for entry, mask in zip(entries, self._masks, strict=True):
             for holder in entry.holders:

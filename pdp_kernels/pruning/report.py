@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pdp_kernels.distributed.shards import ShardedList, local_part
+from pdp_kernels.distributed.shards import ShardedList, local_shard
 from pdp_kernels.pruning.masked_layer import WeightMask
-from pdp_kernels.pruning.targets import Selected
+from pdp_kernels.pruning.targets import Target
 
 SOFT_ZONE = (0.1, 0.9)
 _BINS = 20
@@ -146,7 +146,7 @@ class ReportHistory:
     @torch.no_grad()
     def report(
         self,
-        entries: list[Selected],
+        entries: list[Target],
         masks: list[WeightMask] | None,
         progress: float,
         macs: tuple[int, list[int]] | None,
@@ -154,7 +154,7 @@ class ReportHistory:
         """A report; masks are None once the weights are plain, macs are of `count_macs`."""
         weights = [entry.weight.detach() for entry in entries]
         if masks is None:
-            decisions = [local_part(weight) != 0 for weight in weights]
+            decisions = [local_shard(weight) != 0 for weight in weights]
             values = [torch.ones(1, device=weight.device) for weight in weights]
         else:
             decisions = [mask.kept(weight) for mask, weight in zip(masks, weights, strict=True)]
@@ -210,9 +210,9 @@ def _count(
     weights: list[Tensor], decisions: list[Tensor], before: list[Tensor], values: list[Tensor]
 ) -> list[_Counts]:
     """Counted on each rank's part and added up. A channel has one decision for all its weights."""
-    shards = ShardedList(weights)
+    sharded = ShardedList(weights)
     counts = {}
-    for index, part in enumerate(shards.parts):
+    for index, part in enumerate(sharded.shards):
         kept, flipped = decisions[index], decisions[index] != before[index]
         low, high = SOFT_ZONE
         soft = (values[index] > low) & (values[index] < high)
@@ -222,7 +222,7 @@ def _count(
             each.sum().unsqueeze(0) * _each_counts(part, each) for each in (kept, flipped, soft)
         )
         counts[index] = torch.cat([*ones, histogram * _each_counts(part, values[index])])
-    rows = (total.tolist() for total in shards.totals(counts).values())
+    rows = (total.tolist() for total in sharded.all_reduce(counts).values())
     return [_Counts(kept, flipped, soft, histogram) for kept, flipped, soft, *histogram in rows]
 
 

@@ -15,9 +15,9 @@ from pdp_kernels.functional.pq_index import pq_index
 from pdp_kernels.functional.sap_counts import sap_prune_counts
 from pdp_kernels.functional.validation import (
     check_optimizer,
+    check_plain_weight,
     check_sap_settings,
     check_scope,
-    check_weight,
 )
 from pdp_kernels.pruning.layers import layer_weights
 
@@ -296,7 +296,7 @@ def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:
                 f"model must hold {name} as a parameter, got one that is computed from others: "
                 "remove the parametrization first"
             )
-        check_weight(f"model's {name}", weight)
+        check_plain_weight(f"model's {name}", weight)
     weights = {name: weight for name, weight in weights.items() if weight.numel()}
     if not weights:
         raise ValueError(

@@ -11,7 +11,7 @@ from torch.sparse import (
 )
 
 from pdp_kernels.functional.compress import COMPRESSED_DTYPES, compress_2to4
-from pdp_kernels.functional.validation import check_divisible, check_pattern, check_weight
+from pdp_kernels.functional.validation import check_divisible, check_pattern, check_plain_weight
 from pdp_kernels.pruning.layers import layer_weights
 
 
@@ -72,7 +72,7 @@ def check_nm(model_or_tensor, n=2, m=4, dim=-1):
     """
     check_pattern(n, m, dim)
     if not isinstance(model_or_tensor, nn.Module):
-        check_weight("model_or_tensor", model_or_tensor)
+        check_plain_weight("model_or_tensor", model_or_tensor)
         check_divisible("model_or_tensor", model_or_tensor, m, dim)
         return _check_groups("", model_or_tensor, n, m, dim)
     checks = [

@@ -36,7 +36,7 @@ class Holder:
 
 
 @dataclass
-class Selected:
+class Target:
     """A weight to prune, with every layer that holds it, and what is to be done to it."""
 
     holders: list[Holder]
@@ -65,7 +65,7 @@ class Selected:
         return slot.outputs if outputs else slot.inputs
 
 
-def select_weights(model: nn.Module, config: PDPConfig) -> list[Selected]:
+def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
     """The weights to prune, each once, in the order of model.named_modules()."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -85,7 +85,7 @@ def select_weights(model: nn.Module, config: PDPConfig) -> list[Selected]:
             raise ValueError(f"include must match all layers that share {names}, or none of them")
         _check_prunable(holders)
         plan = config.plan(config.overrides.get(override))
-        entry = Selected(holders, _with_own_share(plan, holders))
+        entry = Target(holders, _with_own_share(plan, holders))
         if entry.weight.numel():
             _check_pattern_fits(entry, config)
             selected.append(entry)
@@ -188,7 +188,7 @@ def _check_prunable(holders: list[Holder]) -> None:
                 f"model's layer {holder.layer_name!r} must have the forward of its class, got one "
                 "set on the instance, which masks would not reach; exclude it"
             )
-        check_weight(f"model's {name}", weight, distributed=True)
+        check_weight(f"model's {name}", weight)
         if weight.dim() < 2:
             raise ValueError(
                 f"model's {name} must have two dimensions or more, got shape "
@@ -197,7 +197,7 @@ def _check_prunable(holders: list[Holder]) -> None:
             )
 
 
-def _check_pattern_fits(entry: Selected, config: PDPConfig) -> None:
+def _check_pattern_fits(entry: Target, config: PDPConfig) -> None:
     kind, dim = entry.plan.pattern.kind, entry.dim(config)
     if kind == "nm" and entry.weight.shape[dim] % entry.plan.pattern.m:
         raise ValueError(
