@@ -93,9 +93,9 @@ MUTATIONS = [
         BARRIER,
     ),
     Mutation(
-        "for_each_share: no barrier before the next share",
+        "for_each_slice: no barrier before the next slice",
         "weight_table.cuh",
-        "    if (!share.more) return;\n    __syncthreads();",
+        "    if (!slice.more) return;\n    __syncthreads();",
         BARRIER,
     ),
     Mutation(
@@ -109,24 +109,24 @@ MUTATIONS = [
     Mutation(
         "first_digit: no barrier after the counters are cleared",
         "radix_select.cuh",
-        "    shared.counters.clear();\n    __syncthreads();\n    for (int64_t part",
+        "    shared.counters.clear();\n    __syncthreads();\n    for (int64_t round",
         BARRIER,
     ),
     Mutation(
         "first_digit: no barrier after a full histogram is merged",
         "radix_select.cuh",
-        "share.entry));\n        __syncthreads();",
+        "slice.entry));\n        __syncthreads();",
         BARRIER,
         workload="thresholds-packed-counters",
     ),
     Mutation(
-        "finish_share: no barrier before the counters are read",
+        "finish_slice: no barrier before the counters are read",
         "radix_select.cuh",
         "bool flushed, Shared& shared) {\n  __syncthreads();",
         BARRIER,
     ),
     Mutation(
-        "finish_share: tiles_done reset by a plain store",
+        "finish_slice: tiles_done reset by a plain store",
         "radix_select.cuh",
         "atomicExch(tiles_done, Count{0});",
         "atomicExch(tiles_done, Count{0});",

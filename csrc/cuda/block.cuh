@@ -1,5 +1,5 @@
-// What a block of threads does together: read a range of memory, add or take the minimum over its
-// threads, find the bin that holds a rank, and learn whether it is the last block done.
+// Operations that all threads of a block perform together: read a range of memory, reduce over
+// threads, find the bin that holds a rank, and detect the last block to finish.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ struct alignas(sizeof(Element) * kElements) Packet {
   Element at[kElements];
 };
 
-// Packets a thread has in flight before it uses the first; not yet measured on a GPU.
+// Packets that a thread loads before it uses the first. Not yet measured on a GPU.
 constexpr int kPacketsInFlight = 4;
 
 // The most elements that a block of `threads` visits between two calls of end_round.
@@ -31,8 +31,8 @@ constexpr int round_elements(int threads) {
   return threads * kPacketsInFlight * kPerPacket + 2 * (kPerPacket - 1);
 }
 
-// Weights, which no kernel of an operator writes, may be loaded through the read-only path; what an
-// earlier kernel has written may not: a kernel that begins before that one ends could find a stale
+// Weights may be loaded through the read-only path, since no kernel writes them. What an earlier
+// kernel has written must not be: a kernel that begins before that one ends could find a stale
 // cache line there.
 enum class Memory { kWeights, kWorkspace };
 
@@ -41,9 +41,9 @@ __device__ Value load(const Value* address) {
   return kMemory == Memory::kWeights ? __ldg(address) : *address;
 }
 
-// visit(element) for every element of data[begin, end), in no particular order, by a block of
-// kThreads. data may have any alignment its elements have and is not written meanwhile. All threads
-// of the block call end_round() together, after each round of packets.
+// Calls visit(element) for every element of data[begin, end), in no particular order, from a block
+// of kThreads. data needs the alignment of an element only, and nothing may write it meanwhile. All
+// threads of the block call end_round() together after each round of packets.
 template <int kThreads, Memory kMemory = Memory::kWeights, typename Element, typename Visit,
           typename EndRound>
 __device__ void for_each(const Element* data, int64_t begin, int64_t end, Visit visit,
@@ -102,23 +102,24 @@ struct RankScratch {
   uint32_t next;
 };
 
-// Bins are dealt to the threads of a block in equal stretches.
-__device__ inline int32_t share_of_thread(int32_t bins) {
+// Every thread of a block handles a run of this many bins.
+__device__ inline int32_t bins_per_thread(int32_t bins) {
   const auto threads = static_cast<int32_t>(blockDim.x);
   return (bins + threads - 1) / threads;
 }
 
-// The bin that holds the element of a 0-based rank when count(bin) elements lie in each bin:
-// afterwards scratch has that bin, how many elements lie below it and in it. Called by all threads.
+// Finds the bin that holds the element of a 0-based rank, given that each bin holds count(bin)
+// elements. Writes that bin, the number of elements below it and the number in it to scratch.
+// Called by all threads.
 template <typename CountOf>
 __device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& scratch) {
   const int thread = threadIdx.x;
-  const int32_t share = share_of_thread(bins);
-  const int32_t begin = min(thread * share, bins);
-  const int32_t size = min(share, bins - begin);
+  const int32_t run = bins_per_thread(bins);
+  const int32_t begin = min(thread * run, bins);
+  const int32_t size = min(run, bins - begin);
 
-  // Each thread starts at another place of its share, so that neighbours use different banks of
-  // shared memory though shares are a power of two long.
+  // Runs are a power of two long. So each thread starts at another place of its run: neighbouring
+  // threads then use different banks of shared memory.
   Count mine = 0;
   int32_t place = size > 0 ? thread % size : 0;
 #pragma unroll 4
@@ -153,23 +154,23 @@ __device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& 
   __syncthreads();
 }
 
-// scratch.next = the first bin above scratch.bin that is not empty, or `bins`. Called by all
-// threads, after find_rank.
+// Sets scratch.next to the first bin above scratch.bin that is not empty, or to `bins` if there is
+// none. Called by all threads, after find_rank.
 template <typename CountOf>
 __device__ void find_next_bin(CountOf count, int32_t bins, RankScratch& scratch) {
   if (threadIdx.x == 0) scratch.next = bins;
   __syncthreads();
   const int thread = threadIdx.x;
-  const int32_t share = share_of_thread(bins);
-  const int32_t end = min((thread + 1) * share, bins);
-  int32_t bin = max(thread * share, scratch.bin + 1);
+  const int32_t run = bins_per_thread(bins);
+  const int32_t end = min((thread + 1) * run, bins);
+  int32_t bin = max(thread * run, scratch.bin + 1);
   while (bin < end && count(bin) == 0) ++bin;
   if (bin < end) atomicMin(&scratch.next, static_cast<uint32_t>(bin));
   __syncthreads();
 }
 
-// True in the block that brings *done to `total`; that block then sees all that the others wrote
-// before they arrived. Called by all threads.
+// Returns true in the block that brings *done to `total`. That block then sees everything that the
+// others wrote before they arrived. Called by all threads.
 __device__ inline bool last_to_arrive(Count* done, Count mine, Count total, bool& scratch) {
   __syncthreads();
   if (threadIdx.x == 0) {

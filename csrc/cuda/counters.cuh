@@ -9,12 +9,12 @@
 
 namespace pdp {
 
-// One 32-bit counter per bin. Threads of a warp that meet in one bin, as weights crowded into a few
-// exponents do, cost one access: the hardware adds their number (ATOMS.POPC.INC).
+// One 32-bit counter per bin. Weights crowd into a few exponents, but threads of a warp that meet
+// in one bin cost one access only: the hardware adds their number (ATOMS.POPC.INC).
 template <int kBinsOf>
 struct WideCounters {
   static constexpr int kBins = kBinsOf;
-  // Keys after which a counter might overflow; a GPU has no memory for so many per block.
+  // A counter may overflow after this many keys, more than a block ever has.
   static constexpr int64_t kMaxKeys = UINT32_MAX;
 
   uint32_t words[kBins];
@@ -26,11 +26,11 @@ struct WideCounters {
   __device__ Count operator[](int32_t bin) const { return words[bin]; }
 };
 
-// Two 16-bit counters to a word, for devices with less than 128 KiB of shared memory in a block.
+// Two 16-bit counters per word, for devices with less than 128 KiB of shared memory per block.
 template <int kBinsOf>
 struct PackedCounters {
   static constexpr int kBins = kBinsOf;
-  // Keys after which a counter might overflow into its neighbour.
+  // A counter may overflow into its neighbour after this many keys.
   static constexpr int64_t kMaxKeys = 65535;
 
   uint32_t words[kBins / 2];

@@ -1,4 +1,5 @@
-// digit_counts: one pass of a radix select over parts of weights whose selection goes on elsewhere.
+// digit_counts: one pass of a radix select over shards of weights. The caller adds up the counts of
+// all shards and goes on with the selection.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,10 +24,10 @@ constexpr int kCountBlocksPerMultiprocessor = 6;  // not yet measured on a GPU
 
 constexpr Count kNoKey = INT64_MAX;
 
-// What is asked for, without the workspace.
+// The operator's arguments, without the workspace.
 struct DigitCountsRequest {
-  std::vector<WeightView> weights;  // whose keys have one width
-  const int64_t* prefixes;          // on the device, as the results are
+  std::vector<WeightView> weights;  // of one key width
+  const int64_t* prefixes;          // on the device, like the results
   Digit digit;
   int64_t* counts;  // (weights, digit.bins())
   int64_t* above;   // (weights)
@@ -44,11 +45,11 @@ struct DigitCounts : WeightTable<Key> {
 template <typename Key>
 struct DigitCountsShared {
   WideCounters<1 << key_digits(sizeof(Key)).bits[0]> counters;
-  Share<Key> share;
+  Slice<Key> slice;
   Count above;
 };
 
-// A StartKernel: readies the tensor's results.
+// A StartKernel: initialises the tensor's results.
 template <typename Key, int kCapacity>
 __global__ void start_counting_kernel(const __grid_constant__ DigitCounts<Key> plan,
                                       const __grid_constant__ TableChunk<kCapacity> chunk,
@@ -67,9 +68,9 @@ template <typename Key>
 __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerMultiprocessor)
     count_digit_kernel(const __grid_constant__ DigitCounts<Key> plan) {
   auto& shared = shared_memory<DigitCountsShared<Key>>();
-  for_each_share(plan, shared.share, [&] {
-    const Share<Key>& share = shared.share;
-    const auto prefix = static_cast<Key>(plan.prefixes[share.tensor]);
+  for_each_slice(plan, shared.slice, [&] {
+    const Slice<Key>& slice = shared.slice;
+    const auto prefix = static_cast<Key>(plan.prefixes[slice.tensor]);
     shared.counters.clear();
     if (threadIdx.x == 0) shared.above = kNoKey;
     __syncthreads();
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerMultiprocessor)
     constexpr Key kNone = static_cast<Key>(~Key{0});
     Key next = kNone;
     for_each_weight_key<Key, kCountThreads>(
-        share.entry, share.weights_begin(), share.weights_end(),
+        slice.entry, slice.weights_begin(), slice.weights_end(),
         [&](Key key) { count_digit(key, prefix, plan.digit, shared.counters, next); }, [] {});
 
     if (plan.digit.last) {
@@ -86,10 +87,10 @@ __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerMultiprocessor)
       if (threadIdx.x % kWarp == 0) atomicMin(&shared.above, above);
     }
     __syncthreads();
-    const int64_t row = static_cast<int64_t>(share.tensor) * plan.digit.bins();
+    const int64_t row = static_cast<int64_t>(slice.tensor) * plan.digit.bins();
     merge_counters(shared.counters, plan.counts + row);
     if (threadIdx.x == 0 && shared.above != kNoKey) {
-      atomicMin(&plan.above[share.tensor], shared.above);
+      atomicMin(&plan.above[slice.tensor], shared.above);
     }
   });
 }
@@ -105,7 +106,7 @@ DigitCounts<Key> lay_out_counts(const DigitCountsRequest& request, Workspace& wo
   }
   DigitCounts<Key> plan = {};
   plan.tensors = static_cast<int32_t>(table.size());
-  plan.share_tiles(tiles, request.limits.multiprocessors * kCountBlocksPerMultiprocessor);
+  plan.assign_tiles(tiles, request.limits.multiprocessors * kCountBlocksPerMultiprocessor);
   plan.entries = workspace.take<TableEntry>(plan.tensors);
   plan.prefixes = request.prefixes;
   plan.digit = request.digit;
@@ -114,7 +115,7 @@ DigitCounts<Key> lay_out_counts(const DigitCountsRequest& request, Workspace& wo
   return plan;
 }
 
-// The same for every width of keys.
+// The table takes the same bytes for every key width.
 inline size_t digit_counts_workspace_bytes(const DigitCountsRequest& request) {
   Workspace measured(nullptr);
   std::vector<TableEntry> table;
@@ -122,7 +123,7 @@ inline size_t digit_counts_workspace_bytes(const DigitCountsRequest& request) {
   return measured.bytes();
 }
 
-// Two launches (and one more per kLargeChunk tensors), however many tensors.
+// Two launches, and one more for each kLargeChunk tensors beyond the first.
 template <typename Key>
 cudaError_t launch_digit_counts_of(const DigitCountsRequest& request, void* memory,
                                    cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// hard_mask: True for the weights kept. Exactly k are pruned: those whose key is below v_k, and of
-// those whose key is v_k as many as are missing, lowest index first.
+// hard_mask: true for the weights that are kept. Exactly k weights are pruned: all whose key is
+// below v_k, and then, lowest index first, as many ties (weights whose key is v_k) as are missing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,10 +31,9 @@ struct TieShared {
   bool last;
 };
 
-// Finds the index of the last pruned one of the weights whose key is v_k: ties are counted per
-// tile, and the last block done looks for the tie of that rank, first among tiles, then in its
-// tile. Where all ties are pruned (always, if v_k is unique) the order does not matter and nothing
-// is read.
+// Finds the index of the last tie that is pruned. Blocks count the ties of each tile; the last
+// block to finish finds the tie of that rank, first its tile, then its place in the tile. If all
+// ties are pruned (always, if v_k is unique), their order does not matter and nothing is read.
 template <typename Weight>
 __global__ void __launch_bounds__(kMaskThreads)
     last_pruned_kernel(const Weight* weights, int64_t size, SelectionState<KeyOf<Weight>>* selected,
@@ -106,8 +105,8 @@ __global__ void __launch_bounds__(kMaskThreads)
   }
 }
 
-// A request for the threshold of one weight, and its mask. The selection's state stays in the
-// workspace for the kernels above.
+// The operator's arguments, without the workspace: the selection in one weight, and the mask. The
+// kernels above read the selection's state from the workspace.
 struct HardMaskRequest {
   ThresholdRequest selection;
   bool* kept;

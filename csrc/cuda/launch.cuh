@@ -1,4 +1,4 @@
-// Launching: the device's limits, kernels put on a stream one after another, and shared memory.
+// Kernel launches: the device's limits, launches on one stream, and dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
-#error "tables travel as kernel arguments of up to 32,764 bytes, which CUDA 12.1 and later have"
+#error "CUDA 12.1 or later is needed: tables are kernel arguments of up to 32,764 bytes"
 #endif
 
 namespace pdp {
@@ -25,7 +25,7 @@ inline cudaError_t read_device_limits(int device, DeviceLimits* limits) {
                                 cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Puts kernels on one stream and keeps the first error; what follows an error is not launched.
+// Launches kernels on one stream and keeps the first error. After an error it launches nothing.
 class Launcher {
  public:
   explicit Launcher(cudaStream_t stream) : stream_(stream) {}
@@ -33,7 +33,7 @@ class Launcher {
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
               const Arguments&... arguments) {
-    // Beyond 48 KiB of shared memory a kernel has to ask for it.
+    // A kernel has to ask for more than 48 KiB of shared memory.
     if (error_ == cudaSuccess && shared_bytes > 48 * 1024) {
       error_ = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -55,9 +55,9 @@ class Launcher {
   cudaError_t error_ = cudaSuccess;
 };
 
-// The block's dynamic shared memory as a Layout. One array serves every kernel: all declarations of
-// an extern __shared__ array name the same memory. Where the kernels are built for a CPU
-// (instruments/host_cuda), C++ has no such array.
+// Returns the block's dynamic shared memory as a Layout. One array serves every kernel, since all
+// declarations of an extern __shared__ array name the same memory. The build for a CPU
+// (instruments/host_cuda) has no such array.
 template <typename Layout>
 __device__ __forceinline__ Layout& shared_memory() {
   static_assert(alignof(Layout) <= 16, "dynamic shared memory is aligned to 16 bytes");

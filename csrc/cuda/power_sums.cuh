@@ -1,6 +1,6 @@
 // power_sums: (d, sum |w|^p, sum |w|^q) over the unpruned weights of each group of a list. A group
-// is cut into tiles, each summed by a warp; the sums of its tiles are added in a fixed order, so
-// that equal weights give equal bits.
+// is cut into tiles, and a warp sums each tile. The sums of the tiles are added in a fixed order,
+// so that the results are bitwise repeatable.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,11 +22,11 @@ namespace pdp {
 constexpr int kSumThreads = 256;
 constexpr int kSumBlocksPerMultiprocessor = 8;  // not yet measured on a GPU
 
-// Weights of one warp's sum: 25 million weights make 6,000 tiles, 10^9 leave one block 250,000 to
-// add up. Not yet measured on a GPU.
+// Weights of a tile. 25 million weights have 6,000 tiles; of 10^9 weights, one block has to add up
+// 250,000 tiles. Not yet measured on a GPU.
 constexpr int64_t kSumTile = 4096;
 
-// A tensor as the host describes it: `rows` groups that lie one after another, of equal size.
+// A tensor as the host describes it: `rows` groups of equal size, one after another in memory.
 struct RowsView {
   const void* data;
   const bool* kept;  // null: no weight is pruned
@@ -35,7 +35,7 @@ struct RowsView {
   WeightType type;
 };
 
-// What is asked for, without the workspace.
+// The operator's arguments, without the workspace.
 struct PowerSumsRequest {
   std::vector<RowsView> tensors;
   double p, q;
@@ -48,27 +48,27 @@ struct SumEntry {
   const bool* kept;
   int64_t row_size;
   int64_t tiles_per_row;  // at least 1, so that an empty row is written too
-  int64_t tile_begin;     // its first tile, group, and group of several tiles, in the list
-  int64_t group_begin;
-  int64_t long_begin;
+  int64_t tile_begin;     // index of its first tile in the list
+  int64_t group_begin;    // index of its first group
+  int64_t split_begin;    // index of its first group among those of several tiles
   WeightType type;
 };
 
 struct SumPlan {
   SumEntry* entries;
-  PowerSums* parts;  // of every tile of a group of several
+  PowerSums* tile_sums;  // of groups of several tiles
   PowerSums* results;
   double p, q;
   int32_t tensors;
   int64_t tiles;
-  int64_t longs;
+  int64_t split_groups;  // groups of several tiles
 };
 
 constexpr int kSmallSumChunk = 16;
 constexpr int kLargeSumChunk = 480;
 
-// The last entry that begins at or before `place`: the one that holds it, since entries that hold
-// nothing begin where the next one does.
+// Returns the entry that holds `place`: the last one that begins at or before it, since an empty
+// entry begins where the next one does.
 template <typename BeginOf>
 __device__ SumEntry entry_at(const SumPlan& plan, int64_t place, BeginOf begin_of) {
   int32_t low = 0, high = plan.tensors - 1;
@@ -88,7 +88,7 @@ __device__ inline PowerSums warp_sum(PowerSums sums) {
   return {warp_reduce(sums.count, add), warp_reduce(sums.p, add), warp_reduce(sums.q, add)};
 }
 
-// The part of a lane in the sums of [begin, end): every 32nd weight, in order.
+// Returns a lane's sums of [begin, end): every 32nd weight, in order.
 template <Norms kNorms, typename Weight>
 __device__ PowerSums sum_lane(const Weight* weights, const bool* kept, int64_t begin, int64_t end,
                               double p, double q) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kSumThreads)
     const int64_t end = min(begin + kSumTile, (row + 1) * entry.row_size);
     const PowerSums sums = warp_sum(sum_lane<kNorms>(entry, begin, end, plan.p, plan.q));
     PowerSums* result =
-        entry.tiles_per_row > 1 ? &plan.parts[tile] : &plan.results[entry.group_begin + row];
+        entry.tiles_per_row > 1 ? &plan.tile_sums[tile] : &plan.results[entry.group_begin + row];
     if (threadIdx.x % kWarp == 0) *result = sums;
   }
 }
@@ -154,12 +154,13 @@ __global__ void __launch_bounds__(kSumThreads)
   auto& shared = shared_memory<AddTilesShared>();
   const int64_t place = blockIdx.x;
   const SumEntry entry =
-      entry_at(plan, place, [](const SumEntry& entry) { return entry.long_begin; });
-  const int64_t row = place - entry.long_begin;
-  const PowerSums* parts = plan.parts + entry.tile_begin + row * entry.tiles_per_row;
+      entry_at(plan, place, [](const SumEntry& entry) { return entry.split_begin; });
+  const int64_t row = place - entry.split_begin;
+  const PowerSums* tile_sums = plan.tile_sums + entry.tile_begin + row * entry.tiles_per_row;
   PowerSums sums;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < entry.tiles_per_row; i += kSumThreads) sums = sums + parts[i];
+  for (int64_t i = threadIdx.x; i < entry.tiles_per_row; i += kSumThreads)
+    sums = sums + tile_sums[i];
   sums = warp_sum(sums);
   if (threadIdx.x % kWarp == 0) shared.warps[threadIdx.x / kWarp] = sums;
   __syncthreads();
@@ -175,15 +176,15 @@ inline SumPlan lay_out_sums(const PowerSumsRequest& request, Workspace& workspac
   for (const RowsView& tensor : request.tensors) {
     const int64_t row_size = tensor.rows > 0 ? tensor.size / tensor.rows : 0;
     const int64_t tiles = std::max<int64_t>(1, (row_size + kSumTile - 1) / kSumTile);
-    table.push_back(
-        {tensor.data, tensor.kept, row_size, tiles, plan.tiles, groups, plan.longs, tensor.type});
+    table.push_back({tensor.data, tensor.kept, row_size, tiles, plan.tiles, groups,
+                     plan.split_groups, tensor.type});
     plan.tiles += tensor.rows * tiles;
-    plan.longs += tiles > 1 ? tensor.rows : 0;
+    plan.split_groups += tiles > 1 ? tensor.rows : 0;
     groups += tensor.rows;
   }
   plan.tensors = static_cast<int32_t>(table.size());
   plan.entries = workspace.take<SumEntry>(plan.tensors);
-  plan.parts = workspace.take<PowerSums>(plan.longs > 0 ? plan.tiles : 0);
+  plan.tile_sums = workspace.take<PowerSums>(plan.split_groups > 0 ? plan.tiles : 0);
   plan.results = request.results;
   plan.p = request.p;
   plan.q = request.q;
@@ -206,8 +207,8 @@ void launch_sum_tiles(Launcher& launcher, const SumPlan& plan, const DeviceLimit
   launcher.launch(sum_tiles_kernel<kNorms>, blocks, kSumThreads, 0, plan);
 }
 
-// Three launches, or two where no group has several tiles (and one more per kLargeSumChunk
-// tensors), however many tensors.
+// Three launches, or two if no group has several tiles, and one more for each kLargeSumChunk
+// tensors beyond the first.
 inline cudaError_t launch_power_sums(const PowerSumsRequest& request, void* memory,
                                      cudaStream_t stream) {
   Launcher launcher(stream);
@@ -230,8 +231,8 @@ inline cudaError_t launch_power_sums(const PowerSumsRequest& request, void* memo
       launch_sum_tiles<Norms::kAny>(launcher, plan, request.limits);
       break;
   }
-  if (plan.longs > 0) {
-    launcher.launch(add_tiles_kernel, plan.longs, kSumThreads, sizeof(AddTilesShared), plan);
+  if (plan.split_groups > 0) {
+    launcher.launch(add_tiles_kernel, plan.split_groups, kSumThreads, sizeof(AddTilesShared), plan);
   }
   return launcher.error();
 }

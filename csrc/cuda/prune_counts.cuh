@@ -1,4 +1,4 @@
-// prune_counts: how many weights of each tensor are to be pruned, from ratios the host knows.
+// prune_counts: how many weights of each tensor to prune. The host computes it from the sparsities.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,9 +1,10 @@
 // The k-th and k+1-th smallest magnitude of every tensor of a list, by radix select.
 //
-// Each pass histograms one digit of the keys that share the digits of v_k found so far; the last
-// block done with a tensor picks the next digit from its histogram. Keys above the chosen bin are
-// dropped, but the smallest of them is kept, for it is v_{k+1} if the last bin has none. Alabi,
-// Blanchard, Gordon, Steinbach, "Fast k-selection algorithms for graphics processing units" (2012).
+// Each pass counts one digit of the keys that share the digits of v_k found so far. The last block
+// to finish a tensor picks the next digit from the tensor's histogram. Keys above the chosen bin
+// are dropped, except that the smallest of them is remembered: it is v_{k+1} if the last bin has
+// none. Alabi, Blanchard, Gordon, Steinbach, "Fast k-selection algorithms for graphics processing
+// units" (2012).
 //
 //   float32            11 + 10 + 10 bits, the last pass over candidates only
 //   float64            11 + 11 + 11 + 10 + 10 + 10 bits, the later passes over candidates only
@@ -22,9 +23,9 @@
 
 namespace pdp {
 
-// Threads of a block, blocks per multiprocessor, the digits, and the histograms of the first and
-// the later ones; SmallCounters where the device lacks the shared memory for FirstCounters. Threads
-// and blocks are not yet measured on a GPU.
+// For each key width: threads per block, blocks per multiprocessor, the digits, and the histograms
+// of the first digit and of later ones. SmallCounters take the place of FirstCounters on a device
+// with too little shared memory. Threads and blocks are not yet measured on a GPU.
 template <typename Key>
 struct RadixSelect;
 
@@ -87,11 +88,11 @@ __device__ double threshold_of(WeightType type, Key kth, Key next, int64_t k, in
   }
 }
 
-// Takes the next digit of v_k from the tensor's histogram. Called by all threads.
+// Picks the next digit of v_k from the tensor's histogram. Called by all threads.
 template <typename Key, typename CountOf>
-__device__ void pick_digit(const Selection<Key>& selection, Digit digit, const Share<Key>& share,
+__device__ void pick_digit(const Selection<Key>& selection, Digit digit, const Slice<Key>& slice,
                            CountOf count, RankScratch& scratch) {
-  SelectionState<Key>& state = selection.states[share.tensor];
+  SelectionState<Key>& state = selection.states[slice.tensor];
   const int32_t bins = digit.bins();
   const int64_t rank_in_prefix = state.rank;
   find_rank(count, bins, static_cast<Count>(rank_in_prefix), scratch);
@@ -112,9 +113,9 @@ __device__ void pick_digit(const Selection<Key>& selection, Digit digit, const S
     next = static_cast<int32_t>(scratch.next) < bins ? prefix | static_cast<Key>(scratch.next)
                                                      : state.next;
   }
-  const int32_t position = share.entry.position;
+  const int32_t position = slice.entry.position;
   const double threshold =
-      threshold_of(share.entry.type, kth, next, selection.prune_counts[position], share.entry.size);
+      threshold_of(slice.entry.type, kth, next, selection.prune_counts[position], slice.entry.size);
   selection.thresholds.store(position, threshold);
 }
 
@@ -126,8 +127,8 @@ __device__ void merge_counters(const Counters& counters, Count* histogram) {
   }
 }
 
-// Counts a key's digit if those above it are the prefix, and returns whether they are. `next` is
-// the smallest key so far whose digits above it are larger than the prefix.
+// Counts a key's digit if the key's higher digits equal the prefix, and returns whether they do.
+// `next` becomes the smallest key so far whose higher digits are above the prefix.
 template <typename Key, typename Counters>
 __device__ bool count_digit(Key key, Key prefix, Digit digit, Counters& counters, Key& next) {
   const Key head = key >> (digit.shift + digit.bits);
@@ -138,26 +139,26 @@ __device__ bool count_digit(Key key, Key prefix, Digit digit, Counters& counters
   return true;
 }
 
-// Once the block has counted its share: the tensor's digit, if no other block has still to count.
-// Called by all threads.
+// Picks the tensor's digit if no other block still has to count. Called by all threads, once the
+// block has counted its slice.
 template <typename Key, typename Shared>
-__device__ void finish_share(const Selection<Key>& selection, Digit digit, const Share<Key>& share,
+__device__ void finish_slice(const Selection<Key>& selection, Digit digit, const Slice<Key>& slice,
                              bool flushed, Shared& shared) {
   __syncthreads();
-  if (share.whole() && !flushed) {
+  if (slice.is_whole_tensor() && !flushed) {
     const auto count = [&](int32_t bin) { return shared.counters[bin]; };
-    pick_digit(selection, digit, share, count, shared.rank);
+    pick_digit(selection, digit, slice, count, shared.rank);
     return;
   }
-  Count* histogram = histogram_of(selection, share.tensor, share.entry);
+  Count* histogram = histogram_of(selection, slice.tensor, slice.entry);
   merge_counters(shared.counters, histogram);
-  Count* tiles_done = &selection.states[share.tensor].tiles_done;
-  const auto tiles = static_cast<Count>(tiles_of<Key>(share.entry.size));
-  if (!last_to_arrive(tiles_done, static_cast<Count>(share.tiles), tiles, shared.last)) return;
+  Count* tiles_done = &selection.states[slice.tensor].tiles_done;
+  const auto tiles = static_cast<Count>(tiles_of<Key>(slice.entry.size));
+  if (!last_to_arrive(tiles_done, static_cast<Count>(slice.tiles), tiles, shared.last)) return;
   const auto count = [&](int32_t bin) { return histogram[bin]; };
-  pick_digit(selection, digit, share, count, shared.rank);
+  pick_digit(selection, digit, slice, count, shared.rank);
   for (int32_t bin = threadIdx.x; bin < selection.bins; bin += blockDim.x) histogram[bin] = 0;
-  // Nothing orders the other blocks' atomics on it before this but that it is one too.
+  // An atomic, since nothing else orders this after the other blocks' atomics on it.
   if (threadIdx.x == 0) atomicExch(tiles_done, Count{0});
 }
 
@@ -165,7 +166,7 @@ template <typename Key, typename Counters>
 struct FirstDigitShared {
   Counters counters;
   RankScratch rank;
-  Share<Key> share;
+  Slice<Key> slice;
   bool last;
 };
 
@@ -173,30 +174,30 @@ template <typename Key, typename Counters>
 __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::kBlocks)
     first_digit_kernel(Selection<Key> selection, Digit digit) {
   auto& shared = shared_memory<FirstDigitShared<Key, Counters>>();
-  for_each_share(selection, shared.share, [&] {
-    const Share<Key>& share = shared.share;
-    if (selection.states[share.tensor].rank < 0) return;
-    const int64_t begin = share.weights_begin();
-    const int64_t end = share.weights_end();
+  for_each_slice(selection, shared.slice, [&] {
+    const Slice<Key>& slice = shared.slice;
+    if (selection.states[slice.tensor].rank < 0) return;
+    const int64_t begin = slice.weights_begin();
+    const int64_t end = slice.weights_end();
     shared.counters.clear();
     __syncthreads();
-    for (int64_t part = begin; part < end; part += Counters::kMaxKeys) {
-      if (part > begin) {
+    for (int64_t round = begin; round < end; round += Counters::kMaxKeys) {
+      if (round > begin) {
         __syncthreads();
-        merge_counters(shared.counters, histogram_of(selection, share.tensor, share.entry));
+        merge_counters(shared.counters, histogram_of(selection, slice.tensor, slice.entry));
         __syncthreads();
         shared.counters.clear();
         __syncthreads();
       }
       for_each_weight_key<Key>(
-          share.entry, part, min(part + Counters::kMaxKeys, end),
+          slice.entry, round, min(round + Counters::kMaxKeys, end),
           [&](Key key) { shared.counters.add(static_cast<uint32_t>(key >> digit.shift)); }, [] {});
     }
-    finish_share(selection, digit, share, end - begin > Counters::kMaxKeys, shared);
+    finish_slice(selection, digit, slice, end - begin > Counters::kMaxKeys, shared);
   });
 }
 
-// Candidates on their way to device memory, so that one reservation there serves thousands.
+// Collects candidates in shared memory, so that one reservation in device memory serves thousands.
 template <typename Key>
 struct Stage {
   static constexpr int kRound = round_elements<Key>(RadixSelect<Key>::kThreads);
@@ -206,7 +207,7 @@ struct Stage {
   uint32_t size;
   Count place;
 
-  // Returns the room taken, this key included.
+  // Returns the number of keys in the stage, this one included.
   __device__ uint32_t push(Key key) {
     const uint32_t slot = atomicAdd(&size, 1u);
     keys[slot] = key;
@@ -229,7 +230,7 @@ struct LaterDigitShared {
   typename RadixSelect<Key>::LaterCounters counters;
   Stage<Key> stage;
   RankScratch rank;
-  Share<Key> share;
+  Slice<Key> slice;
   Key next;
   bool last;
 };
@@ -239,22 +240,22 @@ __device__ inline void atomic_min(uint64_t* address, uint64_t value) {
   atomicMin(reinterpret_cast<Count*>(address), static_cast<Count>(value));
 }
 
-// Reads the candidates if an earlier pass has collected them. Otherwise reads the weights, and
-// collects if all keys with the prefix fit: the last histogram says how many there are, so a
-// buffer is either exactly filled or left alone.
+// Reads the candidates if an earlier pass has collected them, otherwise the weights. Collects
+// candidates if all keys with the prefix fit: the last histogram says how many there are, so the
+// buffer is either filled exactly or not used.
 template <typename Key>
 __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::kBlocks)
     later_digit_kernel(Selection<Key> selection, Digit digit) {
   auto& shared = shared_memory<LaterDigitShared<Key>>();
-  for_each_share(selection, shared.share, [&] {
-    const Share<Key>& share = shared.share;
-    SelectionState<Key>& state = selection.states[share.tensor];
+  for_each_slice(selection, shared.slice, [&] {
+    const Slice<Key>& slice = shared.slice;
+    SelectionState<Key>& state = selection.states[slice.tensor];
     if (state.rank < 0) return;
     const Key prefix = state.prefix;
     const int64_t buffered = state.buffered;
-    Key* candidates = selection.candidates + share.entry.candidates_begin;
+    Key* candidates = selection.candidates + slice.entry.candidates_begin;
     const bool collect =
-        buffered == 0 && !digit.last && state.count <= candidate_capacity(share.entry.size);
+        buffered == 0 && !digit.last && state.count <= candidate_capacity(slice.entry.size);
     shared.counters.clear();
     if (threadIdx.x == 0) {
       shared.stage.size = 0;
@@ -267,13 +268,13 @@ __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::
       return count_digit(key, prefix, digit, shared.counters, next);
     };
     if (buffered > 0) {
-      // The host cannot know how many there are, so each tile stands for an equal part of them.
-      const int64_t part = buffered / tiles_of<Key>(share.entry.size) + 1;
-      const int64_t begin = min(share.first_tile * part, buffered);
+      // The host does not know how many there are, so each tile of weights stands for as many.
+      const int64_t per_tile = buffered / tiles_of<Key>(slice.entry.size) + 1;
+      const int64_t begin = min(slice.first_tile * per_tile, buffered);
       for_each<RadixSelect<Key>::kThreads, Memory::kWorkspace>(
-          candidates, begin, min(begin + share.tiles * part, buffered), count);
+          candidates, begin, min(begin + slice.tiles * per_tile, buffered), count);
     } else if (!collect) {
-      for_each_weight_key<Key>(share.entry, share.weights_begin(), share.weights_end(), count,
+      for_each_weight_key<Key>(slice.entry, slice.weights_begin(), slice.weights_end(), count,
                                [] {});
     } else {
       constexpr uint32_t kFull = Stage<Key>::kCapacity - Stage<Key>::kRound;
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::
           filled = 0;
         }
       };
-      for_each_weight_key<Key>(share.entry, share.weights_begin(), share.weights_end(), collect_key,
+      for_each_weight_key<Key>(slice.entry, slice.weights_begin(), slice.weights_end(), collect_key,
                                flush_if_full);
       __syncthreads();
       shared.stage.flush(&state.reserved, candidates);
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::
     if (threadIdx.x % kWarp == 0) atomic_min(&shared.next, next);
     __syncthreads();
     if (threadIdx.x == 0) atomic_min(&state.next, shared.next);
-    finish_share(selection, digit, share, false, shared);
+    finish_slice(selection, digit, slice, false, shared);
   });
 }
 

@@ -1,5 +1,5 @@
-// thresholds: launches the radix select over a list of weights. Free of Torch; the caller gives the
-// workspace.
+// thresholds: launches the radix select over a list of weights. Free of Torch; the caller allocates
+// the workspace.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@
 
 namespace pdp {
 
-// What the kernels are asked for, without the workspace.
+// The operator's arguments, without the workspace.
 struct ThresholdRequest {
   std::vector<WeightView> weights;
   const int64_t* prune_counts;  // on the device, by position
@@ -38,8 +38,8 @@ bool lacks_shared_memory(const DeviceLimits& limits) {
   return limits.shared_bytes_per_block < static_cast<int>(sizeof(Shared));
 }
 
-// Null, or why this device cannot serve the request. Selection of 16-bit weights has a histogram of
-// all magnitudes in shared memory; no other kernel of the package needs as much.
+// Returns null, or why this device cannot serve the request. The selection of 16-bit weights has a
+// histogram of all magnitudes in shared memory; no other kernel of the package needs as much.
 inline const char* obstacle(const ThresholdRequest& request) {
   using Shared = FirstDigitShared<uint16_t, RadixSelect<uint16_t>::SmallCounters>;
   const bool enough = request.limits.shared_bytes_per_block >= static_cast<int>(sizeof(Shared));
@@ -72,7 +72,7 @@ Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& wor
   selection.prune_counts = request.prune_counts;
   selection.thresholds = request.thresholds;
   selection.tensors = static_cast<int32_t>(table.size());
-  selection.share_tiles(tiles, request.limits.multiprocessors * Radix::kBlocks);
+  selection.assign_tiles(tiles, request.limits.multiprocessors * Radix::kBlocks);
   const bool small = lacks_shared_memory<Key>(request.limits);
   selection.bins = Radix::FirstCounters::kBins;
   selection.keys_per_flush =
@@ -92,7 +92,7 @@ void launch_first_digit(Launcher& launcher, const Selection<Key>& selection, Dig
                   sizeof(FirstDigitShared<Key, Counters>), selection, digit);
 }
 
-// One launch to begin with (one per kLargeChunk tensors) and one per digit, however many tensors.
+// One launch for each kLargeChunk tensors, and one for each digit.
 template <typename Key>
 void launch_selection(Launcher& launcher, const Selection<Key>& selection,
                       const std::vector<TableEntry>& table, const DeviceLimits& limits) {

@@ -1,5 +1,5 @@
-// Numbers and tables the host knows, written to the device by a kernel that has them as an
-// argument: that needs no synchronisation, and a captured graph keeps them by value.
+// Uploads from the host: a kernel takes values as an argument and writes them to device memory.
+// That needs no synchronisation, and a captured graph keeps the values.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -35,8 +35,8 @@ void launch_write_chunks(Launcher& launcher, const std::vector<Item>& values, It
   }
 }
 
-// Arguments may take 32,764 bytes (CUDA 12.1 and later), which bounds kLarge: one launch each.
-// Short lists use a chunk of kSmall, which costs less to launch.
+// One launch for each chunk. Kernel arguments may take 32,764 bytes (CUDA 12.1 and later), which
+// bounds kLarge. Short lists use a chunk of kSmall, which costs less to launch.
 template <int kSmall, int kLarge, typename Item>
 void launch_write(Launcher& launcher, const std::vector<Item>& values, Item* items) {
   if (values.size() <= kSmall) {

@@ -1,8 +1,8 @@
-// A list of weights on the device: a table with one entry per tensor, the way the list's work is
-// shared among blocks, and the state of the selection in each tensor.
+// A list of weights on the device: a table with one entry per tensor, how the work is distributed
+// over blocks, and the state of the selection in each tensor.
 //
-// Each tensor is cut into tiles, and every block takes one run of consecutive tiles of the whole
-// list. A run is one contiguous range of each tensor it touches, and at most one tensor is cut at
+// Each tensor is cut into tiles, and every block handles one run of consecutive tiles of the list.
+// A run has one slice of each tensor it touches: a contiguous range. At most one tensor is cut at
 // each border between blocks, so few histograms have to be merged in device memory.
 #pragma once
 
@@ -50,15 +50,15 @@ struct TableEntry {
   WeightType type;
 };
 
-// What is known of the k-th smallest key v_k of one tensor after some of its digits.
+// The search for v_k, the k-th smallest key of one tensor, after some of its digits.
 template <typename Key>
 struct SelectionState {
   Key prefix;        // the digits of v_k found so far; at the end v_k itself
-  Key next;          // the smallest key met so far whose digits are above the prefix
+  Key next;          // the smallest key found so far whose digits are above the prefix
   int64_t rank;      // 0-based rank of v_k among the keys with the prefix; -1: nothing to select
   int64_t count;     // how many keys have the prefix
   int64_t buffered;  // how many candidates the buffer holds, or 0: read the weights
-  // Of the weights whose key is v_k, those up to this index are pruned.
+  // Weights whose key is v_k are pruned up to this index.
   int64_t last_pruned;
   Count reserved;    // candidates that blocks have claimed room for
   Count tiles_done;  // tiles counted in the running pass
@@ -77,7 +77,7 @@ struct ThresholdOutput {
   }
 };
 
-// Tensors whose keys have one width, and the runs of tiles of their list.
+// Tensors of one key width, and the run of tiles of every block.
 template <typename Key>
 struct WeightTable {
   TableEntry* entries;
@@ -88,7 +88,7 @@ struct WeightTable {
   int32_t run_tiles;
   int32_t longer_runs;
 
-  void share_tiles(int32_t tiles, int32_t most_blocks) {
+  void assign_tiles(int32_t tiles, int32_t most_blocks) {
     blocks = std::min(tiles, most_blocks);
     if (blocks == 0) return;
     run_tiles = tiles / blocks;
@@ -105,28 +105,28 @@ struct WeightTable {
   }
 };
 
-// Everything the passes of a selection share.
+// What every pass of a selection needs.
 template <typename Key>
 struct Selection : WeightTable<Key> {
   const int64_t* prune_counts;  // by position
   ThresholdOutput thresholds;   // by position
-  int32_t bins;                 // of a histogram
-  int64_t keys_per_flush;       // after which a block must merge its histogram
+  int32_t bins;                 // per histogram
+  int64_t keys_per_flush;       // a block must merge its histogram after as many
   SelectionState<Key>* states;
   Count* histograms;  // zero between passes
   Key* candidates;
 };
 
-// The part of one tensor that one block has.
+// The tiles of one tensor that one block handles.
 template <typename Key>
-struct Share {
+struct Slice {
   TableEntry entry;
   int32_t tensor;
   int32_t first_tile;  // within the tensor
   int32_t tiles;
-  bool more;  // the block has tiles of other tensors too
+  bool more;  // the block has tiles of later tensors too
 
-  __device__ bool whole() const { return tiles == tiles_of<Key>(entry.size); }
+  __device__ bool is_whole_tensor() const { return tiles == tiles_of<Key>(entry.size); }
 
   __device__ int64_t weights_begin() const { return first_tile * kTile<Key>; }
   __device__ int64_t weights_end() const {
@@ -134,16 +134,16 @@ struct Share {
   }
 };
 
-// Calls process() for every tensor that this block has tiles of (and empty ones between), with
-// `share` (in shared memory) telling which. Called by all threads.
+// Calls process() for every tensor that this block has tiles of, and for empty tensors between
+// them. `slice`, in shared memory, says which tiles. Called by all threads.
 template <typename Key, typename Process>
-__device__ void for_each_share(const WeightTable<Key>& table, Share<Key>& share, Process process) {
+__device__ void for_each_slice(const WeightTable<Key>& table, Slice<Key>& slice, Process process) {
   const auto block = static_cast<int32_t>(blockIdx.x);
   const auto take = [&](int32_t tensor, int32_t tile) {
     const TableEntry entry = table.entries[tensor];
     const int32_t run_end = table.run_begin(block + 1);
     const int32_t end = min(run_end, entry.tile_begin + tiles_of<Key>(entry.size));
-    share = {entry, tensor, tile - entry.tile_begin, end - tile, end < run_end};
+    slice = {entry, tensor, tile - entry.tile_begin, end - tile, end < run_end};
   };
   const int32_t begin = table.run_begin(block);
   for (int32_t i = threadIdx.x; i < table.tensors; i += blockDim.x) {
@@ -155,18 +155,18 @@ __device__ void for_each_share(const WeightTable<Key>& table, Share<Key>& share,
   __syncthreads();
   while (true) {
     process();
-    if (!share.more) return;
+    if (!slice.more) return;
     __syncthreads();
     if (threadIdx.x == 0) {
-      const int32_t next = share.tensor + 1;
+      const int32_t next = slice.tensor + 1;
       take(next, table.entries[next].tile_begin);
     }
     __syncthreads();
   }
 }
 
-// The histogram in device memory of a tensor that several blocks count, or that one block counts in
-// several parts. At most one tensor of the first kind begins in each block.
+// Returns the histogram in device memory of a tensor that is split over several blocks, or that one
+// block counts in several rounds. At most one split tensor begins in each block.
 template <typename Key>
 __device__ Count* histogram_of(const Selection<Key>& selection, int32_t tensor,
                                const TableEntry& entry) {
@@ -179,8 +179,8 @@ __device__ Count* histogram_of(const Selection<Key>& selection, int32_t tensor,
   return selection.histograms + slot * selection.bins;
 }
 
-// The table travels as a kernel argument, which a captured graph keeps by value; arguments may take
-// 32,764 bytes (CUDA 12.1 and later). Short lists use a small chunk, which costs less to launch.
+// The table is a kernel argument, which a captured graph keeps by value. Arguments may take 32,764
+// bytes (CUDA 12.1 and later). Short lists use a small chunk, which costs less to launch.
 constexpr int kSmallChunk = 16;
 constexpr int kLargeChunk = 768;
 
@@ -189,8 +189,8 @@ struct TableChunk {
   TableEntry entries[kCapacity];
 };
 
-// Block b of such a kernel writes entry first + b of the plan's table and readies what the plan has
-// for that tensor.
+// Block b of such a kernel writes entry first + b of the plan's table and initialises the plan's
+// arrays for that tensor.
 template <typename Plan, int kCapacity>
 using StartKernel = void (*)(Plan plan, TableChunk<kCapacity> chunk, int32_t first);
 
@@ -219,7 +219,7 @@ void launch_start(Launcher& launcher, StartKernel<Plan, kSmallChunk> small_chunk
   }
 }
 
-// A StartKernel: readies the tensor's state and histogram. Where all weights or none are pruned
+// A StartKernel: initialises the tensor's state and histogram. If all weights or none are pruned,
 // there is nothing to select, and the threshold is written here.
 template <typename Key, int kCapacity>
 __global__ void start_selection_kernel(const __grid_constant__ Selection<Key> selection,
@@ -255,7 +255,7 @@ __global__ void start_selection_kernel(const __grid_constant__ Selection<Key> se
     if (split) {
       histogram[bin] = 0;
     } else {
-      atomicExch(&histogram[bin], Count{0});  // tensors that one block counts share a histogram
+      atomicExch(&histogram[bin], Count{0});  // tensors of one block use the same histogram
     }
   }
 }

@@ -212,7 +212,7 @@ const char* host_power_sums(int64_t tensors, const void* const* data, const bool
     std::vector<pdp::SumEntry> table;
     const pdp::SumPlan plan = pdp::lay_out_sums(request, layout, table);
     name(plan.entries, table.size() * sizeof(pdp::SumEntry), "table", kTable);
-    name(plan.parts, plan.tiles * sizeof(pdp::PowerSums), "partial sums");
+    name(plan.tile_sums, plan.tiles * sizeof(pdp::PowerSums), "partial sums");
     pdp::launch_power_sums(request, workspace.data(), nullptr);
     workspace.free();
   });
