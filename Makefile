@@ -1,8 +1,10 @@
-# make bench   the microbenchmark against eager PyTorch, on the GPU if there is one
-# make test    the tests, and the extension against a CPU-only torch
-# make lint    ruff and clang-format; make format mends
-# make gpu     on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS=right,
-#              fast or tuned is one call of it, PARTS="smoke ncu" those parts; DEADLINE in seconds
+# make bench      the microbenchmark against eager PyTorch, on the GPU if there is one
+# make test       the tests, and the extension against a CPU-only torch, in minutes
+# make test-full  the slow tests too, as continuous integration runs them
+# make coverage   the lines of the package that `make test` does not run
+# make lint       ruff and clang-format; make format mends
+# make gpu        on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS=right,
+#                 fast or tuned is one call of it, PARTS="smoke ncu" those parts; DEADLINE in seconds
 #
 # Each makes .venv first. Versions of the tools stand in pyproject.toml, those of torch here.
 
@@ -22,12 +24,21 @@ bench: $(VENV)/built
 
 # The CPU-only torch loads the modules that were built against the other one. A process for each
 # core, with one thread: threads that wait for each other take the time of the other processes.
-PYTEST := -m pytest -n auto --dist loadfile
-test: export OMP_NUM_THREADS = 1
-test: $(VENV)/built $(CPU_VENV)/tools
-	PYTHONPATH=. $(CPU_VENV)/bin/python $(PYTEST) -q tests/test_installation.py \
-		tests/functional/test_threshold.py tests/ops/test_autograd.py tests/pruning/test_pruner_compatibility.py -m "not gpu and not installed"
-	$(VENV)/bin/python $(PYTEST)
+PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
+CPU_TESTS := tests/test_installation.py tests/functional/test_threshold.py \
+	tests/ops/test_autograd.py tests/pruning/test_pruner_compatibility.py
+
+test: CHOSEN := not slow
+test-full: CHOSEN := slow or not slow
+test test-full: export OMP_NUM_THREADS = 1
+test test-full: $(VENV)/built $(CPU_VENV)/tools
+	PYTHONPATH=. $(CPU_VENV)/bin/python $(PYTEST) -q $(CPU_TESTS) \
+		-m "($(CHOSEN)) and not gpu and not installed"
+	$(VENV)/bin/python $(PYTEST) -m "$(CHOSEN)"
+
+coverage: export OMP_NUM_THREADS = 1
+coverage: $(VENV)/built
+	$(VENV)/bin/python $(PYTEST) -m "not slow" --cov --cov-report term-missing:skip-covered
 
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .
@@ -62,4 +73,4 @@ $(CPU_VENV)/tools: pyproject.toml Makefile
 clean:
 	rm -rf $(VENV) $(CPU_VENV) build dist *.egg-info pdp_kernels/*.so
 
-.PHONY: bench test lint format gpu clean
+.PHONY: bench test test-full coverage lint format gpu clean

@@ -2,6 +2,11 @@
 
 import functools
 import os
+
+# One thread in each test process, of which there is one for each core. Threads that wait for each
+# other spin, and beside other work take several times the time of one. OpenMP reads this on import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +23,31 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from pdp_kernels import ops
 
+torch.set_num_threads(1)
+
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 
 
+# Files whose tests take longest: first, so that no process is left with one of them at the end.
+LONGEST = (
+    "test_cpu_instruction_sets.py",
+    "test_pruner_sharded.py",
+    "test_gpu_logic.py",
+    "test_compiled_kernels.py",
+    "test_studies.py",
+    "test_packaging.py",
+    "test_cuda_races.py",
+    "test_sharded_weights.py",
+    "test_traffic.py",
+    "test_operators.py",
+    "test_soft_mask.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     if torch.cuda.is_available():
         return
     without_gpu = pytest.mark.skip(reason="no CUDA device")
@@ -42,6 +68,13 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, for a test whose promise is about threads."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", GPU])

@@ -55,6 +55,7 @@ def test_source_distribution_holds_every_source(unpacked):
                 assert (unpacked / path.relative_to(ROOT)).exists(), path
 
 
+@pytest.mark.slow
 def test_wheel_built_from_it_works(unpacked, tmp_path):
     (tmp_path / "out").mkdir()
     wheel, _ = build("wheel", unpacked, tmp_path / "out", PDP_BUILD_CUDA="0")

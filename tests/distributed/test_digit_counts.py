@@ -97,7 +97,8 @@ def test_counts_of_a_list_of_both_half_precisions(selection):
     check_mixed_halves(selection.digit_counts, selection.device)
 
 
-def test_counts_of_a_thousand_tensors(selection):
+def test_counts_of_a_thousand_tensors_on_several_threads(selection, set_threads):
+    set_threads(3)
     weights = [torch.randn(i % 70, device=selection.device) for i in range(1000)]
     check(selection.digit_counts, weights)
 

@@ -155,10 +155,11 @@ def test_takes_no_gradient(device):
     assert not any(part.requires_grad for part in compress_2to4(weight))
 
 
-def test_bitwise_repeatable(compress):
+def test_bitwise_repeatable_on_any_number_of_threads(compress, set_threads):
     weight = torch.randint(-3, 4, (256, 512)).bfloat16()
     first = compress(weight)
-    for _ in range(5):
+    for threads in (1, 1, 2, 3):
+        set_threads(threads)
         assert all(map(torch.equal, compress(weight), first))
 
 

@@ -56,7 +56,8 @@ def test_hand_computed_ties(device):
     ]
 
 
-def test_ties_that_span_many_tiles(selection):
+def test_ties_that_span_many_tiles_and_threads(selection, set_threads):
+    set_threads(3)
     weight = torch.randint(0, 3, (300_007,)).float()
     for count in (1, 100_003, 150_000, 222_222, 300_000):
         assert_exact(selection, weight, count)

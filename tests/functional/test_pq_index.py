@@ -272,17 +272,13 @@ def test_bitwise_repeatable(device):
         assert torch.equal(pq_index(weights), first)
 
 
-def test_independent_of_the_number_of_threads():
+def test_independent_of_the_number_of_threads(set_threads):
     weights = [torch.randn(300_007), torch.randn(40, 1000), torch.randn(200_003).bfloat16()]
     rows = [weight.view(-1, 40) if weight.dim() > 1 else weight for weight in weights]
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            results.append(torch.cat([pq_index(weights), *pq_index(rows, scope="neuron")]))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 7):
+        set_threads(count)
+        results.append(torch.cat([pq_index(weights), *pq_index(rows, scope="neuron")]))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -99,7 +99,8 @@ def test_unusual_shapes(masking, shape, dim):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, dim", LARGE_SHAPES, ids=str)
-def test_large_weights(selection, shape, dim, dtype):
+def test_large_weights_on_several_threads(selection, shape, dim, dtype, set_threads):
+    set_threads(3)
     check(selection, torch.randn(shape).to(dtype), dim, True, True)
 
 
@@ -149,12 +150,12 @@ def test_out_dtype(masking, dtype, out_dtype):
     check(masking, torch.randn(9, 30).to(dtype), 0, True, False, out_dtype)
 
 
-def test_results_are_bitwise_repeatable_on_any_number_of_threads(masking):
+def test_results_are_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
     weight, gradient = torch.randn(2, 70, 1001)
     for dim in (0, 1):
         runs = []
         for threads in (1, 2, 3, 1):
-            torch.set_num_threads(threads)
+            set_threads(threads)
             given = on_device(masking, weight, *(torch.tensor(1.0),) * 2)
             norms = masking.channel_norms(given[0], dim, False)
             rest = (given[0], norms, *given[1:], dim, True)
@@ -162,7 +163,6 @@ def test_results_are_bitwise_repeatable_on_any_number_of_threads(masking):
                 gradient.to(masking.device), None, *rest, False
             )
             runs.append((norms, back))
-        torch.set_num_threads(2)
         for norms, back in runs[1:]:
             assert torch.equal(norms, runs[0][0]) and torch.equal(back, runs[0][1])
 

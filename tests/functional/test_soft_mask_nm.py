@@ -182,11 +182,12 @@ def test_out_dtype(masking):
         check(masking, torch.randn(9, 8).to(dtype), 4, 2, 1, True, torch.bfloat16)
 
 
-def test_bitwise_repeatable(masking):
-    weight = torch.randn(40, 16)
+def test_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
+    weight = torch.randn(1000, 40)  # more than two threads' grains of weights
     given = on_device(masking, weight, temperature(weight, 0.1), 4, 2, 1, False)
     first = masking.soft_mask_nm(*given, None, False)[0]
-    for _ in range(5):
+    for threads in (1, 1, 2, 3):
+        set_threads(threads)
         assert torch.equal(masking.soft_mask_nm(*given, None, False)[0], first)
 
 

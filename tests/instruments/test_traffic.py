@@ -45,7 +45,13 @@ MOST = {
 }
 
 
-@pytest.mark.parametrize(("input_name", "dtype"), MOST)
+@pytest.mark.parametrize(
+    ("input_name", "dtype"),
+    [
+        pytest.param(*case, marks=[] if case[0] == "1e6" else pytest.mark.slow, id=", ".join(case))
+        for case in MOST
+    ],
+)
 def test_no_operator_moves_more_than_it_did(input_name, dtype):
     build = CountingBuild()
     build.device(multiprocessors=MULTIPROCESSORS)
