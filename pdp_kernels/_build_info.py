@@ -1,6 +1,7 @@
-"""What this installation is made of."""
+"""Versions and backends of this installation."""
 
 import importlib
+from typing import Any
 
 import torch
 
@@ -8,20 +9,20 @@ from pdp_kernels._version import __version__
 from pdp_kernels.ops import backends
 
 
-def build_info() -> dict:
-    """What was built, and which backends are live.
+def build_info() -> dict[str, Any]:
+    """Return what was built, and which backends calls can reach.
 
     Returns:
         A dict of plain data::
 
-            version    the package's version
-            torch      the torch that runs
-            native     {"torch", "compiler"}: what the CPU module was built with, or None
-            cuda       {"torch", "cuda", "architectures", "compiler"}: the same of the CUDA module
-            backends   {"reference", "native", "cuda", "triton"}: whether calls can reach each.
-                       CPU tensors are served by native, else by reference; CUDA tensors by cuda
-                       (selection) and triton (masks), else by reference
-            reasons    for each backend that is not live, why
+            version    the version of the package
+            torch      the version of torch in this process
+            native     {"torch", "compiler"} that built the CPU module, or None
+            cuda       {"torch", "cuda", "architectures", "compiler"} of the CUDA module, or None
+            backends   {"reference", "native", "cuda", "triton"}: True if calls can reach it.
+                       CPU tensors go to native, else to reference. CUDA tensors go to cuda
+                       (selection) and triton (masks), else to reference
+            reasons    why, for each backend that calls cannot reach
 
     Example:
         >>> build_info()["backends"]["reference"]
@@ -46,7 +47,8 @@ def _no_device() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def _built_with(module: str) -> dict | None:
+def _built_with(module: str) -> dict[str, str] | None:
     if backends.load_errors[module] is not None:
         return None
-    return importlib.import_module(f"pdp_kernels.{module}").build_info()
+    info: dict[str, str] = importlib.import_module(f"pdp_kernels.{module}").build_info()
+    return info

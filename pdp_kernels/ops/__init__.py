@@ -2,7 +2,7 @@
 
 A call goes from a public function to an `autograd.Function`, to an operator, to a backend. The
 dispatcher chooses the backend: native C++ for CPU tensors, CUDA C++ (selection) and Triton (masks)
-for CUDA tensors, and the reference where a tensor has no kernel of its own.
+for CUDA tensors, and the reference for tensors without a kernel.
 """
 
 from pdp_kernels.ops import backends, schemas, vmap

@@ -1,7 +1,8 @@
-"""What the Triton kernels rely on, checked for callers of torch.ops.pdp: an error, not a fault.
+"""Checks of the arguments that the Triton kernels rely on, for direct callers of torch.ops.pdp.
 
-The native operators have the same checks in csrc/arguments.h. The public functions check more, and
-before.
+A wrong argument raises an error instead of an illegal memory access. The function for an operator
+has its name and its arguments. csrc/arguments.h has the same checks for the native operators. The
+public functions check more, before they call an operator.
 """
 
 import torch
@@ -11,7 +12,7 @@ from pdp_kernels.ops.reference import threshold_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUP = 32  # members of an N:M group
-# The smallest matrix that torch.sparse.SparseSemiStructuredTensorCUTLASS takes of 16-bit dtypes.
+# The smallest 16-bit matrix that torch.sparse.SparseSemiStructuredTensorCUTLASS accepts.
 COMPRESSED_ROWS, COMPRESSED_COLUMNS = 32, 64
 
 
@@ -24,7 +25,9 @@ def _check_weight(weight: Tensor) -> None:
     _require(weight.dtype in DTYPES, f"weight must be floating point, got {weight.dtype}")
 
 
-def _check_values(name: str, values: Tensor, dtype: torch.dtype, count: int, weight: Tensor):
+def _check_values(
+    name: str, values: Tensor, dtype: torch.dtype, count: int, weight: Tensor
+) -> None:
     _require(values.dtype == dtype, f"{name} must have dtype {dtype}, got {values.dtype}")
     _require(values.numel() == count, f"{name} must have {count} elements, got {values.numel()}")
     _require(
@@ -74,31 +77,63 @@ def _check_channels(weight: Tensor, dim: int, norms: Tensor, **scalars: Tensor) 
     _check_values("norms", norms, threshold_dtype([weight]), weight.shape[dim], weight)
 
 
-def soft_mask(weight, threshold, tau, relative, out_dtype, return_mask):
+def soft_mask(
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+    return_mask: bool,
+) -> None:
     _check_scalars(weight, threshold=threshold, tau=tau)
 
 
-def soft_mask_backward(grad_w_hat, grad_mask, weight, threshold, tau, relative):
+def soft_mask_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    relative: bool,
+) -> None:
     _check_scalars(weight, threshold=threshold, tau=tau)
     _check_like(weight, grad_w_hat=grad_w_hat, grad_mask=grad_mask)
 
 
-def soft_mask_nm(weight, tau, m, pruned, dim, relative, out_dtype, return_mask):
+def soft_mask_nm(
+    weight: Tensor,
+    tau: Tensor,
+    m: int,
+    pruned: int,
+    dim: int,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+    return_mask: bool,
+) -> None:
     _check_scalars(weight, tau=tau)
     _check_groups(weight, m, pruned, dim)
 
 
-def soft_mask_nm_backward(grad_w_hat, grad_mask, weight, tau, m, pruned, dim, relative):
+def soft_mask_nm_backward(
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    tau: Tensor,
+    m: int,
+    pruned: int,
+    dim: int,
+    relative: bool,
+) -> None:
     _check_scalars(weight, tau=tau)
     _check_groups(weight, m, pruned, dim)
     _check_like(weight, grad_w_hat=grad_w_hat, grad_mask=grad_mask)
 
 
-def hard_mask_nm(weight, m, pruned, dim):
+def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> None:
     _check_groups(weight, m, pruned, dim)
 
 
-def compress_2to4(weight):
+def compress_2to4(weight: Tensor) -> None:
     _require(
         weight.dtype in (torch.bfloat16, torch.float16),
         f"weight must have dtype torch.bfloat16 or torch.float16, got {weight.dtype}",
@@ -112,18 +147,34 @@ def compress_2to4(weight):
     )
 
 
-def channel_norms(weight, dim, rms):
+def channel_norms(weight: Tensor, dim: int, rms: bool) -> None:
     _check_weight(weight)
     _check_dim(weight, dim)
 
 
-def soft_mask_channel(weight, norms, threshold, tau, dim, relative, out_dtype):
+def soft_mask_channel(
+    weight: Tensor,
+    norms: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    dim: int,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+) -> None:
     _check_channels(weight, dim, norms, threshold=threshold, tau=tau)
 
 
 def soft_mask_channel_backward(
-    grad_w_hat, grad_mask, weight, norms, threshold, tau, dim, relative, rms
-):
+    grad_w_hat: Tensor | None,
+    grad_mask: Tensor | None,
+    weight: Tensor,
+    norms: Tensor,
+    threshold: Tensor,
+    tau: Tensor,
+    dim: int,
+    relative: bool,
+    rms: bool,
+) -> None:
     _check_channels(weight, dim, norms, threshold=threshold, tau=tau)
     _check_like(weight, grad_w_hat=grad_w_hat)
     if grad_mask is not None:

@@ -1,34 +1,47 @@
-"""The soft masks as differentiable functions: dispatcher operators with Eq. 2 as their backward."""
+"""Differentiable soft masks: dispatcher operators whose backward is Eq. 2 of the paper."""
 
 import inspect
+from collections import OrderedDict
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pdp_kernels.ops.vmap import map_over_batch
 
 
 class MaskedWeight(torch.autograd.Function):
-    """(w_hat, mask) of a weight. Saves the weight and its scalars; the mask is computed again.
+    """Return (w_hat, mask) of a weight. Backward recomputes the mask from the weight and scalars.
 
-    group: None for one threshold, or (m, pruned, dim) for a threshold in each N:M group.
+    group: None for one threshold, or (m, pruned, dim) for a threshold per N:M group.
     """
 
     @staticmethod
-    def forward(weight, threshold, tau, group, relative, out_dtype, return_mask):
+    def forward(
+        weight: Tensor,
+        threshold: Tensor | None,
+        tau: Tensor,
+        group: tuple[int, int, int] | None,
+        relative: bool,
+        out_dtype: torch.dtype | None,
+        return_mask: bool,
+    ) -> tuple[Tensor, Tensor]:
         if group is None:
             return torch.ops.pdp.soft_mask(weight, threshold, tau, relative, out_dtype, return_mask)
         return torch.ops.pdp.soft_mask_nm(weight, tau, *group, relative, out_dtype, return_mask)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         weight, threshold, tau, ctx.group, ctx.relative, _, ctx.return_mask = inputs
         ctx.save_for_backward(weight, threshold, tau)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_w_hat, grad_mask):
+    def backward(
+        ctx: Any, grad_w_hat: Tensor | None, grad_mask: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if not ctx.return_mask:
-            grad_mask = None  # a compiled backward fills in zeros for the empty placeholder
+            grad_mask = None  # a compiled backward passes zeros for the empty mask
         if grad_w_hat is None and grad_mask is None:
             return (None,) * 7
         weight, threshold, tau = ctx.saved_tensors
@@ -40,30 +53,41 @@ class MaskedWeight(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return map_over_batch(MaskedWeight.apply, info.batch_size, in_dims, args)
 
 
 class MaskedChannels(torch.autograd.Function):
-    """(w_hat, mask) of a weight and the norms of its channels along dim, which it saves.
+    """Return (w_hat, mask) of a weight, given the norms of its channels along dim.
 
-    The norms are the weight's own: the gradient through them is part of the weight's.
+    The weight's gradient includes the gradient through the norms, which are functions of it.
     """
 
     @staticmethod
-    def forward(weight, norms, threshold, tau, dim, relative, rms, out_dtype):
+    def forward(
+        weight: Tensor,
+        norms: Tensor,
+        threshold: Tensor,
+        tau: Tensor,
+        dim: int,
+        relative: bool,
+        rms: bool,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
         return torch.ops.pdp.soft_mask_channel(
             weight, norms, threshold, tau, dim, relative, out_dtype
         )
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         weight, norms, threshold, tau, ctx.dim, ctx.relative, ctx.rms, _ = inputs
         ctx.save_for_backward(weight, norms, threshold, tau)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_w_hat, grad_mask):
+    def backward(
+        ctx: Any, grad_w_hat: Tensor | None, grad_mask: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_w_hat is None and grad_mask is None:
             return (None,) * 8
         grad = _backward(
@@ -78,57 +102,63 @@ class MaskedChannels(torch.autograd.Function):
         return grad, None, None, None, None, None, None, None
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return map_over_batch(MaskedChannels.apply, info.batch_size, in_dims, args)
 
 
-def _backward(name, *arguments):
-    """A backward operator. Where somebody may differentiate it again, that is made an error."""
+def _backward(name: str, *arguments: Any) -> Tensor:
+    """Return the result of a backward operator, whose second derivative is an error."""
     if torch.is_grad_enabled():
         return _BackwardOnce.apply(name, *arguments)
     return getattr(torch.ops.pdp, name)(*arguments)
 
 
 class _BackwardOnce(torch.autograd.Function):
-    """A backward operator as a function of its own, whose derivative is an error, not a zero."""
+    """Call a backward operator. Its own derivative is an error instead of zero."""
 
     @staticmethod
-    def forward(name, *arguments):
+    def forward(name: str, *arguments: Any) -> Tensor:
         return getattr(torch.ops.pdp, name)(*arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> None:
         raise RuntimeError(
             "a masked weight cannot be differentiated twice: its backward is the paper's Eq. 2, a "
             "given estimate of the gradient"
         )
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return map_over_batch(_BackwardOnce.apply, info.batch_size, in_dims, args)
 
 
-class _BoundAsGiven(inspect.BoundArguments):
-    """All arguments of a call, which were given in their order: nothing is left to find out."""
+class _PositionalArguments(inspect.BoundArguments):
+    """The bound arguments of a call that gives every argument by position."""
 
-    args = property(lambda self: tuple(self.arguments.values()))
-    kwargs = property(lambda self: {})
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return tuple(self.arguments.values())
 
-    def apply_defaults(self):
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def apply_defaults(self) -> None:
         pass
 
 
-class _AsGiven(inspect.Signature):
-    """The signature of a forward that is always called with all of its arguments, in order."""
+class _PositionalSignature(inspect.Signature):
+    """The signature of a function whose callers give every argument by position."""
 
-    def bind(self, *args):
-        return _BoundAsGiven(self, dict(zip(self.parameters, args, strict=True)))
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return _PositionalArguments(self, OrderedDict(zip(self.parameters, args, strict=True)))
 
 
 # Function.apply asks for the signature and binds to it on every call: this saves 20 of 38 us.
-for _function in (MaskedWeight, MaskedChannels):
-    _function.forward.__signature__ = _AsGiven.from_callable(_function.forward)
+_forward: Any
+for _forward in (MaskedWeight.forward, MaskedChannels.forward):
+    _forward.__signature__ = _PositionalSignature.from_callable(_forward)

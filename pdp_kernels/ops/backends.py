@@ -1,4 +1,4 @@
-"""The fast backends: extension modules register their own kernels, Triton's are registered here."""
+"""Fast backends: extension modules register their own kernels; this file registers Triton's."""
 
 import importlib
 from collections.abc import Callable
@@ -18,15 +18,15 @@ def _load(module: str) -> str | None:
     return None
 
 
-# Why each extension module is not live; None where it is.
+# The error of each extension module that did not load; None if it did.
 load_errors: dict[str, str | None] = {
     name: _load(f"pdp_kernels.{name}") for name in ("_C", "_C_cuda")
 }
 
 has_triton: bool = find_spec("triton") is not None
 
-# The operators that Triton serves, by their file in triton_kernels.
-TRITON_OPERATORS = {
+# The operators that Triton serves, by file in triton_kernels.
+TRITON_OPERATORS: dict[str, tuple[str, ...]] = {
     "soft_mask": ("soft_mask", "soft_mask_backward"),
     "soft_mask_nm": ("soft_mask_nm", "soft_mask_nm_backward", "hard_mask_nm"),
     "compress": ("compress_2to4",),
@@ -35,7 +35,7 @@ TRITON_OPERATORS = {
 
 
 def _on_first_call(file: str, name: str) -> Callable[..., Any]:
-    """Return the Triton implementation, which imports Triton when it is first called."""
+    """Return the Triton implementation, which imports Triton on its first call."""
     check = getattr(arguments, name)
 
     def call(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The fake of every operator: empty results with the right shapes, dtypes, strides and device."""
+"""The fake of every operator: empty results of the right shape, dtype, strides and device."""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
-"""The reference: every operator written in PyTorch ops, each function beside its equation.
+"""The reference: every operator in PyTorch ops, each function beside its equation.
 
-Runs on any device, never reads a value back to the host, and is the oracle of the tests: given
-float64 arguments it computes in float64. The paper is Cho, Adya, Naik, "PDP: Parameter-free
-Differentiable Pruning is All You Need", arXiv 2305.11203.
+The reference runs on any device and never reads a value back to the host. It is the oracle of the
+tests: it computes in float64 when its arguments are float64. "The paper" is Cho, Adya, Naik, "PDP:
+Parameter-free Differentiable Pruning is All You Need", arXiv 2305.11203.
 """
 
 import math
@@ -11,26 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The digits of a magnitude's key from the highest on, in bits, by the bytes of a weight.
-DIGIT_BITS = {8: (11, 11, 11, 10, 10, 10), 4: (11, 10, 10), 2: (8, 7)}
+# Bits in each digit of a magnitude's key, most significant digit first, by bytes per weight.
+DIGIT_BITS: dict[int, tuple[int, ...]] = {8: (11, 11, 11, 10, 10, 10), 4: (11, 10, 10), 2: (8, 7)}
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _NO_KEY = torch.iinfo(torch.int64).max
 
 
 def threshold_dtype(weights: Sequence[Tensor]) -> torch.dtype:
-    """The dtype thresholds have, and masks are computed in: float64 for float64, else float32."""
+    """Return the dtype of thresholds and mask arithmetic: float64 for float64, else float32."""
     if any(weight.dtype == torch.float64 for weight in weights):
         return torch.float64
     return torch.float32
 
 
 def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:
-    """k_i = floor(r_i n_i + 1/2), int64 (L,) on the weights' device.
-
-    Filled value by value: a copy from host memory would wait for the device and could not be
-    captured in a CUDA graph.
-    """
+    """Return k_i = floor(r_i n_i + 1/2), int64 (L,), on the weights' device."""
     counts = [
         math.floor(sparsity * weight.numel() + 0.5)
         for weight, sparsity in zip(weights, sparsities, strict=True)
@@ -38,26 +34,27 @@ def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tens
     device = weights[0].device
     if device.type == "cpu":
         return torch.tensor(counts, dtype=torch.int64)
+    # A copy from host memory would wait for the device, and a CUDA graph could not capture it.
     return torch.stack(
         [torch.full((), count, dtype=torch.int64, device=device) for count in counts]
     )
 
 
 def midpoint(low: Tensor, high: Tensor) -> Tensor:
-    """(low + high) / 2 for 0 <= low <= high, rounded once: no overflow, no lost denormal."""
+    """Return (low + high) / 2 for 0 <= low <= high, rounded once, without over- or underflow."""
     return torch.where(high > 1, 0.5 * low + 0.5 * high, 0.5 * (low + high))
 
 
 def threshold_between(low: Tensor, high: Tensor, prune_count: Tensor, size: int | Tensor) -> Tensor:
-    """t between v_k and v_{k+1} of n = size magnitudes: -inf for k = 0, +inf for k = n."""
+    """Return t between v_k = low and v_{k+1} = high: -inf for k = 0, +inf for k = size."""
     between = torch.where(prune_count >= size, math.inf, midpoint(low, high))
     return torch.where(prune_count <= 0, -math.inf, between)
 
 
 def threshold(weight: Tensor, prune_count: Tensor) -> Tensor:
-    """t = (v_k + v_{k+1}) / 2 of the sorted |w| (Algorithm 1, lines 14-16).
+    """Return t = (v_k + v_{k+1}) / 2 of the sorted |w| (Algorithm 1, lines 14-16).
 
-    k = 0 gives -inf, k = n gives +inf.
+    t is -inf for k = 0 and +inf for k = n.
     """
     dtype = threshold_dtype([weight])
     count = weight.numel()
@@ -70,14 +67,14 @@ def threshold(weight: Tensor, prune_count: Tensor) -> Tensor:
 
 
 def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
-    """The threshold of every weight of a list, (L,)."""
+    """Return the threshold of each weight, (L,)."""
     dtype = threshold_dtype(weights)
     each = map(threshold, weights, prune_counts.unbind())
     return torch.stack([t.to(dtype) for t in each])
 
 
 def magnitude_keys(weight: Tensor) -> Tensor:
-    """|w| as integers of the same order, (n,): its bits; every NaN is the one above inf."""
+    """Return integers that sort as |w| does, (n,): the bits of |w|; all NaN map to inf's + 1."""
     integers = INTEGERS[weight.element_size()]
     infinity = torch.tensor(math.inf, dtype=weight.dtype).view(integers).item()
     bits = weight.detach().flatten().view(integers)
@@ -85,17 +82,24 @@ def magnitude_keys(weight: Tensor) -> Tensor:
 
 
 def magnitudes_of_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitudes that have these keys."""
+    """Return the magnitudes whose keys are given."""
     return keys.to(INTEGERS[dtype.itemsize]).view(dtype)
 
 
 def digit_counts(weights: Sequence[Tensor], prefixes: Tensor, digit: int) -> tuple[Tensor, Tensor]:
-    """One pass of a radix select over parts of weights: what adds up to that over the whole.
+    """Count the values of one digit of the keys: one pass of a radix select.
 
-    Of each weight: among the keys whose digits before this one are its prefix, how many have each
-    value of this digit, int64 (L, 2^bits); and, at the last digit, its least key whose digits
-    before are above the prefix, int64 (L,) (the largest int64 if none is, and at other digits).
-    The weights have one size of element; prefixes: int64 (L,), 0 at digit 0.
+    Counts of shards add up to the counts of the global weight.
+
+    Args:
+        weights: L weights, all with one element size.
+        prefixes: int64 (L,), the more significant digits of the searched key; 0 at digit 0.
+        digit: the index of the digit, 0 for the most significant one.
+
+    Returns:
+        The histogram of the digit over the keys that start with the prefix, int64 (L, 2^bits); and
+        at the last digit the smallest key whose more significant digits are above the prefix, int64
+        (L,). The latter is the largest int64 if no such key exists, and at other digits.
     """
     bits = DIGIT_BITS[weights[0].element_size()]
     shift = sum(bits[digit + 1 :])
@@ -113,18 +117,18 @@ def digit_counts(weights: Sequence[Tensor], prefixes: Tensor, digit: int) -> tup
 
 
 def hard_mask(weight: Tensor, prune_count: Tensor) -> Tensor:
-    """True for the n - k weights kept; of equal ones the lowest flat index is pruned first."""
+    """Return True for the n - k kept weights. Ties are pruned in order of flat index."""
     order = weight.abs().flatten().sort(stable=True).indices
     kept = torch.arange(weight.numel(), device=weight.device) >= prune_count  # () or (1,)
     return torch.empty_like(kept).scatter_(0, order, kept).view(weight.shape)
 
 
 def scale_and_temperature(threshold: Tensor, tau: Tensor, relative: bool) -> tuple[Tensor, Tensor]:
-    """(q, tau') such that z = ((|w| - t) / q) ((|w| + |t|) / q) / tau'.
+    """Return (q, tau') such that z = ((|w| - t) / q) ((|w| + |t|) / q) / tau'.
 
-    Absolute: q = 1, tau' = tau. Relative (tau = c t^2): q = |t|, tau' = c, so that z depends on
-    w / t alone and t^2 is never formed. At t = +-inf any finite q keeps the limit. At t = 0 the
-    smallest normal number stands for both: z is 0 for w = 0 and saturates for every other w.
+    An absolute temperature has q = 1 and tau' = tau. A relative one (tau = c t^2) has q = |t| and
+    tau' = c: z depends on w / t alone, and t^2 cannot overflow. At t = +-inf any finite q keeps the
+    limit. At t = 0 both are the smallest normal number: z is 0 for w = 0 and saturates elsewhere.
     """
     if not relative:
         return torch.ones_like(threshold), tau
@@ -134,14 +138,14 @@ def scale_and_temperature(threshold: Tensor, tau: Tensor, relative: bool) -> tup
 
 
 def mask_exponent(weight: Tensor, threshold: Tensor, tau: Tensor, relative: bool) -> Tensor:
-    """z = (|w| - t)(|w| + |t|) / tau: (w^2 - t^2) / tau for t >= 0 without the cancellation."""
+    """Return z = (|w| - t)(|w| + |t|) / tau, which is (w^2 - t^2) / tau without cancellation."""
     scale, tau = scale_and_temperature(threshold, tau, relative)
     magnitude = weight.to(threshold.dtype).abs()
     return ((magnitude - threshold) / scale) * ((magnitude + threshold.abs()) / scale) / tau
 
 
 def sigmoid_slope(z: Tensor) -> Tensor:
-    """m (1 - m), without the cancellation of m - m^2."""
+    """Return m (1 - m) for m = sigmoid(z), without the cancellation of m - m^2."""
     decay = torch.exp(-z.abs())
     return decay / (1 + decay) ** 2
 
@@ -154,7 +158,7 @@ def soft_mask(
     out_dtype: torch.dtype | None,
     return_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """m = sigmoid(z) and w_hat = m w (Eq. 1). Without return_mask the mask is an empty tensor."""
+    """Return w_hat = m w and m = sigmoid(z) (Eq. 1); m is empty unless return_mask."""
     out_dtype = out_dtype or weight.dtype
     mask = torch.sigmoid(mask_exponent(weight, threshold, tau, relative))
     w_hat = _like(weight, mask * weight.to(threshold.dtype), out_dtype)
@@ -169,13 +173,13 @@ def soft_mask_backward(
     tau: Tensor,
     relative: bool,
 ) -> Tensor:
-    """dw = g (m + 2 w^2/tau m(1-m)) + g_m 2 w/tau m(1-m) (Eq. 2, and through the mask itself)."""
+    """Return dw = g (m + 2 w^2/tau m(1-m)) + g_m 2 w/tau m(1-m) (Eq. 2; g_m: mask's gradient)."""
     z = mask_exponent(weight, threshold, tau, relative)
     slope = sigmoid_slope(z)
     scale, tau = scale_and_temperature(threshold, tau, relative)
     scaled = weight.to(threshold.dtype) / scale
     grad = torch.zeros_like(z)
-    # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
+    # Where the slope underflows to 0 its factor may overflow, and 0 * inf is NaN.
     if grad_w_hat is not None:
         boost = torch.where(slope == 0, 0, 2 * scaled * scaled / tau * slope)
         grad = grad + grad_w_hat.to(z.dtype) * (torch.sigmoid(z) + boost)
@@ -186,17 +190,17 @@ def soft_mask_backward(
 
 
 def groups(values: Tensor, m: int, dim: int) -> Tensor:
-    """The groups of M consecutive elements along dim, as (..., groups, M)."""
+    """Return the groups of M consecutive elements along dim, (..., groups, M)."""
     return values.movedim(dim, -1).unflatten(-1, (-1, m))
 
 
 def ungroup(grouped: Tensor, dim: int) -> Tensor:
-    """The way back from `groups`."""
+    """Return the tensor whose `groups` are given."""
     return grouped.flatten(-2).movedim(-1, dim)
 
 
 def group_thresholds(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
-    """t of every group, (..., groups, 1): each is a layer with k = pruned (section 3.4)."""
+    """Return t of each group, (..., groups, 1): a group is a layer with k = pruned (3.4)."""
     dtype = threshold_dtype([weight])
     magnitudes = groups(weight, m, dim).abs().to(dtype).sort().values
     if pruned == 0:
@@ -214,7 +218,7 @@ def soft_mask_nm(
     out_dtype: torch.dtype | None,
     return_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The soft mask with a threshold for each group."""
+    """Return w_hat and m as `soft_mask` does, with one threshold per group."""
     threshold = group_thresholds(weight, m, pruned, dim)
     results = soft_mask(groups(weight, m, dim), threshold, tau, relative, out_dtype, return_mask)
     w_hat, mask = results
@@ -232,15 +236,21 @@ def soft_mask_nm_backward(
     dim: int,
     relative: bool,
 ) -> Tensor:
-    """The gradient of the soft mask, with each group's threshold a constant."""
-    grads = [None if grad is None else groups(grad, m, dim) for grad in (grad_w_hat, grad_mask)]
+    """Return dw as `soft_mask_backward` does; each group's threshold is a constant."""
     threshold = group_thresholds(weight, m, pruned, dim)
-    grad = soft_mask_backward(*grads, groups(weight, m, dim), threshold, tau, relative)
+    grad = soft_mask_backward(
+        None if grad_w_hat is None else groups(grad_w_hat, m, dim),
+        None if grad_mask is None else groups(grad_mask, m, dim),
+        groups(weight, m, dim),
+        threshold,
+        tau,
+        relative,
+    )
     return _like(weight, ungroup(grad, dim), weight.dtype)
 
 
 def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
-    """True for the M - pruned kept of each group; of equal ones the lowest index goes first."""
+    """Return True for the M - pruned kept weights of each group. Ties are pruned by index."""
     order = groups(weight, m, dim).abs().sort(stable=True).indices
     kept = torch.arange(m, device=weight.device) >= pruned
     kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, kept.expand_as(order))
@@ -248,22 +258,22 @@ def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
 
 
 def channels(values: Tensor, dim: int) -> Tensor:
-    """The channels along dim as rows, (C, fan-in)."""
+    """Return the channels along dim as rows, (C, fan-in)."""
     return values.movedim(dim, 0).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
 
 
 def along(values: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """One value per channel, (C,), in a shape that broadcasts over the weight."""
+    """Return one value per channel, (C,), in a shape that broadcasts over the weight."""
     return values.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 
 def fan_in(weight: Tensor, dim: int) -> int:
-    """Weights per channel; 1 where there are none, so that it can divide."""
+    """Return the number of weights per channel, at least 1 so that it can divide."""
     return max(1, weight.numel() // max(1, weight.shape[dim]))
 
 
 def channel_norms(weight: Tensor, dim: int, rms: bool) -> Tensor:
-    """s_c = ||W_c||_2, divided by sqrt(fan-in) if rms: (C,), summed in float64 (section 3.4)."""
+    """Return s_c = ||W_c||_2, over sqrt(fan-in) if rms, (C,), summed in float64 (3.4)."""
     squares = channels(weight, dim).double().square().sum(1)
     norms = (squares / fan_in(weight, dim) if rms else squares).sqrt()
     return norms.to(threshold_dtype([weight]))
@@ -278,7 +288,7 @@ def soft_mask_channel(
     relative: bool,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """w_hat_c = m(s_c) W_c, and m: Eq. 1 with a channel's norm in the place of |w|."""
+    """Return w_hat_c = m(s_c) W_c, and m: Eq. 1 with the channel's norm in place of |w|."""
     out_dtype = out_dtype or weight.dtype
     mask = torch.sigmoid(mask_exponent(norms, threshold, tau, relative))
     w_hat = along(mask, weight, dim) * weight.to(threshold.dtype)
@@ -296,10 +306,10 @@ def soft_mask_channel_backward(
     relative: bool,
     rms: bool,
 ) -> Tensor:
-    """dW_c = m_c g_c + 2/tau m_c (1 - m_c) (<g_c, W_c> + g_m,c) W_c / (fan-in if rms else 1).
+    """Return dW_c = m_c g_c + 2/tau m_c (1-m_c) (<g_c, W_c> + g_m,c) W_c / (fan-in if rms).
 
-    The pull of the norm is put together in float64: 2/tau alone overflows float32 for a relative
-    temperature in a layer of small weights.
+    The gradient through the norm is computed in float64: in a layer of small weights, 2/tau of a
+    relative temperature overflows float32.
     """
     z = mask_exponent(norms, threshold, tau, relative)
     slope = sigmoid_slope(z)
@@ -315,17 +325,17 @@ def soft_mask_channel_backward(
         through_mask = through_mask + grad_mask.double()
     if rms:
         through_mask = through_mask / fan_in(weight, dim)
-    # A channel of zeros, whose norm has no derivative, gets none through its norm.
+    # The norm of a channel of zeros has no derivative: no gradient flows through it.
     pull = torch.where(norms == 0, 0, factor.double() * through_mask / scale / norms).to(z.dtype)
     return _like(weight, grad + along(pull, weight, dim) * weight.to(z.dtype), weight.dtype)
 
 
 def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The 2 largest of every 4 weights of a row, and where they stood, as CUTLASS reads them.
+    """Return the 2 largest of every 4 weights in a row, and their positions in CUTLASS's layout.
 
-    Each group names two places i < j: those of its nonzeros among the weights kept; with fewer than
-    two, torch's choice of zeros beside them. A metadata word holds i | j << 2 of four groups, and
-    the words of 32 rows x 2 columns lie together, those of rows r, r + 8, ... next to each other.
+    A group names two positions i < j: those of its nonzero kept weights, filled up with the zeros
+    that torch chooses if there are fewer than two. A metadata word holds i | j << 2 of four groups.
+    The words of 32 rows x 2 columns are contiguous, with rows r, r + 8, ... next to each other.
     """
     fours = groups(weight, 4, -1)
     kept = groups(hard_mask_nm(weight, 4, 2, 1), 4, -1)
@@ -347,9 +357,9 @@ def power_sums(
     q: float,
     per_row: bool,
 ) -> Tensor:
-    """(d, sum |w|^p, sum |w|^q) over the d unpruned weights of each group, float64 (groups, 3).
+    """Return (d, sum |w|^p, sum |w|^q) over the d kept weights of each group, float64 (groups, 3).
 
-    A group is a tensor, or with per_row a row of its dimension 0.
+    A group is a tensor, or a row of its dimension 0 if per_row.
     """
     sums = []
     for weight, mask in zip(weights, masks, strict=True):
@@ -362,5 +372,5 @@ def power_sums(
 
 
 def _like(weight: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values in the given dtype and in the memory layout every backend gives its results."""
+    """Return the values in the given dtype and in the layout that all backends return."""
     return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(values)

@@ -4,7 +4,7 @@ import torch
 
 from pdp_kernels.ops import fakes, reference
 
-library = torch.library.Library("pdp", "DEF")
+library: torch.library.Library = torch.library.Library("pdp", "DEF")
 
 SCHEMAS = {
     "prune_counts": "(Tensor[] weights, float[] sparsities) -> Tensor",
@@ -41,7 +41,7 @@ SCHEMAS = {
     "power_sums": "(Tensor[] weights, Tensor?[] masks, float p, float q, bool per_row) -> Tensor",
 }
 
-# The reference and the fake of an operator have its name.
+# An operator, its reference and its fake have the same name.
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")

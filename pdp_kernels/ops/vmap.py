@@ -1,4 +1,4 @@
-"""vmap rules. Every example of a batch is a layer of its own, with a threshold of its own."""
+"""vmap rules: every example of a batch is a layer of its own, with its own threshold."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Rule = Callable[..., tuple[Any, Any]]
 def map_over_batch(
     call: Callable[..., Any], batch_size: int, in_dims: Sequence[Any], args: Sequence[Any]
 ) -> tuple[Any, Any]:
-    """Call once for each example, and stack the results along a new dimension 0."""
+    """Call once per example, and stack the results along a new dimension 0."""
     results = [
         call(*[_example(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)])
         for index in range(batch_size)
@@ -25,12 +25,12 @@ def map_over_batch(
 
 
 def _example(arg: Any, dim: Any, index: int) -> Any:
-    # An argument that is not batched has dim None, and a tuple of numbers has a tuple of them.
+    # dim is None for an argument without a batch dimension, and a tuple of None for a tuple.
     return arg.select(dim, index) if isinstance(dim, int) else arg
 
 
 def _examples(tensors: Sequence[Any], dims: Sequence[Any], batch_size: int) -> list[Any]:
-    """Turn a list of batched tensors into one longer list: all of example 0, then of 1, ..."""
+    """Return the tensors of example 0, then those of example 1, and so on, in one list."""
     return [
         _example(tensor, dim, index)
         for index in range(batch_size)
@@ -39,7 +39,7 @@ def _examples(tensors: Sequence[Any], dims: Sequence[Any], batch_size: int) -> l
 
 
 def _for_lists(operator: Callable[..., Any]) -> Rule:
-    """Return the rule of an operator on a list of weights, which still runs once."""
+    """Return the rule of an operator on a list of weights: one call for the whole batch."""
 
     def rule(info: Any, in_dims: Any, weights: Any, values: Any) -> tuple[Any, Any]:
         weight_dims, value_dims = in_dims
@@ -67,7 +67,7 @@ def _power_sums(
 
 
 def _for_each_example(operator: Callable[..., Any]) -> Rule:
-    """Return the rule of an operator on one weight, which runs once for each example."""
+    """Return the rule of an operator on one weight: one call per example."""
     return lambda info, in_dims, *args: map_over_batch(operator, info.batch_size, in_dims, args)
 
 
