@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pdp_kernels import (
     channel_norms,
@@ -18,17 +17,11 @@ from pdp_kernels import (
     pdp_thresholds,
     pq_index,
 )
-from pdp_kernels.ops.reference import INTEGERS, threshold_dtype
+from pdp_kernels.ops.reference import threshold_dtype
 from tests.support.cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
 from tests.support.ranks import BACKENDS, device_of, results_on_ranks
+from tests.support.sharded import assert_same_bits, global_tensor, with_collectives
 
-COLLECTIVES = (
-    "all_reduce",
-    "all_gather_into_tensor",
-    "all_to_all_single",
-    "all_gather",
-    "broadcast",
-)
 RATIOS = (0.0, 0.01, 0.5, 0.9, 1.0)
 
 # How the dimensions of a mesh shard a matrix: along its rows (0), its columns (1), or not at all.
@@ -70,13 +63,9 @@ def distribute(weight, mesh, layout):
     )
 
 
-def whole(value):
-    return (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
-
-
 def all_results(weights):
     """By name, lists of what is promised to be the same however the weights are distributed."""
-    finite = [weight for weight in weights if whole(weight).isfinite().all()]
+    finite = [weight for weight in weights if global_tensor(weight).isfinite().all()]
     half = [hard_mask(weight, 0.5) for weight in weights]
     t = torch.tensor(0.5, dtype=threshold_dtype(weights), device=weights[0].device)
     return {
@@ -97,18 +86,25 @@ def all_results(weights):
     }
 
 
+def cases(ranks, mesh_dims):
+    """Every layout, and every dtype: on two ranks each with each, on more by turns."""
+    layouts = LAYOUTS[mesh_dims]
+    if ranks == 2:
+        return itertools.product(layouts, DTYPES)
+    first = {1: 1, 3: 2, 4: 0}[ranks]
+    return [(layout, DTYPES[(first + i) % len(DTYPES)]) for i, layout in enumerate(layouts)]
+
+
 def results_of_rank(rank, ranks):
     from torch.distributed.device_mesh import init_device_mesh
 
     results = {}
     for shape in [(ranks,), (2, 2)] if ranks == 4 else [(ranks,)]:
         mesh = init_device_mesh(device_of(rank).type, shape)
-        # Two dimensions are about ranks alone; the digits of each dtype are met on one.
-        dtypes = DTYPES if mesh.ndim == 1 else (torch.float32, torch.bfloat16)
-        for layout, dtype in itertools.product(LAYOUTS[mesh.ndim], dtypes):
+        for layout, dtype in cases(ranks, mesh.ndim):
             weights = [distribute(w, mesh, layout) for w in weights_of(dtype, layout)]
             results[layout, dtype] = {
-                name: [whole(value) for value in values]
+                name: [global_tensor(value) for value in values]
                 for name, values in all_results(weights).items()
             }
     return results
@@ -120,10 +116,8 @@ def backend(request):
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3, 4])
-def by_rank(request, backend, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    ranks = request.param
-    return results_on_ranks(results_of_rank, ranks, folder, ranks, backend=backend)
+def by_rank(request, backend):
+    return results_on_ranks(results_of_rank, request.param, request.param, backend=backend)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +128,7 @@ def expected(backend):
     for dtype in DTYPES:
         even, any_size = (
             {
-                name: [whole(value) for value in values]
+                name: [global_tensor(value) for value in values]
                 for name, values in all_results(
                     [weight.to(device) for weight in weights_of(dtype, layout)]
                 ).items()
@@ -146,16 +140,6 @@ def expected(backend):
             for layout in itertools.chain(*LAYOUTS.values())
         }
     return found
-
-
-def assert_same_bits(value, other, where):
-    assert value.dtype == other.dtype, where
-    assert value.shape == other.shape, where
-    if value.is_floating_point():
-        value, other = (torch.where(v.isnan(), torch.nan, v) for v in (value, other))
-        integers = INTEGERS[value.element_size()]
-        value, other = value.contiguous().view(integers), other.contiguous().view(integers)
-    assert torch.equal(value, other), where
 
 
 @pytest.mark.parametrize(
@@ -212,27 +196,6 @@ def assert_close_norms(value, other):
     torch.testing.assert_close(value, other, rtol=rtol, atol=0, equal_nan=True)
 
 
-def collectives(function):
-    """What a function returns, and the tensors it hands to collectives."""
-    sent = []
-
-    def recorder(collective):
-        def record(tensor, *arguments, **options):
-            sent.append(tensor)
-            return collective(tensor, *arguments, **options)
-
-        return record
-
-    originals = {name: getattr(dist, name) for name in COLLECTIVES}
-    try:
-        for name, original in originals.items():
-            setattr(dist, name, recorder(original))
-        return function(), sent
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
 def long_lists(rank):
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -240,23 +203,23 @@ def long_lists(rank):
     torch.manual_seed(0)
     results = {}
     many = [torch.randn(3 + i % 7, 5) for i in range(1000)]
-    results["many"] = collectives(
+    results["many"] = with_collectives(
         lambda: pdp_thresholds([distribute(weight, mesh, "0") for weight in many], 0.7)
     )
     mixed = [weight.to(DTYPES[i % 4]) for i, weight in enumerate(many[:20])]
-    results["mixed"] = collectives(
+    results["mixed"] = with_collectives(
         lambda: pdp_thresholds([distribute(weight, mesh, "0") for weight in mixed], 0.7)
     )
     # The same 2^24 weights 129 times: more than 2^31 in all.
     large = distribute(torch.randn(2**12, 2**12).bfloat16(), mesh, "0")
-    results["large"] = collectives(lambda: pdp_thresholds([large] * 129, 0.7))
-    results["one of large"] = pdp_thresholds([whole(large)], 0.7)
+    results["large"] = with_collectives(lambda: pdp_thresholds([large] * 129, 0.7))
+    results["one of large"] = pdp_thresholds([global_tensor(large)], 0.7)
     return results
 
 
 @pytest.fixture(scope="module")
-def long_list_results(backend, tmp_path_factory):
-    return results_on_ranks(long_lists, 2, tmp_path_factory.mktemp("long"), backend=backend)
+def long_list_results(backend):
+    return results_on_ranks(long_lists, 2, backend=backend)
 
 
 def test_a_thousand_tensors_take_as_many_collectives_as_one(long_list_results):
@@ -305,19 +268,19 @@ def groups_of_ranks(rank):
     }
     return {
         name: (
-            *collectives(lambda weights=weights: pdp_thresholds(weights, 0.6)),
+            *with_collectives(lambda weights=weights: pdp_thresholds(weights, 0.6)),
             global_prune_counts(weights, 0.6),
         )
         for name, weights in lists.items()
     }
 
 
-def test_lists_on_several_meshes(backend, tmp_path):
+def test_lists_on_several_meshes(backend):
     """One group of ranks if one contains all others; none for weights that every rank has."""
     torch.manual_seed(0)
     a, b, c = torch.randn(3, 40, 8).unbind()
     lists = {"nested": ([a, b, c, c], 4), "apart": ([a, b], 8), "whole": ([a, b], 0)}
-    for results in results_on_ranks(groups_of_ranks, 4, tmp_path, backend=backend):
+    for results in results_on_ranks(groups_of_ranks, 4, backend=backend):
         for name, (weights, count) in lists.items():
             found, sent, counts = results[name]
             assert_same_bits(found.cpu(), pdp_thresholds(weights, 0.6), name)
@@ -333,25 +296,25 @@ def masks_of_groups(rank):
     weight = torch.randn(6, 12)
     rows, columns = (distribute(weight, mesh, layout).requires_grad_() for layout in "01")
     results = {
-        "hard": whole(hard_mask_nm(rows, 1, 4)),
-        "soft": whole(pdp_mask_nm(rows, 1, 4).detach()),
+        "hard": global_tensor(hard_mask_nm(rows, 1, 4)),
+        "soft": global_tensor(pdp_mask_nm(rows, 1, 4).detach()),
     }
     # Six columns a rank: groups of three fit, groups of four are cut.
-    results["fitting"] = whole(hard_mask_nm(columns, 2, 3))
+    results["fitting"] = global_tensor(hard_mask_nm(columns, 2, 3))
     with pytest.raises(ValueError, match="must not be sharded through groups of 4 along dim -1"):
         hard_mask_nm(columns, 2, 4)
     masked = pdp_mask(columns, 0.5, tau=0.1)
     (masked * masked).sum().backward()
-    results["gradient"] = whole(columns.grad)
+    results["gradient"] = global_tensor(columns.grad)
     return results
 
 
-def test_masks_of_groups_and_gradients(backend, tmp_path):
+def test_masks_of_groups_and_gradients(backend):
     torch.manual_seed(0)
     weight = torch.randn(6, 12, requires_grad=True)
     masked = pdp_mask(weight, 0.5, tau=0.1)
     (masked * masked).sum().backward()
-    for results in results_on_ranks(masks_of_groups, 2, tmp_path, backend=backend):
+    for results in results_on_ranks(masks_of_groups, 2, backend=backend):
         assert torch.equal(results["hard"], hard_mask_nm(weight, 1, 4))
         assert torch.equal(results["fitting"], hard_mask_nm(weight, 2, 3))
         torch.testing.assert_close(results["soft"], pdp_mask_nm(weight, 1, 4).detach())
@@ -374,5 +337,5 @@ def mistakes(rank):
         pq_index(sharded, mask=weight > 0)
 
 
-def test_mistakes(backend, tmp_path):
-    results_on_ranks(mistakes, 2, tmp_path, backend=backend)
+def test_mistakes(backend):
+    results_on_ranks(mistakes, 2, backend=backend)

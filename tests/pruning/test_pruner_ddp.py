@@ -43,10 +43,8 @@ def train_on_rank(rank):
     return train(model, module, *(batch.chunk(RANKS, dim=1)[rank] for batch in batches()))
 
 
-def test_two_ranks_prune_as_one_process_does(tmp_path):
-    (weights, thresholds), (others, other_thresholds) = results_on_ranks(
-        train_on_rank, RANKS, tmp_path
-    )
+def test_two_ranks_prune_as_one_process_does():
+    (weights, thresholds), (others, other_thresholds) = results_on_ranks(train_on_rank, RANKS)
     assert thresholds == other_thresholds
     assert all(torch.equal(own, other) for own, other in zip(weights, others, strict=True))
     module = network()

@@ -1,7 +1,13 @@
-"""Runs a function on several processes that form a process group."""
+"""Runs functions on several processes that form a process group."""
 
+import atexit
+import contextlib
+import io
 import multiprocessing
+import os
+import tempfile
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -10,9 +16,9 @@ import torch.distributed as dist
 
 DIED = ChildProcessError("ended without a result")
 
-# What a collective waits for the others at most, in seconds; and a whole run.
-TIMEOUT = 60
-LONGEST_RUN = 300
+# How long a collective waits for the others, and a caller for all ranks, in seconds: other work on
+# the machine must not make a test fail.
+TIMEOUT = 300
 
 # A server that has imported these once starts every process.
 _context = multiprocessing.get_context("forkserver")
@@ -21,63 +27,118 @@ _context.set_forkserver_preload(["pdp_kernels", "torch.distributed.tensor.parall
 BACKENDS = ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]
 
 
-def run_on_ranks(function, ranks, folder, *arguments, backend="gloo", timeout=TIMEOUT):
-    """function(rank, *arguments) on each rank: what it returns, or the error it raises, by rank.
+class Group:
+    """Processes that form a process group and run one function after another."""
 
-    `DIED` for a rank that ended without either.
-    """
-    if backend == "nccl" and torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
-    folder = Path(folder)
-    folder.mkdir(exist_ok=True)
-    processes = [
-        _context.Process(
-            target=_run, args=(function, rank, ranks, folder, backend, timeout, arguments)
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(LONGEST_RUN)
-    stuck = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-    assert not stuck, f"ranks {stuck} did not end"
-    files = (folder / f"{rank}.pt" for rank in range(ranks))
-    return [torch.load(file, weights_only=False) if file.exists() else DIED for file in files]
+    def __init__(self, ranks, backend="gloo"):
+        if backend == "nccl" and torch.cuda.device_count() < ranks:
+            pytest.skip(f"needs {ranks} GPUs")
+        self.folder = tempfile.TemporaryDirectory()
+        pipes = [_context.Pipe() for _ in range(ranks)]
+        self.pipes = [ours for ours, _ in pipes]
+        self.processes = [
+            _context.Process(
+                target=_serve, args=(theirs, rank, ranks, backend, self.folder.name), daemon=True
+            )
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+
+    def run(self, function, *arguments, awaited=None):
+        """Return what function(rank, *arguments) returns or raises on each rank.
+
+        Args:
+            awaited: the ranks to wait for; all by default.
+
+        Returns:
+            A list; `DIED` stands for a rank that ended without either, or was not awaited.
+        """
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        results = [DIED] * len(self.pipes)
+        pending = {self.pipes[rank]: rank for rank in awaited or range(len(self.pipes))}
+        while pending:
+            ready = wait(pending, TIMEOUT)
+            assert ready, f"ranks {sorted(pending.values())} did not end"
+            for pipe in ready:
+                rank = pending.pop(pipe)
+                with contextlib.suppress(EOFError, ConnectionResetError):  # it has died
+                    results[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+        return results
+
+    def close(self):
+        for process in self.processes:
+            process.kill()
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            process.join()
+            pipe.close()
+        self.folder.cleanup()
 
 
-def results_on_ranks(function, ranks, folder, *arguments, **options):
-    """What function(rank, *arguments) returns on each rank; an error there is one here."""
-    results = run_on_ranks(function, ranks, folder, *arguments, **options)
+_groups = {}  # by backend and number of ranks, kept for all tests of this process
+
+
+@atexit.register
+def _close_groups():
+    while _groups:
+        _groups.popitem()[1].close()
+
+
+def results_on_ranks(function, ranks, *arguments, backend="gloo"):
+    """Return what function(rank, *arguments) returns on each rank; an error there is one here."""
+    key = backend, ranks
+    if key not in _groups:
+        _groups[key] = Group(ranks, backend)
+    results = [None] * ranks
+    try:
+        results = _groups[key].run(function, *arguments)
+    finally:
+        if any(result is None or isinstance(result, Exception) for result in results):
+            _groups.pop(key).close()  # its ranks may wait for each other
     for rank, result in enumerate(results):
-        if isinstance(result, BaseException):
+        if isinstance(result, Exception):
             raise AssertionError(f"rank {rank} failed: {result!r}") from result
-    return results
+    return [result for (result,) in results]
 
 
-def _run(function, rank, ranks, folder, backend, timeout, arguments):
+def results_on_mortal_ranks(function, ranks, *arguments, awaited=None):
+    """Return what each rank of a group of its own returns or raises: it may end without either."""
+    group = Group(ranks)
+    try:
+        results = group.run(function, *arguments, awaited=awaited)
+    finally:
+        group.close()
+    return [result[0] if isinstance(result, tuple) else result for result in results]
+
+
+def _serve(pipe, rank, ranks, backend, folder):
+    """Run what the pipe brings, until it is closed."""
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(
         backend,
-        init_method=f"file://{folder}/store",
+        init_method=f"file://{Path(folder, 'store')}",
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=TIMEOUT),
     )
-    try:
-        result = function(rank, *arguments)
-    except Exception as error:
-        error.__traceback__, error.__cause__, error.__context__ = None, None, None
-        result = error
-    torch.save(result, folder / f"{rank}.tmp")
-    (folder / f"{rank}.tmp").rename(folder / f"{rank}.pt")
-    if not isinstance(result, Exception):
-        dist.barrier()
-        dist.destroy_process_group()
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            os._exit(0)  # threads of gloo may outlast the interpreter and abort it
+        torch.manual_seed(0)
+        try:
+            result = (function(rank, *arguments),)
+        except Exception as error:
+            error.__traceback__, error.__cause__, error.__context__ = None, None, None
+            result = error
+        file = io.BytesIO()
+        torch.save(result, file)
+        pipe.send_bytes(file.getvalue())
 
 
 def device_of(rank):
