@@ -12,8 +12,8 @@ from tqdm import tqdm
 from benchmarks import masks
 from benchmarks.batches import make_batches
 from benchmarks.environment import describe_environment, device_is_lost
+from benchmarks.layer_shapes import NETWORKS
 from benchmarks.measure import Bench, note_of
-from benchmarks.networks import NETWORKS
 from benchmarks.report import describe, format_environment, format_headlines, format_table
 from benchmarks.rows import ResultFiles, Row
 from benchmarks.steps import STEPS
@@ -28,22 +28,25 @@ INPUTS_ON_GPU = [
     *("4096", "65536", "1048576", "2359296", "16777216", "100000000"),
     *("digits", "resnet50", "mobilenet-v1", "bert-base", "gpt2"),
 ]
-# On a CPU these are no better than the eager providers, and cost most of the time of a run.
+# On a CPU these are no faster than the eager providers, and take most of the time of a run.
 PROVIDERS_ON_GPU_ONLY = {"one-topk", "sort", "autotuned", "compiled-sort"}
 
 
 def parse_input(text: str) -> str:
-    """A network, "digits", or a number of weights such as 65536 or 4e6."""
+    """Parse a network, "digits", or a number of weights such as 65536 or 4e6."""
     if text in NETWORKS or text == "digits":
         return text
     try:
         return str(int(float(text)))
     except ValueError:
         choices = ", ".join([*NETWORKS, "digits"])
-        raise argparse.ArgumentTypeError(f"{text!r} is no number and none of {choices}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number nor one of {choices}"
+        ) from None
 
 
 def parse_sparsity(text: str) -> float:
+    """Parse a sparsity between 0 and 1."""
     sparsity = float(text)
     if not 0 < sparsity < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -70,10 +73,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--sparsity", type=parse_sparsity, default=0.9, metavar="R")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--quick", action="store_true", help="less of it: about a minute")
+    parser.add_argument("--quick", action="store_true", help="a short run: about a minute")
     parser.add_argument(
         "--budget", type=float, default=2.0, metavar="SECONDS",
-        help="timing per step and input; each provider runs at least three times (default: 2)",
+        help="time per step and input; each provider runs at least three times (default: 2)",
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=float, default=3.0, metavar="SECONDS",
@@ -107,9 +110,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows that the arguments ask for, step by step as they are measured.
+    """Yield the rows of each step as they are measured.
 
-    They end early where the device is lost: all that follows in this process would fail.
+    They end early if the device is lost, since every later call in this process would fail.
     """
     bench = Bench(
         device=torch.device(arguments.device),
@@ -117,7 +120,7 @@ def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         budget=arguments.budget,
         limit=arguments.limit,
     )
-    # Steps without a mask run once, with the first.
+    # Steps without a mask run only once, with the first mask.
     cells = [
         (mask, step)
         for mask in arguments.masks
@@ -154,17 +157,16 @@ def main() -> int:
     print(format_environment(environment))
     print(f"sparsity: {arguments.sparsity}\n", flush=True)
     settings = {k: v for k, v in vars(arguments).items() if k not in ("out", "plot")}
-    files = ResultFiles(arguments.out, environment, settings) if arguments.out else None
+    files = ResultFiles(arguments.out, environment, settings)
     rows = []
     for measured in run(arguments):
         rows += measured
-        if files:
-            files.add(measured)
+        files.add(measured)
     print(format_table(rows))
     if arguments.device == "cpu":
         print("\nRead the ratios: on a shared CPU the times themselves vary from run to run.")
     print(f"\n{format_headlines(rows)}")
-    for path in files.paths if files else ():
+    for path in files.paths:
         print(f"wrote {path}")
     if arguments.plot:
         from benchmarks.plot import plot_speedups

@@ -7,8 +7,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from benchmarks.layer_shapes import make_weights
 from benchmarks.masks import Mask
-from benchmarks.networks import make_weights
 
 # Runs of the smallest inputs rotate over this many batches: past L2, and quick to build.
 MAX_BATCHES = 1024

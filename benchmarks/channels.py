@@ -1,6 +1,6 @@
 """Channel masks: PyTorch's own way, ours, and what both are checked with.
 
-Channels are those of dim 0; a weight of one dimension is taken as a matrix (`groups.as_matrix`).
+Channels are those of dim 0; a weight of one dimension is taken as a matrix (`nm.as_matrix`).
 Providers find the threshold of the norms too.
 """
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.batches import Batch, prune_count
 from benchmarks.eager import kthvalue_threshold
-from benchmarks.groups import as_matrix, forward_backward
 from benchmarks.masks import Mask
-from benchmarks.truth import TOLERANCE
+from benchmarks.nm import as_matrix, forward_backward
+from benchmarks.oracle import TOLERANCE
 from pdp_kernels import pdp_mask_channel
 
 # Where it is not relative, in units of the norm squared, which is near 1: of 1,000 weights of 0.03,

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.environment import describe_environment
-from benchmarks.networks import NETWORKS, make_weights
+from benchmarks.layer_shapes import NETWORKS, make_weights
 from benchmarks.report import format_environment
 from benchmarks.rows import write_json
 from pdp_kernels import pdp_thresholds

@@ -1,6 +1,6 @@
-"""PDP written in PyTorch alone: what pdp_kernels is measured against.
+"""PDP in plain PyTorch: the baseline of pdp_kernels.
 
-Arithmetic is float32 whatever the storage dtype; in bfloat16 the mask would miss its tolerance.
+Arithmetic is float32 for every storage dtype: in bfloat16 the mask would exceed its tolerance.
 """
 
 import torch
@@ -13,7 +13,7 @@ from benchmarks.masks import Mask
 
 
 def topk_threshold(weight: Tensor, sparsity: float) -> Tensor:
-    """Algorithm 1, lines 14-16, as printed: between the top n - k and the bottom k."""
+    """Return the midpoint of the top n - k and the bottom k, as in Algorithm 1, lines 14-16."""
     magnitude = weight.detach().abs().flatten()
     n, k = magnitude.numel(), prune_count(magnitude.numel(), sparsity)
     kept = torch.topk(magnitude, n - k, sorted=False).values.min()
@@ -22,7 +22,7 @@ def topk_threshold(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def one_topk_threshold(weight: Tensor, sparsity: float) -> Tensor:
-    """One topk call on the shorter side: its last two values are the two order statistics."""
+    """Return the threshold by one topk call on the shorter side, whose last two values count."""
     magnitude = weight.detach().abs().flatten()
     n, k = magnitude.numel(), prune_count(magnitude.numel(), sparsity)
     kept_is_shorter = n - k < k
@@ -32,14 +32,14 @@ def one_topk_threshold(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def kthvalue_threshold(weight: Tensor, sparsity: float) -> Tensor:
-    """Two kthvalue calls: O(n) each, by one block of a GPU."""
+    """Return the threshold by two kthvalue calls: O(n) each, in one block of a GPU."""
     magnitude = weight.detach().abs().flatten()
     k = prune_count(magnitude.numel(), sparsity)
     return _midpoint(magnitude.kthvalue(k).values, magnitude.kthvalue(k + 1).values)
 
 
 def sort_threshold(weight: Tensor, sparsity: float) -> Tensor:
-    """A full sort, of which two elements are read."""
+    """Return the threshold from two elements of a full sort."""
     magnitude = weight.detach().abs().flatten()
     k = prune_count(magnitude.numel(), sparsity)
     values = magnitude.sort().values
@@ -47,17 +47,26 @@ def sort_threshold(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def soft_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
-    """The masked weight, Eq. 1; autograd derives its backward."""
-    return _soft_mask(weight, threshold, mask.tau, mask.relative, mask.out_dtype)
+    """Return the masked weight, Eq. 1; autograd derives the backward."""
+    return masked_weight(weight, threshold, mask.tau, mask.relative, mask.out_dtype)
 
 
-def _soft_mask(
+def masked_weight(
     weight: Tensor,
     threshold: Tensor,
     tau: float | Tensor,
     relative: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    """Return the masked weight, Eq. 1, from arguments that torch.compile understands.
+
+    Args:
+        weight: Any shape.
+        threshold: Broadcasts with the weight.
+        tau: Temperature.
+        relative: Whether tau is in units of the squared threshold.
+        out_dtype: Dtype of the result.
+    """
     w = weight.float()
     if relative:
         tau = tau * threshold * threshold
@@ -65,26 +74,26 @@ def _soft_mask(
     return (mask * w).to(out_dtype)
 
 
-# Worker processes of the compiler would go on starting up while the first rows are timed.
+# Worker processes of the compiler would still be starting while the first rows are timed.
 torch._inductor.config.compile_threads = 1
 
-# Past the limit functions would run uncompiled: one graph for each mask and dtype is meant.
+# Beyond the limit functions would run uncompiled. One graph for each mask and dtype is intended.
 torch._dynamo.config.recompile_limit = 32
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-# One kernel for all sizes: a static one would be compiled anew for each layer shape.
-_compiled = torch.compile(_soft_mask, dynamic=True)
-_autotuned = torch.compile(_soft_mask, dynamic=True, mode="max-autotune-no-cudagraphs")
+# One kernel for all sizes: a static one would be compiled for each layer shape.
+_compiled = torch.compile(masked_weight, dynamic=True)
+_autotuned = torch.compile(masked_weight, dynamic=True, mode="max-autotune-no-cudagraphs")
 
 
 def compiled_soft_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
-    """`soft_mask` and its backward through torch.compile."""
+    """Return the same through torch.compile."""
     flat = _compiled(weight.flatten(), threshold, mask.tau, mask.relative, mask.out_dtype)
     return flat.view_as(weight)
 
 
 def autotuned_soft_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
-    """The same, compiled as torch.compile's max-autotune mode does it, without CUDA graphs."""
+    """Return the same through torch.compile in max-autotune mode, without CUDA graphs."""
     flat = _autotuned(weight.flatten(), threshold, mask.tau, mask.relative, mask.out_dtype)
     return flat.view_as(weight)
 

@@ -1,6 +1,6 @@
-"""One line of a benchmark's result, and the files that lines are written to as they are measured.
+"""A row of a benchmark's results, and the files that rows are written to as they are measured.
 
-Needs nothing but Python, so that results can be read where there is no torch.
+Imports nothing but Python's library, so that results can be read without torch.
 """
 
 import csv
@@ -15,14 +15,14 @@ Environment = dict[str, object]
 
 @dataclass
 class Row:
-    """What one provider took for one step on one input."""
+    """The time of one provider for one step on one input."""
 
     input: str
     tensors: int
     n: int
     dtype: str
     mask: str
-    """"paper" or "pruner"; empty where a step has no soft mask."""
+    """"paper" or "pruner"; empty for a step without a soft mask."""
     step: str
     provider: str
     bytes_per_weight: float
@@ -32,24 +32,33 @@ class Row:
     runs: int = 0
     gb_per_s: float | None = None
     speedup: float | None = None
-    """Median of the step's base over this median."""
+    """Median of the step's base divided by this median."""
     note: str = ""
     """Why there is no time: "wrong: ...", "failed: ..." or "skipped: ..."."""
 
     @property
     def is_error(self) -> bool:
+        """Whether the answer was wrong or the provider failed."""
         return self.note.startswith(("wrong", "failed"))
 
 
 class ResultFiles:
-    """FILE.csv or FILE.json, or both as benchmark.* in a folder: complete after every `add`.
+    """The CSV and JSON files of a run, complete after every `add`.
 
-    A CSV file begins with comment lines: environment and settings.
+    A CSV file begins with environment and settings in comment lines.
+
+    Args:
+        destination: FILE.csv, FILE.json, a folder for benchmark.csv and benchmark.json, or None
+            for no file.
+        environment: What the rows were measured on.
+        settings: Arguments of the run.
     """
 
-    def __init__(self, destination: Path, environment: Environment, settings: Environment):
+    def __init__(self, destination: Path | None, environment: Environment, settings: Environment):
         self._content = {"environment": environment, "settings": settings, "rows": []}
-        if destination.suffix in SUFFIXES:
+        if destination is None:
+            self.paths = []
+        elif destination.suffix in SUFFIXES:
             self.paths = [destination]
         else:
             self.paths = [destination / f"benchmark{suffix}" for suffix in SUFFIXES]
@@ -63,6 +72,7 @@ class ResultFiles:
         self.add([])
 
     def add(self, rows: Iterable[Row]) -> None:
+        """Append rows to all files."""
         lines = [asdict(row) for row in rows]
         self._content["rows"] += lines
         for path in self.paths:
@@ -78,7 +88,7 @@ NAMES = [field.name for field in fields(Row)]
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write JSON at once, whatever becomes of the process; the folder is made where it is not."""
+    """Write a JSON file in one step, and its folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}")
     new.write_text(json.dumps(content, indent=1, default=str) + "\n")
@@ -86,7 +96,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a CSV file, the last of which may be cut off."""
+    """Yield the rows of a CSV file, without a last row that is cut off."""
     numbers = {"tensors": int, "n": int, "runs": int}
     texts = ("input", "dtype", "mask", "step", "provider", "note")
     with path.open(newline="") as file:

@@ -1,8 +1,8 @@
-"""The 2:4 linear on sparse tensor cores against the dense one.
+"""Time 2:4 linear layers on sparse tensor cores against dense ones.
 
-`python -m benchmarks.sparse_linear`, on a GPU. Both compute x W^T in bfloat16 for the same W, which
-hard_mask_nm pruned. The sparse product is checked against the dense one before either is timed;
-the ratio is dense over sparse.
+`python -m benchmarks.sparse_linear`, on a GPU. Both compute x W^T in bfloat16 with the same W that
+hard_mask_nm pruned. The sparse product is checked against the dense one before either is timed. The
+speedup is dense over sparse.
 """
 
 import argparse
@@ -10,15 +10,15 @@ import copy
 import sys
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import describe_environment
-from benchmarks.measure import note_of
+from benchmarks.measure import measure_all
 from benchmarks.report import format_environment
-from benchmarks.rows import write_json
 from benchmarks.timing import Timing, cuda_clock, time_interleaved
 from pdp_kernels import hard_mask_nm, to_semi_structured
 
@@ -35,12 +35,12 @@ SHAPES = {
     "ResNet-50 1x1 512-2048, batch 128": (128 * 7 * 7, 512, 2048),
 }
 
-# Sums of the same bfloat16 products in another order, rounded to bfloat16 once.
+# The sums have the same bfloat16 products in another order, and are rounded to bfloat16 once.
 TOLERANCE = 2**-7
 
 
 def layers(inputs: int, outputs: int, device: torch.device) -> dict[str, nn.Linear]:
-    """The same 2:4 weight in a dense and in a semi-structured layer."""
+    """Return a dense and a semi-structured layer with the same 2:4 weight."""
     dense = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16)
     dense.requires_grad_(False)
     dense.weight *= hard_mask_nm(dense.weight, 2, 4)
@@ -50,13 +50,14 @@ def layers(inputs: int, outputs: int, device: torch.device) -> dict[str, nn.Line
 
 
 def difference(answers: dict[str, Tensor]) -> float:
-    """The largest difference from the dense product, relative to its largest element."""
+    """Return the largest difference of the products, relative to the largest element."""
     dense = answers["dense"].float()
     return ((answers["2:4"].float() - dense).abs().max() / dense.abs().max()).item()
 
 
 @torch.no_grad()
 def measure(rows: int, inputs: int, outputs: int, budget: float) -> dict[str, object]:
+    """Check one shape, then time it for `budget` seconds."""
     device = torch.device("cuda")
     providers = layers(inputs, outputs, device)
     activations = [torch.randn(rows, inputs, device=device, dtype=torch.bfloat16) for _ in range(4)]
@@ -67,13 +68,15 @@ def measure(rows: int, inputs: int, outputs: int, budget: float) -> dict[str, ob
     runs = {name: lambda x, layer=layer: partial(layer, x) for name, layer in providers.items()}
     estimates = {name: cuda_clock(run(activations[0]))[0] for name, run in runs.items()}
     timings = time_interleaved(runs, estimates, activations, cuda_clock, budget)
-    return row(timings, 2 * rows * inputs * outputs) | {"difference": wrong}
+    return row(timings, (rows, inputs, outputs)) | {"difference": wrong}
 
 
-def row(timings: dict[str, Timing], operations: int) -> dict[str, object]:
-    """The figures of one shape; operations are those of the dense product, for both."""
+def row(timings: dict[str, Timing], shape: tuple[int, int, int]) -> dict[str, object]:
+    """Return the figures of one shape. Both rates count the operations of the dense product."""
     dense, sparse = timings["dense"].median, timings["2:4"].median
+    operations = 2 * prod(shape)
     return {
+        "sizes": shape,
         "dense_s": dense,
         "sparse_s": sparse,
         "speedup": dense / sparse,
@@ -98,24 +101,14 @@ def main() -> int:
         return 2
     environment = describe_environment(torch.device("cuda"))
     print(format_environment(environment), "\n", sep="")
-    rows = []
-    for name, shape in SHAPES.items():
-        try:
-            result = measure(*shape, arguments.budget)
-        except Exception as error:
-            result = {"note": note_of(error)}
-        rows.append({"shape": name, "sizes": shape} | result)
-        print(describe(rows[-1]), flush=True)
-        if arguments.out:
-            write_json(arguments.out, {"environment": environment, "rows": rows})
-    return 1 if any("note" in result for result in rows) else 0
+    shapes = {name: partial(measure, *shape, arguments.budget) for name, shape in SHAPES.items()}
+    return measure_all("shape", shapes, describe, environment, arguments.out)
 
 
 def describe(result: dict) -> str:
-    if "note" in result:
-        return f"{result['shape']}: {result['note']}"
+    """Return the figures of a shape in one line."""
     return (
-        "{shape}: dense {dense_s:.4g} s, 2:4 {sparse_s:.4g} s, {speedup:.3g}x, "
+        "dense {dense_s:.4g} s, 2:4 {sparse_s:.4g} s, {speedup:.3g}x, "
         "{sparse_tflop_per_s:.4g} TFLOP/s".format(**result)
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import channels, eager, groups, sparsity, truth
+from benchmarks import channels, eager, nm, oracle, pq_index
 from benchmarks.batches import Batch
 from benchmarks.masks import Mask
 from pdp_kernels import pdp_mask, pdp_threshold, pdp_thresholds
@@ -126,32 +126,32 @@ SOFT_MASKS: dict[str, SoftMask] = {
 }
 
 STEPS = {
-    "copy": Step(lambda w, h: 2 * w, {"copy": copy}, truth.check_copy),
-    "sum": Step(lambda w, h: w, {"sum": all_timed(sums)}, truth.check_sums),
+    "copy": Step(lambda w, h: 2 * w, {"copy": copy}, oracle.check_copy),
+    "sum": Step(lambda w, h: w, {"sum": all_timed(sums)}, oracle.check_sums),
     "threshold": Step(
         lambda w, h: w,
         {name: all_timed(selection) for name, selection in SELECTIONS.items()},
-        truth.check_thresholds,
+        oracle.check_thresholds,
         base="eager-kthvalue",
     ),
     "forward": Step(
         lambda w, h: w + h,
         {name: forward(mask) for name, mask in SOFT_MASKS.items()},
-        truth.check_forward,
+        oracle.check_forward,
         base="eager",
         masked=True,
     ),
     "backward": Step(
         lambda w, h: 2 * w + h,
         {name: backward(mask) for name, mask in SOFT_MASKS.items()},
-        truth.check_backward,
+        oracle.check_backward,
         base="eager",
         masked=True,
     ),
     "mask": Step(
         lambda w, h: 3 * w + 2 * h,
         {name: forward_backward(mask) for name, mask in SOFT_MASKS.items()},
-        truth.check_forward_backward,
+        oracle.check_forward_backward,
         base="eager",
         masked=True,
     ),
@@ -166,17 +166,17 @@ STEPS = {
             "compiled-sort": forward_backward(eager.compiled_soft_mask, SELECTIONS["sort"]),
             "ours": forward_backward(our_mask, our_thresholds),
         },
-        truth.check_forward_backward,
+        oracle.check_forward_backward,
         base="eager-kthvalue",
         masked=True,
     ),
     "mask-2:4": Step(
-        lambda w, h: 3 * w + 2 * h, groups.MASKS, groups.check_masks, base="eager", masked=True
+        lambda w, h: 3 * w + 2 * h, nm.MASKS, nm.check_masks, base="eager", masked=True
     ),
     "mask-channel": Step(
         lambda w, h: 4 * w + 2 * h, channels.MASKS, channels.check_masks, base="eager", masked=True
     ),
     # In bfloat16 whatever the weights are in: read, and half of it and one bit a weight written.
-    "pack-2:4": Step(lambda w, h: 2 + 1 + 1 / 8, groups.PACKERS, groups.check_packed, base="eager"),
-    "pq-index": Step(lambda w, h: w, sparsity.PROVIDERS, sparsity.check, base="eager"),
+    "pack-2:4": Step(lambda w, h: 2 + 1 + 1 / 8, nm.PACKERS, nm.check_packed, base="eager"),
+    "pq-index": Step(lambda w, h: w, pq_index.PROVIDERS, pq_index.check, base="eager"),
 }

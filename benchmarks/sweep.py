@@ -1,7 +1,7 @@
-"""Constants of the Triton kernels: every choice timed beside a copy, its answers checked.
+"""Time constants of the Triton kernels: check every choice, and time it beside a copy.
 
-`python -m benchmarks.sweep`, on a GPU. Rows are those of `python -m benchmarks`, with the choice in
-the place of the input; the table has the fastest first.
+`python -m benchmarks.sweep`, on a GPU. Rows are those of `python -m benchmarks`, with the choice as
+input. The table lists the fastest choices first.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.rows import ResultFiles, Row
 
 
 class Sweep(NamedTuple):
-    """steps: what is timed. constants: of triton_kernels/FILE.py, with the values they take."""
+    """Steps to time, and the values of constants in triton_kernels/FILE.py."""
 
     steps: tuple[str, ...]
     constants: dict[str, tuple[int, ...]]
@@ -38,7 +38,7 @@ SWEEPS = {
         ("mask-channel",),
         {"ELEMENTS_PER_WARP": (256, 512, 1024), "TILES_PER_PIECE": (8, 16, 32)},
     ),
-    # Tiles of more than 64 columns would be wrong for a matrix that ends within one.
+    # Wider tiles than 64 columns would be wrong for a matrix that ends inside a tile.
     "compress": Sweep(("pack-2:4",), {"NUM_WARPS": (2, 4, 8)}),
 }
 
@@ -46,14 +46,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def choices(file: str) -> Iterator[dict[str, int]]:
-    """All combinations of a file's constants."""
+    """Yield all combinations of a file's constants."""
     names, values = zip(*SWEEPS[file].constants.items(), strict=True)
     return (dict(zip(names, each, strict=True)) for each in itertools.product(*values))
 
 
 @contextmanager
 def constants(file: str, choice: dict[str, int]) -> Iterator[None]:
-    """The constants of a file, changed while the block runs."""
+    """Change the constants of a file inside the with block."""
     module = importlib.import_module(f"pdp_kernels.triton_kernels.{file}")
     before = {name: getattr(module, name) for name in choice}
     try:
@@ -64,11 +64,12 @@ def constants(file: str, choice: dict[str, int]) -> Iterator[None]:
 
 
 def label(file: str, choice: dict[str, int]) -> str:
+    """Return the name of a choice in the table."""
     return " ".join([file, *(f"{name}={value}" for name, value in choice.items())])
 
 
 def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows of each choice, with the pruner's mask. Ends early where the device is lost."""
+    """Yield the rows of each choice with the pruner's mask; end early if the device is lost."""
     device = torch.device(arguments.device)
     bench = Bench(device, {"copy", "ours"}, arguments.budget, limit=float("inf"))
     for dtype in DTYPES:
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def format_sweep(rows: Sequence[Row]) -> str:
-    """The choices of each kernel, dtype and step, the fastest first; then the rows in error."""
+    """Return the choices of each kernel, dtype and step by speed, then the rows in error."""
     copies = copy_rates(rows)
     timed = [row for row in rows if row.step != "copy" and row.median_s]
     width = max((len(row.input) for row in timed), default=0)
@@ -110,7 +111,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"any of: {', '.join(SWEEPS)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument(
-        "--weights", type=int, default=2**26, help="how many, a multiple of 2048 (default: 2^26)"
+        "--weights",
+        type=int,
+        default=2**26,
+        help="number, a multiple of 2048 (default: 2^26)",
     )
     parser.add_argument("--budget", type=float, default=0.1, metavar="SECONDS", help="per step")
     parser.add_argument("--out", type=Path, metavar="PATH", help="FILE.csv, FILE.json or a folder")
@@ -127,12 +131,11 @@ def main() -> int:
     environment = describe_environment(torch.device(arguments.device))
     print(format_environment(environment), "\n", sep="", flush=True)
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
-    files = ResultFiles(arguments.out, environment, settings) if arguments.out else None
+    files = ResultFiles(arguments.out, environment, settings)
     rows = []
     for measured in run(arguments):
         rows += measured
-        if files:
-            files.add(measured)
+        files.add(measured)
     print(format_sweep(rows))
     return 1 if any(row.is_error for row in rows) else 0
 

@@ -1,8 +1,8 @@
-"""A whole training step with PDP against the dense one, and the pruner's own part of it.
+"""Time whole training steps: dense, with PDP, and with PDP in eager PyTorch.
 
 `python -m benchmarks.training_step`. A step is forward, backward, optimizer and, with PDP, the
-thresholds; the same is written in eager PyTorch beside it. Before anything is timed, the gradients
-of the two are checked against each other in float64.
+thresholds, which are also timed alone. Before anything is timed, the gradients with PDP are checked
+against those of eager PyTorch in float64.
 """
 
 import argparse
@@ -19,28 +19,35 @@ from torch.nn import functional
 
 from benchmarks.eager import kthvalue_threshold, sort_threshold
 from benchmarks.environment import describe_environment
-from benchmarks.measure import note_of
-from benchmarks.models import character_gpt, digits, gpt2, mlp, photographs, resnet50, text
-from benchmarks.networks import NETWORKS
+from benchmarks.layer_shapes import NETWORKS
+from benchmarks.measure import measure_all
 from benchmarks.report import format_environment
-from benchmarks.rows import write_json
 from benchmarks.timing import clock_for, time_interleaved
 from pdp_kernels import PDPConfig, PDPPruner
+from studies.networks import character_gpt, gpt2, mlp, resnet50
 
 SPARSITY = 0.9
 RELATIVE_TAU = 0.1
 CONFIG = PDPConfig(SPARSITY, scope="layer", relative_tau=RELATIVE_TAU, warmup=0, ramp=0)
 
-# Of float64 gradients at the same thresholds, relative to the layer's largest; and of thresholds,
-# which eager has in float32.
+# Allowed differences: of float64 gradients at the same thresholds, relative to the layer's largest
+# gradient; and of thresholds, which eager computes in float32.
 TOLERANCE = 1e-8
 THRESHOLD_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Task:
-    """autocast: to bfloat16. on_gpu_only: on a CPU a step takes too long. checked: of a batch, the
-    examples on which gradients are checked in float64."""
+    """A network with its batches.
+
+    Attributes:
+        network: Makes the network.
+        batch: Makes inputs and targets.
+        optimizer: Makes the optimizer of parameters.
+        autocast: Whether to compute in bfloat16.
+        on_gpu_only: Whether a step takes too long on a CPU.
+        checked: Examples of a batch on which gradients are checked in float64.
+    """
 
     network: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
@@ -50,33 +57,53 @@ class Task:
     checked: int = 16
 
 
+def random_digits(batch: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 784), torch.randint(10, (batch,))
+
+
+def random_photographs(batch: int, size: int) -> tuple[Tensor, Tensor]:
+    images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    return images, torch.randint(1000, (batch,))
+
+
+def random_text(vocabulary: int, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(vocabulary, (batch, length + 1))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
+MNIST_MLP = partial(mlp, 784, 300, 100, 10)
 
 TASKS = {
-    "MLP 784-300-100-10, batch 128": Task(mlp, partial(digits, 128), SGD),
-    "MLP 784-300-100-10, batch 512": Task(mlp, partial(digits, 512), SGD),
-    "GPT 10.6M, 12 x 64 tokens": Task(character_gpt, partial(text, 65, 12, 64), ADAMW),
+    "MLP 784-300-100-10, batch 128": Task(MNIST_MLP, partial(random_digits, 128), SGD),
+    "MLP 784-300-100-10, batch 512": Task(MNIST_MLP, partial(random_digits, 512), SGD),
+    "GPT 10.6M, 12 x 64 tokens": Task(character_gpt, partial(random_text, 65, 12, 64), ADAMW),
     "GPT 10.6M, 64 x 256 tokens": Task(
-        character_gpt, partial(text, 65, 64, 256), ADAMW, on_gpu_only=True
+        character_gpt, partial(random_text, 65, 64, 256), ADAMW, on_gpu_only=True
     ),
     "ResNet-50, 128 images, bfloat16": Task(
-        resnet50, partial(photographs, 128, 224), SGD, autocast=True, on_gpu_only=True
+        resnet50, partial(random_photographs, 128, 224), SGD, autocast=True, on_gpu_only=True
     ),
     "GPT-2 124M, 8 x 1024 tokens, bfloat16": Task(
-        gpt2, partial(text, 50257, 8, 1024), ADAMW, autocast=True, on_gpu_only=True, checked=2
+        gpt2,
+        partial(random_text, 50257, 8, 1024),
+        ADAMW,
+        autocast=True,
+        on_gpu_only=True,
+        checked=2,
     ),
 }
 
 
 def eager_threshold(weight: Tensor) -> Tensor:
-    """The faster way of PyTorch: kthvalue is one block's work on a GPU."""
+    """Return the threshold by the faster way of PyTorch: on a GPU kthvalue runs in one block."""
     select = sort_threshold if weight.is_cuda else kthvalue_threshold
     return select(weight, SPARSITY)
 
 
 def eager_weight(layer: nn.Module) -> Tensor:
-    """PDP in eager PyTorch: Eq. 1 at the layer's threshold; autograd derives its backward."""
+    """Return the weight masked in eager PyTorch by Eq. 1; autograd derives the backward."""
     t = layer.threshold
     return torch.sigmoid((layer.weight**2 - t**2) / (RELATIVE_TAU * t**2)) * layer.weight
 
@@ -92,7 +119,7 @@ class EagerConvolution(nn.Conv2d):
 
 
 class EagerPruner:
-    """The thresholds of all layers, one after another."""
+    """Masks all layers in eager PyTorch, with thresholds one by one."""
 
     def __init__(self, model: nn.Module):
         classes = {nn.Linear: EagerLinear, nn.Conv2d: EagerConvolution}
@@ -111,7 +138,7 @@ PRUNERS = {"dense": None, "pdp": lambda model: PDPPruner(model, CONFIG), "eager"
 
 
 class Training:
-    """One network in training on one batch."""
+    """A network in training on one batch, dense or with one of PRUNERS."""
 
     def __init__(self, model: nn.Module, task: Task, batch: tuple[Tensor, Tensor], name: str):
         self.model = copy.deepcopy(model)
@@ -135,12 +162,12 @@ class Training:
 
 
 def difference(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> float:
-    """Of the gradients by the two ways of pruning, in float64, to the layer's largest.
+    """Return the largest gradient difference, ours against eager, relative to the layer's maximum.
 
-    At the same thresholds: where a batch norm sees few values, a gradient amplifies what they
-    differ by. Infinite if they differ by more than rounding to float32.
+    In float64 and at our thresholds: where a batch norm sees few values, gradients amplify small
+    differences of thresholds. Infinite if thresholds differ by more than rounding to float32.
     """
-    inputs, targets = (part[: task.checked] for part in batch)
+    inputs, targets = (tensor[: task.checked] for tensor in batch)
     batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
     ours, eager = (Training(model.double(), task, batch, name) for name in ("pdp", "eager"))
     thresholds = ours.pruner.state_dict()["thresholds"].values()
@@ -156,9 +183,10 @@ def difference(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> fl
 
 
 def measure(task: Task, device: torch.device, budget: float) -> dict[str, object]:
+    """Check a task, then time its steps for `budget` seconds."""
     torch.manual_seed(0)
     model = task.network().to(device)
-    batch = tuple(part.to(device) for part in task.batch())
+    batch = tuple(tensor.to(device) for tensor in task.batch())
     wrong = difference(copy.deepcopy(model), task, batch)
     if not wrong <= TOLERANCE:
         return {"note": f"wrong: gradients differ by {wrong:.3g} of the largest"}
@@ -171,7 +199,7 @@ def measure(task: Task, device: torch.device, budget: float) -> dict[str, object
 
 
 def measure_thresholds(device: torch.device, budget: float) -> dict[str, object]:
-    """pruner.step on the layers of GPT-2 against a loop of eager thresholds."""
+    """Time `pruner.step` on the layers of GPT-2 against a loop of eager thresholds."""
     torch.manual_seed(0)
     shapes = [shape for shape, _ in NETWORKS["gpt2"]()]
     layers = [nn.Linear(shape[1], shape[0], bias=False, device=device) for shape in shapes]
@@ -192,7 +220,7 @@ def measure_thresholds(device: torch.device, budget: float) -> dict[str, object]
 def ratios(
     runs: dict[str, Callable[[], object]], base: str, device: torch.device, budget: float
 ) -> dict[str, object]:
-    """Median seconds of each, and how many times the base's they are."""
+    """Return median seconds, quartiles, and medians relative to the base."""
     clock = clock_for(device)
     providers = {name: lambda _, run=run: run for name, run in runs.items()}
     estimates = {name: clock(run)[0] for name, run in runs.items()}
@@ -234,27 +262,19 @@ def main() -> int:
     device = torch.device(arguments.device)
     environment = describe_environment(device)
     print(format_environment(environment), "\n", sep="")
-    rows = []
-    for name in arguments.tasks:
-        try:
-            result = {"task": name} | MEASUREMENTS[name](device, arguments.budget)
-        except Exception as error:
-            result = {"task": name, "note": note_of(error)}
-        rows.append(result)
-        print(describe(result), flush=True)
-        if arguments.out:
-            write_json(arguments.out, {"environment": environment, "rows": rows})
-    return 1 if any("note" in result for result in rows) else 0
+    tasks = {
+        name: partial(MEASUREMENTS[name], device, arguments.budget) for name in arguments.tasks
+    }
+    return measure_all("task", tasks, describe, environment, arguments.out)
 
 
 def describe(result: dict) -> str:
-    if "note" in result:
-        return f"{result['task']}: {result['note']}"
-    parts = [
+    """Return the times of a task in one line."""
+    times = [
         f"{provider} {seconds * 1e3:.4g} ms ({result['ratios'][provider]:.3g}x)"
         for provider, seconds in result["seconds"].items()
     ]
-    return f"{result['task']}: {', '.join(parts)}"
+    return ", ".join(times)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Constants of the CUDA kernels: builds of the sources with another value each, timed.
+"""Time constants of the CUDA kernels, each in a build of its own.
 
-`python -m benchmarks.variants build FOLDER` copies the sources once for each variant, changes its
-constants and builds; `time FOLDER` runs the benchmark of thresholds in each, the unchanged build of
-this checkout first.
+`python -m benchmarks.variants build FOLDER` copies the sources for each variant, changes constants
+and builds. `time FOLDER` runs the benchmark of thresholds in the unchanged build of this checkout,
+then in each variant.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from benchmarks.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("csrc", "pdp_kernels", "setup.py", "pyproject.toml")
-LINKED = ("benchmarks", "triton_kernels", "README.md", "LICENSE")
+LINKED = ("benchmarks", "studies", "triton_kernels", "README.md", "LICENSE")
 
 
-# What is timed of each build.
+# Arguments of the benchmark that each build runs.
 BENCHMARK = (
     *("--device", "cuda", "--dtypes", "float32", "bfloat16", "--budget", "0.2"),
     *("--inputs", "2359296", "100000000", "resnet50", "--steps", "copy", "threshold"),
@@ -33,7 +33,7 @@ BENCHMARK = (
 
 
 class Change(NamedTuple):
-    """A constant of csrc/cuda/FILE, in the struct of that name if there is one, and its value."""
+    """A constant of csrc/cuda/FILE, its new value, and the struct that holds it, if any."""
 
     file: str
     constant: str
@@ -60,10 +60,10 @@ VARIANTS = {
 
 
 def changed(source: str, change: Change) -> str:
-    """The source with the constant's new value.
+    """Return the source with the constant's new value.
 
     Raises:
-        ValueError: it has no such constant, or several.
+        ValueError: The source has no such constant, or several.
     """
     begin, end = 0, len(source)
     if change.struct:
@@ -72,18 +72,19 @@ def changed(source: str, change: Change) -> str:
         if begin < 0:
             raise ValueError(f"{change.file} has no struct {change.struct}")
     pattern = rf"(constexpr \w+ {change.constant} = )[^;]+;"
-    part, count = re.subn(pattern, rf"\g<1>{change.value};", source[begin:end])
+    scope, count = re.subn(pattern, rf"\g<1>{change.value};", source[begin:end])
     if count != 1:
         raise ValueError(f"{change.file} has {count} constants {change.constant}, not one")
-    return source[:begin] + part + source[end:]
+    return source[:begin] + scope + source[end:]
 
 
 def folder_of(parent: Path, name: str) -> Path:
+    """Return the folder of a variant."""
     return parent / re.sub(r"\W+", "-", name)
 
 
 def copy_sources(folder: Path, changes: Sequence[Change]) -> None:
-    """The sources in a folder of their own, changed; what stays as it is is linked."""
+    """Copy the sources to a folder and change them; link what stays the same."""
     folder.mkdir(parents=True)
     for name in COPIED:
         source = ROOT / name
@@ -99,12 +100,12 @@ def copy_sources(folder: Path, changes: Sequence[Change]) -> None:
 
 
 def build(folder: Path, name: str) -> bool:
-    """Build one variant; what its compilers print stands in build.log of its folder."""
+    """Build a variant, with the compilers' output in build.log of its folder."""
     folder = folder_of(folder, name)
     copy_sources(folder, VARIANTS[name])
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     with (folder / "build.log").open("w") as log:
-        environment = os.environ | {"MAX_JOBS": "2"}  # of each of the builds at a time
+        environment = os.environ | {"MAX_JOBS": "2"}  # for each of the builds that run at a time
         result = subprocess.run(
             command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
@@ -113,7 +114,7 @@ def build(folder: Path, name: str) -> bool:
 
 
 def time_build(checkout: Path, name: str, result: Path) -> bool:
-    """Run the benchmark of thresholds in a checkout and print a line for each input."""
+    """Run the benchmark of thresholds in a checkout, and print a line for each input."""
     command = [sys.executable, "-m", "benchmarks", *BENCHMARK, "--out", str(result)]
     subprocess.run(command, cwd=checkout, stdout=subprocess.DEVNULL)
     rows = list(read_rows(result)) if result.exists() else []
@@ -136,14 +137,14 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.variants", description=__doc__.splitlines()[0]
     )
     parser.add_argument("action", choices=("build", "time"))
-    parser.add_argument("folder", type=Path, help="where the builds are")
+    parser.add_argument("folder", type=Path, help="folder of the builds")
     parser.add_argument(
         "--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
         help=f"any of: {'; '.join(VARIANTS)}",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=len(VARIANTS), help="builds at a time")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where time leaves a CSV file for each"
+        "--out", type=Path, metavar="FOLDER", help="folder for the CSV file of each variant"
     )
     arguments = parser.parse_args(words)
     if arguments.action == "time" and not arguments.out:

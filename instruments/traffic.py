@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.networks import NETWORKS
+from benchmarks.layer_shapes import NETWORKS
 from instruments.host_build import CountingBuild, Counts
 from pdp_kernels.ops import reference
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import __main__ as benchmark
-from benchmarks import channels, groups, models, profile, report, sparse_linear, training_step
+from benchmarks import channels, nm, profile, report, sparse_linear, training_step
 from benchmarks.batches import exact_threshold, make_batch
 from benchmarks.environment import describe_environment
-from benchmarks.measure import Bench
-from benchmarks.networks import NETWORKS
+from benchmarks.layer_shapes import NETWORKS
+from benchmarks.measure import Bench, measure_all
 from benchmarks.rows import ResultFiles, Row, read_rows
 from benchmarks.steps import STEPS
+from studies import networks
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -104,7 +105,7 @@ def test_channel_baseline_is_right_where_gradients_through_norms_are_large():
 
 @pytest.mark.parametrize("count", [65536, 2359296, 16777216, 67108864, 100663296])
 def test_sizes_that_are_measured_can_be_packed(count):
-    rows, columns = groups.as_matrix(torch.empty(count, device="meta")).shape
+    rows, columns = nm.as_matrix(torch.empty(count, device="meta")).shape
     assert rows % 32 == 0 and columns % 64 == 0
 
 
@@ -270,11 +271,28 @@ def test_batches_of_the_large_networks_fit_them(name):
     assert outputs.flatten(0, -2).shape[0] == targets[:1].numel()
 
 
-def test_sparse_linear_describes_what_it_measured(capsys):
-    row = {"shape": "a", "dense_s": 2e-3, "sparse_s": 1e-3, "speedup": 2.0}
-    line = sparse_linear.describe(row | {"sparse_tflop_per_s": 500.0})
-    assert line == "a: dense 0.002 s, 2:4 0.001 s, 2x, 500 TFLOP/s"
-    assert sparse_linear.describe({"shape": "a", "note": "failed: x"}) == "a: failed: x"
+def test_each_measurement_is_printed_and_written_and_one_that_fails_is_noted(tmp_path, capsys):
+    row = {"dense_s": 2e-3, "sparse_s": 1e-3, "speedup": 2.0, "sparse_tflop_per_s": 500.0}
+
+    def fail():
+        raise ValueError("x")
+
+    out = tmp_path / "rows.json"
+    cases = {"a": lambda: row, "b": fail, "c": lambda: {"note": "wrong: y"}}
+    assert measure_all("shape", cases, sparse_linear.describe, {"commit": "0123abc"}, out) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "a: dense 0.002 s, 2:4 0.001 s, 2x, 500 TFLOP/s",
+        "b: failed: ValueError: x",
+        "c: wrong: y",
+    ]
+    content = json.loads(out.read_text())
+    assert content["environment"] == {"commit": "0123abc"}
+    assert content["rows"] == [
+        {"shape": "a", **row},
+        {"shape": "b", "note": "failed: ValueError: x"},
+        {"shape": "c", "note": "wrong: y"},
+    ]
+    assert measure_all("shape", {"a": lambda: row}, sparse_linear.describe, {}, None) == 0
 
 
 @pytest.mark.parametrize(
@@ -292,7 +310,9 @@ def test_layer_list_has_all_weights_of_the_network(name, total):
     assert sum(prod(shape) for shape, _ in NETWORKS[name]()) == total
 
 
-@pytest.mark.parametrize(("make", "name"), [(models.resnet50, "resnet50"), (models.gpt2, "gpt2")])
+@pytest.mark.parametrize(
+    ("make", "name"), [(networks.resnet50, "resnet50"), (networks.gpt2, "gpt2")]
+)
 def test_trained_network_has_the_weights_of_its_list(make, name):
     with torch.device("meta"):
         model = make()

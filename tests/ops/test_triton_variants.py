@@ -23,7 +23,7 @@ from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_n
 from triton import knobs
 from triton.runtime import driver
 
-from benchmarks import networks
+from benchmarks import layer_shapes
 from instruments.triton_launches import CompilingDriver
 
 variants = set()
@@ -60,7 +60,7 @@ PATTERNS = {
 driver.set_active(CompilingDriver("sm_90"))
 knobs.runtime.jit_cache_hook = note_and_skip
 counts = {}
-for network in (networks.resnet50, networks.gpt2):
+for network in (layer_shapes.resnet50, layer_shapes.gpt2):
     for pattern, step in PATTERNS.items():
         variants.clear()
         for shape, _ in network():

@@ -1,4 +1,4 @@
-"""The weights measured on: single tensors, layer lists of networks, a small trained network."""
+"""The weights to measure on: single tensors, layer lists of networks, a small trained network."""
 
 import functools
 import itertools
@@ -10,11 +10,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from studies.networks import mlp
+
 Layer = tuple[tuple[int, ...], Callable[..., Tensor]]
 
 
 def resnet50() -> Iterator[Layer]:
-    """Every convolution and the classifier: 25,502,912 weights, initialised as in torchvision."""
+    """Yield ResNet-50 without biases: 25,502,912 weights, initialised as in torchvision."""
     kaiming = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
     yield (64, 3, 7, 7), kaiming
     inputs = 64
@@ -31,7 +33,7 @@ def resnet50() -> Iterator[Layer]:
 
 
 def mobilenet_v1() -> Iterator[Layer]:
-    """Every convolution and the classifier: 4,209,088 weights, initialised as in TF-Slim."""
+    """Yield MobileNet v1 without biases: 4,209,088 weights, initialised as in TF-Slim."""
     normal = _truncated_normal(0.09)
     yield (32, 3, 3, 3), normal
     widths = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
@@ -42,7 +44,7 @@ def mobilenet_v1() -> Iterator[Layer]:
 
 
 def bert_base() -> Iterator[Layer]:
-    """The Linear layers of 12 blocks and the pooler, no embeddings: 85,524,480 weights."""
+    """Yield BERT base, 12 blocks and the pooler without embeddings: 85,524,480 weights."""
     normal = _truncated_normal(0.02)
     for _ in range(12):
         for _ in ("query", "key", "value", "attention output"):
@@ -53,10 +55,10 @@ def bert_base() -> Iterator[Layer]:
 
 
 def gpt2() -> Iterator[Layer]:
-    """GPT-2 124M: the tied embedding, which is also the output Linear layer, and 12 blocks.
+    """Yield GPT-2 124M, the output layer (tied embedding) and 12 blocks: 123,532,032 weights.
 
-    123,532,032 weights. Position embeddings are not in the list. Blocks hold their weights as
-    (in, out), and the two projections back into the residual stream start smaller.
+    Blocks store their weights as (in, out). The two projections that add to the residual stream
+    start smaller.
     """
     normal = partial(nn.init.normal_, std=0.02)
     residual = partial(nn.init.normal_, std=0.02 / math.sqrt(2 * 12))
@@ -69,7 +71,7 @@ def gpt2() -> Iterator[Layer]:
 
 
 def llama_7b() -> Iterator[Layer]:
-    """Llama 2 7B: 32 blocks and the output layer, no embeddings: 6,607,077,376 weights."""
+    """Yield Llama 2 7B, 32 blocks and the output layer: 6,607,077,376 weights."""
     normal = partial(nn.init.normal_, std=0.02)
     for _ in range(32):
         for _ in ("query", "key", "value", "attention output"):
@@ -80,12 +82,12 @@ def llama_7b() -> Iterator[Layer]:
 
 
 def llama_7b_block() -> Iterator[Layer]:
-    """One of Llama 2 7B's blocks: 202,375,168 weights."""
+    """Yield one block of Llama 2 7B: 202,375,168 weights."""
     return itertools.islice(llama_7b(), 7)
 
 
 def convolution(*shape: int) -> Iterator[Layer]:
-    """One layer alone, with its shape: what a plain number of weights does not have."""
+    """Yield one convolution of this shape."""
     yield shape, partial(nn.init.kaiming_normal_, mode="fan_in", nonlinearity="linear")
 
 
@@ -107,15 +109,14 @@ NETWORKS: dict[str, Callable[[], Iterator[Layer]]] = {
 
 @functools.cache
 def trained_digits() -> tuple[Tensor, ...]:
-    """Weights of an MLP 64-256-128-10 after 30 epochs on scikit-learn's digits: real ones."""
+    """Return the weights of an MLP 64-256-128-10 trained for 30 epochs on scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = images.float() / 16
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [nn.Linear(64, 256), nn.Linear(256, 128), nn.Linear(128, 10)]
-        model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        model = mlp(64, 256, 128, 10)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(30):
             for index in torch.randperm(len(images)).split(64):
@@ -125,11 +126,16 @@ def trained_digits() -> tuple[Tensor, ...]:
         accuracy = (model(images).argmax(dim=1) == labels).double().mean().item()
     if accuracy < 0.95:
         raise RuntimeError(f"the digits network did not train: accuracy {accuracy:.3f}")
-    return tuple(layer.weight.detach() for layer in layers)
+    return tuple(weight.detach() for weight in model.parameters() if weight.dim() == 2)
 
 
 def make_weights(name: str, generator: torch.Generator) -> list[Tensor]:
-    """The float32 weights of one input: a network's list, or a list of one with `name` elements."""
+    """Return the float32 weights of one input.
+
+    Args:
+        name: A key of NETWORKS, "digits", or the size of a single weight.
+        generator: Its device is that of the weights.
+    """
     if name == "digits":
         return [weight.to(generator.device) for weight in trained_digits()]
     if name in NETWORKS:

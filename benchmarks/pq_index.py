@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.batches import Batch
-from benchmarks.truth import CHUNK
+from benchmarks.oracle import CHUNK
 from pdp_kernels import pq_index
 
 P, Q = 0.5, 1.0
