@@ -1,5 +1,5 @@
-// What the kernels rely on, checked for whoever calls an operator directly: a message in the place
-// of a fault. The public functions have checked it before, in more detail.
+// Checks of operator arguments, for callers that bypass the public functions: an error message in
+// place of a memory fault. The public functions check more.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +14,7 @@
 
 namespace pdp {
 
-constexpr int64_t kMostMembers = 32;  // of an N:M group
+constexpr int64_t kMaxGroupMembers = 32;  // of an N:M group
 
 inline void check_device(const torch::stable::Tensor& tensor, const torch::stable::Tensor& weight,
                          const char* name) {
@@ -44,7 +44,7 @@ inline void check_weight(const torch::stable::Tensor& weight,
   weight_type(weight);
 }
 
-// Of a list: at least one.
+// A list of at least one weight.
 inline void check_weights(const std::vector<torch::stable::Tensor>& weights,
                           torch::headeronly::DeviceType device) {
   STD_TORCH_CHECK(!weights.empty(), "weights must not be empty");
@@ -60,7 +60,7 @@ inline void check_sparsities(const std::vector<torch::stable::Tensor>& weights,
                   " elements, got ", sparsities.size());
 }
 
-// int64, one for each weight of a list.
+// One int64 for each weight of a list.
 inline void check_integers(const torch::stable::Tensor& integers, size_t count,
                            const torch::stable::Tensor& weight, const char* name) {
   check_values(integers, torch::headeronly::ScalarType::Long, static_cast<int64_t>(count), weight,
@@ -77,7 +77,7 @@ inline void check_digit(const std::vector<torch::stable::Tensor>& weights, int64
                   key_digits(bytes).count, "), got ", digit);
 }
 
-// values that belong to the weight's elements one by one, in any floating point dtype.
+// One value for each element of the weight, in any floating point dtype.
 inline void check_like(const std::optional<torch::stable::Tensor>& values,
                        const torch::stable::Tensor& weight, const char* name) {
   if (!values) return;
@@ -87,7 +87,7 @@ inline void check_like(const std::optional<torch::stable::Tensor>& values,
   check_device(*values, weight, name);
 }
 
-// Of a list, each None or of its weight's shape; per_row: weights have rows.
+// Each mask is None or has its weight's shape. With per_row, weights must have rows.
 inline void check_masks(const std::vector<std::optional<torch::stable::Tensor>>& masks,
                         const std::vector<torch::stable::Tensor>& weights, bool per_row) {
   STD_TORCH_CHECK(masks.size() == weights.size(), "masks must have ", weights.size(),
@@ -115,12 +115,12 @@ inline void check_dim(const torch::stable::Tensor& weight, int64_t dim) {
 inline void check_groups(const torch::stable::Tensor& weight, int64_t m, int64_t pruned,
                          int64_t dim) {
   check_dim(weight, dim);
-  STD_TORCH_CHECK(1 <= m && m <= kMostMembers && weight.size(dim) % m == 0, "m must be in [1, ",
-                  kMostMembers, "] and divide the size along dim, got ", m);
+  STD_TORCH_CHECK(1 <= m && m <= kMaxGroupMembers && weight.size(dim) % m == 0, "m must be in [1, ",
+                  kMaxGroupMembers, "] and divide the size along dim, got ", m);
   STD_TORCH_CHECK(0 <= pruned && pruned < m, "pruned must be in [0, m), got ", pruned);
 }
 
-// A norm for each channel along dim.
+// One norm for each channel along dim.
 inline void check_channels(const torch::stable::Tensor& weight, const torch::stable::Tensor& norms,
                            int64_t dim) {
   check_dim(weight, dim);

@@ -1,6 +1,6 @@
-// Magnitudes as integers: dropping the sign bit of an IEEE float leaves an unsigned integer that
-// orders exactly as |w| does, so a k-th magnitude can be found by counting digits, with no
-// arithmetic on the values and no rounding. Shared by the CPU and the CUDA selection.
+// Magnitudes as integers: an IEEE float without its sign bit is an unsigned integer with the order
+// of |w|. So the k-th magnitude can be found by counting digits, with no arithmetic on the values
+// and no rounding. For CPU and CUDA kernels.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace pdp {
 
 enum class WeightType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-// 16-bit weights are carried as their bits; the type says how to read them.
+// 16-bit weights are stored as their bits; the type says how to read them.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -32,8 +32,8 @@ PDP_HOST_DEVICE To bit_cast(From from) {
   return to;
 }
 
-// For each weight type: its bits, the number of bits of a magnitude, the key of infinity, and the
-// type a threshold has.
+// For each weight type: the type and the number of bits of its keys, the key of infinity, the type
+// of a threshold, and the value of a key.
 template <typename Weight>
 struct Magnitude;
 
@@ -72,8 +72,8 @@ struct Magnitude<Half> {
   using Threshold = float;
   static constexpr int kBits = 15;
   static constexpr Key kInfinity = 0x7C00;
-  // A normal half, moved up to float's exponent, is a float 2^112 times too small. A denormal
-  // counts units of 2^-24: as an integer it survives a CPU that flushes denormal operands.
+  // A normal half, moved up to float's exponent, is a float 2^112 times too small. A subnormal
+  // counts units of 2^-24: as an integer it survives a CPU that flushes subnormal operands.
   static PDP_HOST_DEVICE double value(Key key) {
     if (key > kInfinity) return Magnitude<float>::value(Magnitude<float>::kInfinity + 1);
     if (key == kInfinity) return Magnitude<float>::value(Magnitude<float>::kInfinity);
@@ -82,8 +82,8 @@ struct Magnitude<Half> {
   }
 };
 
-// The key of a weight: its magnitude's bits. Every NaN gets the one key above infinity's, so that
-// NaNs are equal to each other and above everything, as in torch.sort.
+// Returns the key of a weight: the bits of its magnitude. Every NaN gets the key just above
+// infinity's, so that NaNs are equal to each other and above everything else, as in torch.sort.
 template <typename Weight>
 PDP_HOST_DEVICE typename Magnitude<Weight>::Key magnitude_key(Weight weight) {
   using Key = typename Magnitude<Weight>::Key;
@@ -93,15 +93,15 @@ PDP_HOST_DEVICE typename Magnitude<Weight>::Key magnitude_key(Weight weight) {
   return key < kNaN ? key : kNaN;
 }
 
-// (a + b) / 2 for 0 <= a <= b, rounded once: a sum above 1 is halved first so that it cannot
-// overflow, one below 1 is halved last so that no denormal is lost.
+// Returns (a + b) / 2 for 0 <= a <= b, rounded once. If b > 1, both are halved first, so that the
+// sum cannot overflow; else the sum is halved, so that no bit of a subnormal is lost.
 PDP_HOST_DEVICE double midpoint(double a, double b) {
   return b > 1 ? 0.5 * a + 0.5 * b : 0.5 * (a + b);
 }
 
-// The threshold between the k-th and the k+1-th of n magnitudes (-inf keeps all weights,
-// +inf prunes all). For weights narrower than double the midpoint is exact in double or innocuously
-// rounded twice (53 >= 2 * 24 + 2), so t is the midpoint correctly rounded to float.
+// Returns the threshold between the k-th and the k+1-th of n magnitudes (-inf keeps all weights,
+// +inf prunes all). For weights narrower than double the midpoint is exact in double, or rounding
+// it twice is innocuous (53 >= 2 * 24 + 2), so t is the midpoint correctly rounded to float.
 template <typename Weight>
 PDP_HOST_DEVICE typename Magnitude<Weight>::Threshold threshold_between(
     typename Magnitude<Weight>::Key kth, typename Magnitude<Weight>::Key next, int64_t k,

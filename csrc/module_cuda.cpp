@@ -1,5 +1,5 @@
-// The Python module of the CUDA kernels. Importing it registers the operators of ops_cuda.cu; by
-// itself it only tells how it was built.
+// The Python module of the CUDA kernels. Importing it registers the operators of ops_cuda.cu; its
+// one function tells how it was built.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>

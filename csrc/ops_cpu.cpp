@@ -43,8 +43,8 @@ Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
   return Tensor(result);
 }
 
-// The values in the memory order of `layout`, which empty_like() made: the tensor itself where it
-// lies so already (every dense layout does), else a copy.
+// Returns the values in the memory order of `layout`, which empty_like() made: the tensor itself if
+// it has that order (every dense layout does), else a copy.
 Tensor in_order_of(const Tensor& layout, const Tensor& values) {
   if (pdp::same_order(layout, values)) return values;
   Tensor copy = empty_like(layout, values.scalar_type());
@@ -99,7 +99,8 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
   std::vector<cpu::Weight> selected(count);
   ScalarType dtype = ScalarType::Float;
   for (size_t i = 0; i < count; ++i) {
-    // A selection needs no order of the elements, so every dense layout is read as it is.
+    // The order of elements does not matter to a selection, so it reads every dense layout as it
+    // is.
     if (!pdp::is_dense(weights[i])) weights[i] = torch::stable::contiguous(weights[i]);
     selected[i] = selectable(weights[i]);
     if (weights[i].scalar_type() == ScalarType::Double) dtype = ScalarType::Double;
@@ -125,17 +126,17 @@ std::tuple<Tensor, Tensor> digit_counts(std::vector<Tensor> weights, Tensor pref
   pdp::check_weights(weights, DeviceType::CPU);
   pdp::check_integers(prefixes, weights.size(), weights[0], "prefixes");
   pdp::check_digit(weights, digit);
-  std::vector<cpu::Weight> parts;
+  std::vector<cpu::Weight> selected;
   for (Tensor& weight : weights) {
     if (!pdp::is_dense(weight)) weight = torch::stable::contiguous(weight);
-    parts.push_back(selectable(weight));
+    selected.push_back(selectable(weight));
   }
   const pdp::Digit counted = pdp::key_digits(weights[0].element_size()).digit(digit);
   prefixes = torch::stable::contiguous(prefixes);
-  const int64_t count = static_cast<int64_t>(parts.size());
+  const int64_t count = static_cast<int64_t>(selected.size());
   Tensor counts = torch::stable::empty({count, counted.bins()}, ScalarType::Long);
   Tensor above = torch::stable::empty({count}, ScalarType::Long);
-  cpu::digit_counts(parts, prefixes.const_data_ptr<int64_t>(), counted,
+  cpu::digit_counts(selected, prefixes.const_data_ptr<int64_t>(), counted,
                     counts.mutable_data_ptr<int64_t>(), above.mutable_data_ptr<int64_t>(),
                     parallel_for);
   return {counts, above};
@@ -227,11 +228,11 @@ Tensor hard_mask_nm(Tensor weight, int64_t m, int64_t pruned, int64_t dim) {
   return kept;
 }
 
-// Of a dense tensor.
+// Returns the layout of a dense tensor.
 cpu::ChannelLayout channel_layout(const Tensor& ordered, int64_t dim) {
   const int64_t channels = ordered.size(dim);
   if (ordered.numel() == 0) return {0, channels, 0};
-  // Of a dimension of size 1 the stride says nothing: all weights are its one channel's.
+  // The stride of a dimension of size 1 is arbitrary: all weights are of its one channel.
   if (channels == 1) return {1, 1, ordered.numel()};
   const int64_t inner = ordered.stride(dim);
   return {ordered.numel() / (channels * inner), channels, inner};

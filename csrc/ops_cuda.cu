@@ -1,4 +1,5 @@
-// The CUDA implementations of the pdp operators: from tensors to pointers, on the current stream.
+// The CUDA implementations of the pdp operators: they pass tensors' pointers to the kernels, on the
+// current stream.
 // Schemas are defined in Python. Only the LibTorch stable ABI is used, so one build serves the
 // torch it was built against and every later one.
 #include <cuda_runtime.h>

@@ -1,5 +1,4 @@
-// |w|^p and |w|^q, and the sums of them that the PQ Index is made of. Shared by the CPU and the
-// CUDA kernels.
+// |w|^p and |w|^q, and their sums, from which the PQ Index is computed. For CPU and CUDA kernels.
 #pragma once
 
 #include <cmath>
@@ -8,7 +7,7 @@
 
 namespace pdp {
 
-// Of one group; p and q are not finite where an unpruned weight is not.
+// The sums of one group. p and q are not finite if an unpruned weight is not.
 struct PowerSums {
   double count = 0, p = 0, q = 0;
 };
@@ -27,11 +26,11 @@ inline Norms norms_of(double p, double q) {
   return Norms::kAny;
 }
 
-// A float's own root has a float's digits, and equal weights would all miss the same ones: one
-// Newton step in double, sqrt(x) = s + (x - s^2) / 2s, leaves 1e-14. On a CPU the square root in
-// double takes twice as long. An infinite weight gives NaN.
+// The rounding errors of roots in float do not cancel in a sum: equal weights have equal ones. One
+// Newton step in double, sqrt(x) = s + (x - s^2) / 2s, leaves a relative error of 1e-14. On a CPU a
+// square root in double takes twice as long. An infinite weight gives NaN.
 PDP_HOST_DEVICE double square_root(float x) {
-  constexpr float kNotZero = 1e-30f;  // no root of a weight but 0 is near it
+  constexpr float kNotZero = 1e-30f;  // far below the root of any weight but 0
   const float root = std::sqrt(x);
   const double wide = root;
   return wide + (x - wide * wide) * (0.5f / (root + kNotZero));
@@ -44,7 +43,7 @@ PDP_HOST_DEVICE double power_p(Real magnitude, double p) {
   return kNorms == Norms::kOneTwo ? static_cast<double>(magnitude) : square_root(magnitude);
 }
 
-// In double a float's square always fits.
+// A float's square cannot overflow in double.
 template <Norms kNorms, typename Real>
 PDP_HOST_DEVICE double power_q(Real magnitude, double q) {
   const double wide = magnitude;

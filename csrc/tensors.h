@@ -1,4 +1,4 @@
-// What the bindings of both devices ask of a torch tensor.
+// Properties of tensors that the bindings of both devices need.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -30,7 +30,7 @@ inline WeightType weight_type(const torch::stable::Tensor& tensor) {
   }
 }
 
-// Whether the elements fill one stretch of memory, each place once, in whatever order.
+// Whether the elements fill one contiguous range of memory, each place once, in any order.
 inline bool is_dense(const torch::stable::Tensor& tensor) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
@@ -48,8 +48,8 @@ inline bool is_dense(const torch::stable::Tensor& tensor) {
   return true;
 }
 
-// Whether the elements of two tensors of one shape lie in memory in the same order. The stride of a
-// dimension of size 1 says nothing.
+// Whether the elements of two tensors of the same shape are in the same order in memory. The stride
+// of a dimension of size 1 does not matter.
 inline bool same_order(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
   for (int64_t i = 0; i < a.dim(); ++i) {
     if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
@@ -57,8 +57,8 @@ inline bool same_order(const torch::stable::Tensor& a, const torch::stable::Tens
   return true;
 }
 
-// Makes a weight and its mask dense and of one order, so that pairs of elements can be visited as
-// they lie in memory. With rows_apart the rows of dimension 0 lie one after another.
+// Makes a weight and its mask dense and of the same order, so that both can be read in the order of
+// memory. With rows_apart, the rows of dimension 0 follow one another in memory.
 inline void bring_in_order(torch::stable::Tensor& weight,
                            std::optional<torch::stable::Tensor>& mask, bool rows_apart) {
   bool in_order = is_dense(weight) && (!mask || same_order(weight, *mask));

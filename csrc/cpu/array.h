@@ -31,7 +31,7 @@ PDP_INLINE void write(const Real* values, Array array, int64_t offset, int count
   });
 }
 
-// The array's own Reals from `offset` on; null if it holds another type, or nothing.
+// Returns the array's own Reals from `offset` on, or null if it holds another type or nothing.
 template <typename Real>
 PDP_INLINE Real* own(Array array, int64_t offset) {
   constexpr auto kOwn = std::is_same_v<Real, double> ? WeightType::kFloat64 : WeightType::kFloat32;
@@ -39,7 +39,8 @@ PDP_INLINE Real* own(Array array, int64_t offset) {
   return static_cast<Real*>(array.data) + offset;
 }
 
-// One block of an array as Reals: the array itself if it is of that type, else a converted copy.
+// Returns a block of an array as Reals: the array itself if it is of that type, else a converted
+// copy.
 template <typename Real>
 PDP_INLINE const Real* load(Array array, int64_t offset, int count, Real* buffer) {
   if (const Real* values = own<Real>(array, offset)) return values;
@@ -47,7 +48,7 @@ PDP_INLINE const Real* load(Array array, int64_t offset, int count, Real* buffer
   return buffer;
 }
 
-// Where the results of a block are computed: the array itself if it is of that type, else the
+// Returns where to compute the results of a block: the array itself if it is of that type, else the
 // buffer, which store() then converts.
 template <typename Real>
 PDP_INLINE Real* destination(Array array, int64_t offset, Real* buffer) {

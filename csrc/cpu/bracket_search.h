@@ -1,9 +1,9 @@
-// Selection by one read: a bracket around the k-th magnitude, and the few keys inside it.
+// Selection in one read: a bracket around the k-th magnitude, and the few keys inside it.
 //
-// A small sample brackets the k-th magnitude between two keys; one pass counts the keys below the
-// bracket and gathers those inside (a few percent), and a radix select of the gathered keys finds
-// v_k and v_{k+1}. A bracket that turns out to have missed, or to hold too much, is replaced by a
-// bin of a full histogram: whatever the sample, the answer is exact.
+// A small sample brackets the k-th magnitude between two keys. One pass counts the keys below the
+// bracket and gathers those inside (a few percent); a radix select of the gathered keys finds v_k
+// and v_{k+1}. If the bracket misses v_k or holds too many keys, a bin of a full histogram replaces
+// it: the answer is exact for every sample.
 #pragma once
 
 #include <atomic>
@@ -18,11 +18,12 @@
 
 namespace pdp::cpu {
 
-// Weights up to this size are gathered whole: a sample would save nothing.
+// All keys of weights up to this size are gathered: a sample would save nothing.
 constexpr int64_t kWholeGather = 1 << 13;
 
-// Elements per sampled one, and the bounds of a sample. A larger sample takes longer, a smaller one
-// leaves more keys to gather (about n / sqrt(sample)); at 2.4M weights 256 and 512 are alike.
+// Elements for each sampled one, and the smallest and largest sample. A larger sample takes longer,
+// a smaller one leaves more keys to gather (about n / sqrt(sample)). At 2.4M weights 256 and 512
+// take equally long.
 constexpr int64_t kPerSample = 256;
 constexpr int64_t kMinSample = 1024;
 constexpr int64_t kMaxSample = 16384;
@@ -86,19 +87,19 @@ class BracketSearch final : public Search {
     keys_.reset(new Key[capacity]);
   }
 
-  // In a sample of S the rank S k / n is off by sqrt(S p (1 - p)), p = k / n (one standard
-  // deviation). Four of them miss about once in 16,000 times, and a miss costs two more passes.
+  // In a sample of S the rank S k / n has a standard deviation of sqrt(S p (1 - p)), p = k / n. A
+  // margin of four misses about once in 16,000 times, and a miss costs two more passes.
   void bracket_from_sample() {
     const int64_t size = std::clamp(numel_ / kPerSample, kMinSample, kMaxSample);
     const int64_t stride = numel_ / size;
     std::vector<Key> sample(size);
     for (int64_t i = 0; i < size; ++i) {
-      // A step that varies inside the stride, so that a periodic weight is sampled evenly.
+      // The place within the stride varies, so that a periodic weight is sampled evenly.
       sample[i] = magnitude_key(data_[i * stride + i * 0x9E3779B1 % stride]);
     }
-    const double share = static_cast<double>(rank_) / numel_;
-    const double centre = share * size;
-    const double margin = 4 * std::sqrt(size * share * (1 - share)) + 2;
+    const double fraction = static_cast<double>(rank_) / numel_;
+    const double centre = fraction * size;
+    const double margin = 4 * std::sqrt(size * fraction * (1 - fraction)) + 2;
     const auto ordered = [&](double position) {
       const auto at = sample.begin() + static_cast<int64_t>(position);
       std::nth_element(sample.begin(), at, sample.end());
@@ -116,7 +117,7 @@ class BracketSearch final : public Search {
       const int count = static_cast<int>(std::min<int64_t>(kGatherBlock, end - offset));
       const int gathered = gather(data_ + offset, count, low_, high_, keys, &below);
       const int64_t position = gathered_.fetch_add(gathered);
-      // What does not fit is counted only: conclude() sees it.
+      // Keys that do not fit are only counted, which conclude() sees.
       if (position + gathered <= capacity_) std::copy_n(keys, gathered, &keys_[position]);
     }
     below_ += below;
@@ -161,7 +162,7 @@ class BracketSearch final : public Search {
     return false;
   }
 
-  // The bracket ended with v_k: v_{k+1} is the least key above it.
+  // v_k is the last key in the bracket: v_{k+1} is the least key above it.
   void next_range(int64_t begin, int64_t end) {
     Key next = ~Key{0};
     for (int64_t i = begin; i < end; ++i) {
@@ -178,7 +179,7 @@ class BracketSearch final : public Search {
   const int64_t rank_;  // k - 1: ranks count from 0
 
   Pass pass_;
-  Key low_, high_;  // both inside the bracket
+  Key low_, high_;  // the bracket, both included
   int64_t capacity_;
   std::atomic<int64_t> below_, gathered_;
   std::unique_ptr<Key[]> keys_;

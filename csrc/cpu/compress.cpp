@@ -5,21 +5,22 @@
 namespace pdp::cpu {
 namespace {
 
-// Rows whose metadata lie together.
+// Rows whose metadata is stored together.
 constexpr int64_t kBlockRows = 32;
-// Columns at a time: the metadata of 32 x 1024 weights, 4 KB, stay in the first-level cache.
+// Columns at a time: the metadata of 32 x 1024 weights, 4 KB, stays in the first-level cache.
 constexpr int64_t kTileColumns = 1024;
 
-// The i-th weight of a group as a key: its magnitude above three bits that break ties, so that of
-// equal magnitudes the highest index is kept. A zero at index 2 goes before one at 3: a single
-// nonzero at 0 or 1 is named with 2, as in torch.
+// Returns the sort key of weight kIndex of a group: its magnitude above three bits that break ties,
+// so that of equal magnitudes the highest index is kept. A zero at index 2 has priority over one at
+// 3: the metadata of a group with its only nonzero at 0 or 1 names index 2 too, as in torch.
 template <typename Stored, int kIndex>
 PDP_INLINE uint32_t group_key(const Stored* group) {
   const uint32_t key = static_cast<uint32_t>(magnitude_key(group[kIndex])) << 3 | kIndex;
   return kIndex == 2 ? std::max(key, 6u) : key;
 }
 
-// The two places kept of each group, lower first: first | second << 2, and the weights there.
+// Writes the two places kept in each group, first | second << 2 with first < second, and the
+// weights there.
 template <typename Stored>
 PDP_INLINE void compress_groups(const Stored* __restrict weight, int64_t groups,
                                 Stored* __restrict values, uint16_t* __restrict places) {
@@ -29,9 +30,9 @@ PDP_INLINE void compress_groups(const Stored* __restrict weight, int64_t groups,
     const uint32_t c = group_key<Stored, 2>(group), d = group_key<Stored, 3>(group);
     const uint32_t high_ab = std::max(a, b), high_cd = std::max(c, d);
     const uint32_t largest = std::max(high_ab, high_cd) & 3;
-    // The second largest lost to the largest: within a pair, or between the pairs.
-    const uint32_t losers = std::max(std::min(a, b), std::min(c, d));
-    const uint32_t runner_up = std::max(std::min(high_ab, high_cd), losers) & 3;
+    // The second largest is the smaller of its pair, or the largest of its own pair.
+    const uint32_t larger_low = std::max(std::min(a, b), std::min(c, d));
+    const uint32_t runner_up = std::max(std::min(high_ab, high_cd), larger_low) & 3;
     const uint32_t first = std::min(largest, runner_up), second = std::max(largest, runner_up);
     const uint16_t w0 = group[0].bits, w1 = group[1].bits, w2 = group[2].bits, w3 = group[3].bits;
     values[2 * i].bits = first == 0 ? w0 : first == 1 ? w1 : w2;
@@ -40,8 +41,8 @@ PDP_INLINE void compress_groups(const Stored* __restrict weight, int64_t groups,
   }
 }
 
-// Where the word of four groups goes. CUTLASS reads a block of 32 rows x 2 words as 64 consecutive
-// words, blocks of the same columns one after another.
+// Returns the place of the word of four groups. CUTLASS reads a block of 32 rows x 2 words as 64
+// consecutive words, blocks of the same columns one after another.
 PDP_INLINE int64_t metadata_offset(int64_t row, int64_t word, int64_t rows) {
   const int64_t lane = row % 8, quarter = row / 8 % 4;
   const int64_t block = word / 2 * (2 * rows) + row / kBlockRows * (2 * kBlockRows);

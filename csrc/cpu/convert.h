@@ -14,13 +14,13 @@ PDP_INLINE float widen(BFloat16 value) {
 PDP_INLINE float widen(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7FFF;
-  // A denormal counts units of 2^-24; added to the foot of 0.5 those are 2^-24 each, exactly.
-  // (Scaled up from a float32 denormal it would not survive a CPU that flushes those.)
-  const float denormal = bit_cast<float>(0x3F000000 | magnitude) - 0.5f;
-  // A normal one moves up to float's exponent, rebiased by 112; infinity and NaN by as much again.
+  // A subnormal counts units of 2^-24, as do the lowest bits of a float in [0.5, 1): this is exact.
+  // (A multiplication of a subnormal float would not survive a CPU that flushes those.)
+  const float subnormal = bit_cast<float>(0x3F000000 | magnitude) - 0.5f;
+  // A normal half moves up to float's exponent, rebiased by 112; infinity and NaN by 112 more.
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t rebiased = magnitude >= 0x7C00 ? normal + (112u << 23) : normal;
-  const uint32_t result = magnitude < 0x400 ? bit_cast<uint32_t>(denormal) : rebiased;
+  const uint32_t result = magnitude < 0x400 ? bit_cast<uint32_t>(subnormal) : rebiased;
   return bit_cast<float>(sign | result);
 }
 
@@ -40,10 +40,10 @@ PDP_INLINE void narrow(float value, Half& result) {
   const uint32_t magnitude = bits & 0x7FFFFFFF;
   // Rebias the exponent by -112 and round at bit 13; a carry runs into the exponent, up to inf.
   const uint32_t normal = (magnitude - (112u << 23) + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
-  // Adding 0.5 leaves the denormal's bits, rounded by the addition, at the foot of the sum.
-  const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000;
+  // The addition of 0.5 rounds a subnormal and leaves its bits in the lowest bits of the sum.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000;
   const uint32_t special = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
-  const uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   const uint32_t result_magnitude = magnitude >= (143u << 23) ? special : finite;
   result.bits = static_cast<uint16_t>(((bits >> 16) & 0x8000) | result_magnitude);
 }
@@ -57,7 +57,7 @@ PDP_INLINE void narrow(double value, BFloat16& result) {
 }
 PDP_INLINE void narrow(double value, Half& result) { narrow(static_cast<float>(value), result); }
 
-// Calls body(pointer of the array's own type).
+// Calls body with a pointer of the array's type.
 template <typename Body>
 PDP_INLINE void visit(const void* data, WeightType type, const Body& body) {
   switch (type) {

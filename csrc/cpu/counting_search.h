@@ -1,4 +1,4 @@
-// Selection of 16-bit weights by one read: a count of each of their 2^15 magnitudes.
+// Selection of 16-bit weights in one read: a count of each of their 2^15 magnitudes.
 #pragma once
 
 #include <mutex>
@@ -13,7 +13,7 @@ class CountingSearch final : public Search {
  public:
   CountingSearch(const Stored* data, int64_t k) : data_(data), rank_(k - 1), counts_(kMagnitudes) {}
 
-  // Wide enough that adding up the 2^15 counts of each tile costs little.
+  // Large enough that adding up the 2^15 counts of each tile costs little.
   int64_t tile() const override { return 1 << 18; }
 
   void scan(int64_t begin, int64_t end) override {

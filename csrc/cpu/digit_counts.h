@@ -1,4 +1,4 @@
-// One pass of a radix select for CPU, over parts of weights.
+// One pass of a radix select for CPU, over shards of weights.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@
 
 namespace pdp::cpu {
 
-// Of each weight: among its keys whose digits above `digit` are its prefix, how many have each
-// value of that digit; and, at the last digit, its least key whose digits above are larger than the
-// prefix (INT64_MAX if none is, and at other digits). The weights' keys have one width.
-// counts: (weights, digit.bins()); prefixes, above: (weights).
+// Counts, among the keys of each weight whose higher digits equal its prefix, the values of
+// `digit`. At the last digit, also finds its least key whose higher digits are above the prefix
+// (INT64_MAX if there is none, and at other digits). All weights have one key width. counts:
+// (weights, digit.bins()); prefixes, above: (weights).
 void digit_counts(const std::vector<Weight>& weights, const int64_t* prefixes, Digit digit,
                   int64_t* counts, int64_t* above, ParallelFor parallel_for);
 

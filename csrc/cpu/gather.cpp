@@ -23,9 +23,9 @@ int gather_portable(const Stored* data, int count, Key low, Key high, Key* keys,
 
 #ifdef PDP_HAS_X86_VECTORS
 
-// float32 has vector versions, since compilers do not vectorise a compaction: on a Zen 4 core 2.4M
-// weights take 0.2 ms with AVX-512, 1.4 ms without. Both store whole vectors at keys[gathered];
-// gathered <= i keeps that inside the buffer.
+// float32 has vector versions, because compilers do not vectorise a compaction: on a Zen 4
+// core 2.4M weights take 0.2 ms with AVX-512, 1.4 ms without. Both store full vectors at
+// keys[gathered], which stay inside the buffer because gathered <= i.
 
 constexpr uint32_t kNaN = Magnitude<float>::kInfinity + 1;
 
@@ -50,7 +50,7 @@ __attribute__((target("avx512f"))) int gather_avx512(const float* data, int coun
   return gathered + gather_portable(data + i, count - i, low, high, keys + gathered, below);
 }
 
-// Keys and bounds are below 2^31, so the signed comparisons of AVX2 serve.
+// Keys and bounds are below 2^31, so the signed comparisons of AVX2 are right.
 __attribute__((target("avx2,bmi2,popcnt"))) int gather_avx2(const float* data, int count,
                                                             uint32_t low, uint32_t high,
                                                             uint32_t* keys, int64_t* below) {
@@ -66,8 +66,8 @@ __attribute__((target("avx2,bmi2,popcnt"))) int gather_avx2(const float* data, i
     const unsigned is_over =
         _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, highs)));
     const unsigned inside = ~(is_under | is_over) & 0xFF;
-    // The numbers of the lanes inside, packed to the front: each mask bit widened to a byte picks
-    // its number out of 0, 1, ..., 7.
+    // The indices of the lanes inside the bracket, packed to the front: each mask bit, widened to a
+    // byte, picks its index out of 0, 1, ..., 7.
     const uint64_t bytes = _pdep_u64(inside, 0x0101010101010101) * 0xFF;
     const __m128i lanes = _mm_cvtsi64_si128(_pext_u64(0x0706050403020100, bytes));
     const __m256i packed = _mm256_permutevar8x32_epi32(key, _mm256_cvtepu8_epi32(lanes));

@@ -1,4 +1,4 @@
-// The hot loop of the selection: the keys of a block that lie inside a bracket.
+// The hot loop of the selection: gathers the keys of a block that are inside a bracket.
 #pragma once
 
 #include "../magnitude.h"
@@ -6,8 +6,8 @@
 
 namespace pdp::cpu {
 
-// Writes the keys in [low, high] to the front of `keys` (room for `count`), returns how many they
-// are, and adds the number of keys under `low` to `below`.
+// Writes the keys in [low, high] to the front of `keys` (which has room for `count`), returns their
+// number, and adds the number of keys below `low` to `below`.
 int gather(const double* data, int count, uint64_t low, uint64_t high, uint64_t* keys,
            int64_t* below);
 int gather(const float* data, int count, uint32_t low, uint32_t high, uint32_t* keys,

@@ -1,9 +1,9 @@
 // N:M groups: M consecutive weights along one dimension, many groups at a time.
 //
-// In a dense layout the elements of a dimension lie `stride` apart, and the dimensions below it
-// fill [0, stride). So member j of group q lies at (q - i) M + i + j stride with i = q % stride,
-// whatever the other dimensions are. A block of groups is turned into M rows (row j holds member j
-// of every group), so that all arithmetic runs across groups and vectorises for every M.
+// In a dense layout the elements of a dimension are `stride` apart, and the dimensions below it
+// fill [0, stride). So member j of group q is at (q - i) M + i + j stride with i = q % stride, for
+// any other dimensions. A block of groups is transposed to M rows (row j holds member j of every
+// group), so that all arithmetic runs across groups and vectorises for every M.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace pdp::cpu {
 
 constexpr int kMaxMembers = 32;
 
-// Groups of a block: with 32 members, the rows of one block take 16 KiB of float32.
+// Groups per block: with 32 members, the rows of one block take 16 KiB of float32.
 constexpr int kGroups = 128;
 
 struct GroupLayout {
@@ -32,7 +32,7 @@ struct GroupBlock {
   PDP_INLINE void clear(int members) { std::fill_n(&rows[0][0], members * kGroups, Value(0)); }
 };
 
-// Compilers vectorise the transposition only for a number of members they know.
+// Compilers vectorise the transposition only if they know the number of members.
 template <int kMembers, typename Value>
 PDP_INLINE void transpose(const Value* values, int members, int count, GroupBlock<Value>& block) {
   const int step = kMembers > 0 ? kMembers : members;
@@ -49,8 +49,8 @@ PDP_INLINE void transpose(const GroupBlock<Value>& block, int members, Value* va
   }
 }
 
-// As transpose<4> of the magnitude keys, each group in ascending order. Compilers keep the four in
-// registers, where a network's passes over rows go through memory.
+// Like transpose<4> of the magnitude keys, with each group in ascending order. Compilers keep the
+// four in registers, whereas the passes of a sorting network over rows go through memory.
 template <typename Real, typename Key = typename Magnitude<Real>::Key>
 PDP_INLINE void sort_fours(const Real* values, int count, GroupBlock<Key>& keys) {
   for (int q = 0; q < count; ++q) {
@@ -67,10 +67,10 @@ PDP_INLINE void sort_fours(const Real* values, int count, GroupBlock<Key>& keys)
   }
 }
 
-// Calls body(position in the rows, offset of member 0, length) for stretches of groups that are
+// Calls body(position in the rows, offset of member 0, length) for each span of groups that are
 // neighbours in memory.
 template <typename Body>
-PDP_INLINE void for_each_stretch(GroupLayout layout, int64_t first, int count, const Body& body) {
+PDP_INLINE void for_each_span(GroupLayout layout, int64_t first, int count, const Body& body) {
   for (int position = 0; position < count;) {
     const int64_t group = first + position;
     const int64_t inside = group % layout.stride;
@@ -81,12 +81,12 @@ PDP_INLINE void for_each_stretch(GroupLayout layout, int64_t first, int count, c
   }
 }
 
-// Fills the block from the groups [first, first + count); load(offset, length, buffer) returns
-// neighbouring elements, in the buffer if they are not at hand.
+// Fills the block from the groups [first, first + count). load(offset, length, buffer) returns
+// neighbouring elements, which may be in the buffer.
 template <typename Value, typename Load>
 PDP_INLINE void read_groups(GroupLayout layout, int64_t first, int count, GroupBlock<Value>& block,
                             const Load& load) {
-  // The arithmetic runs over whole rows: what no group fills must be numbers.
+  // The arithmetic runs over full rows, so places without a group must hold numbers.
   if (count < kGroups) block.clear(layout.members);
   if (layout.stride == 1) {
     Value buffer[kMaxMembers * kGroups];
@@ -100,7 +100,7 @@ PDP_INLINE void read_groups(GroupLayout layout, int64_t first, int count, GroupB
         return transpose<0>(values, layout.members, count, block);
     }
   }
-  for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
+  for_each_span(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
     for (int j = 0; j < layout.members; ++j) {
       Value* row = &block.rows[j][position];
       const Value* values = load(offset + j * layout.stride, length, row);
@@ -109,7 +109,7 @@ PDP_INLINE void read_groups(GroupLayout layout, int64_t first, int count, GroupB
   });
 }
 
-// The way back; store(values, offset, length) writes neighbouring elements.
+// The inverse of read_groups. store(values, offset, length) writes neighbouring elements.
 template <typename Value, typename Store>
 PDP_INLINE void write_groups(const GroupBlock<Value>& block, GroupLayout layout, int64_t first,
                              int count, const Store& store) {
@@ -127,14 +127,14 @@ PDP_INLINE void write_groups(const GroupBlock<Value>& block, GroupLayout layout,
     }
     return store(values, first * layout.members, count * layout.members);
   }
-  for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
+  for_each_span(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
     for (int j = 0; j < layout.members; ++j) {
       store(&block.rows[j][position], offset + j * layout.stride, length);
     }
   });
 }
 
-// The comparators that sort any `count` rows: Batcher's merge exchange, Knuth, TAOCP 3, 5.2.2,
+// Returns the comparators that sort `count` rows: Batcher's merge exchange, Knuth, TAOCP 3, 5.2.2,
 // Algorithm M.
 inline std::vector<std::pair<int, int>> sorting_network(int count) {
   std::vector<std::pair<int, int>> comparators;
@@ -155,7 +155,7 @@ inline std::vector<std::pair<int, int>> sorting_network(int count) {
   return comparators;
 }
 
-// One selection for all blocks: which order statistics, and how to get them.
+// The selection that all blocks make: which order statistics, and the sorting network.
 struct GroupSelection {
   int members;
   int pruned;  // k, the same in every group
@@ -164,7 +164,7 @@ struct GroupSelection {
   GroupSelection(int members, int pruned)
       : members(members), pruned(pruned), network(sorting_network(members)) {}
 
-  // The magnitude keys of every group, in ascending order.
+  // Writes the magnitude keys of every group in ascending order.
   template <typename Real, typename Key = typename Magnitude<Real>::Key>
   PDP_INLINE void sort(const GroupBlock<Real>& weight, GroupBlock<Key>& keys) const {
     for (int j = 0; j < members; ++j) {

@@ -37,7 +37,7 @@ PDP_MULTIVERSION void keep_above(Weight weight, int64_t begin, int64_t end, uint
         [&](const auto* data) PDP_LAMBDA { keep_above(data, begin, end, kth, kept); });
 }
 
-// Among the weights equal to the k-th in [begin, end), keeps all but the first `pruned`.
+// Keeps all but the first `pruned` of the weights in [begin, end) that equal the k-th.
 void keep_late_ties(Weight weight, int64_t begin, int64_t end, uint64_t kth, int64_t pruned,
                     bool* kept) {
   visit(weight.data, weight.type, [&](const auto* data) {

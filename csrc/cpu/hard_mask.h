@@ -6,8 +6,8 @@
 
 namespace pdp::cpu {
 
-// kept[i] = whether weight i stays when exactly k are pruned; of equal magnitudes the lowest index
-// is pruned first.
+// Sets kept[i] to whether weight i is kept when exactly k are pruned. Of equal magnitudes the
+// lowest index is pruned first.
 void hard_mask(Weight weight, int64_t k, bool* kept, ParallelFor parallel_for);
 
 }  // namespace pdp::cpu

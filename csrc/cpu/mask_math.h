@@ -1,4 +1,4 @@
-// Eq. 1 and Eq. 2 at one weight, in operations that compilers vectorise.
+// Eq. 1 and Eq. 2 for one weight, in operations that compilers vectorise.
 #pragma once
 
 #include <cmath>
@@ -10,9 +10,9 @@
 
 namespace pdp::cpu {
 
-// e^-x for x >= 0, to one unit in the last place: e^-x = 2^n e^r with |r| <= ln(2) / 2, e^r by its
-// Taylor series (the next term is below 6e-9). Below the smallest normal number it is 0: some CPUs
-// take a hundred times as long over denormals, which made the mask of ResNet-50 3 times as slow.
+// Returns e^-x for x >= 0, to one unit in the last place: e^-x = 2^n e^r with |r| <= ln(2) / 2, e^r
+// by its Taylor series (the next term is below 6e-9). Subnormal results are flushed to 0: some CPUs
+// take a hundred times as long over them, which made the mask of ResNet-50 3 times as slow.
 PDP_INLINE float exp_negative(float x) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High =
@@ -39,46 +39,46 @@ PDP_INLINE float exp_negative(float x) {
 
 PDP_INLINE double exp_negative(double x) { return std::exp(-x); }
 
-// factor x, or a zero of x's sign where that would be denormal though x is not. The denormal
-// weights and gradients that masks near 0 would make cost those who compute with them dearly: an
-// epoch of an MLP on MNIST took 44 s in the place of 1.5.
+// Returns factor x. If the product is subnormal but x is not, it is flushed to a zero of x's sign.
+// Masks near 0 would make subnormal weights and gradients, and computing with them is slow: an
+// epoch of an MLP on MNIST took 44 s instead of 1.5.
 template <typename Real>
 PDP_INLINE Real multiply(Real factor, Real x) {
   constexpr Real kTiny = std::numeric_limits<Real>::min();
   const Real product = factor * x;
-  const bool made_denormal = (std::fabs(product) < kTiny) & (std::fabs(x) >= kTiny);
-  return made_denormal ? x * Real(0) : product;
+  const bool made_subnormal = (std::fabs(product) < kTiny) & (std::fabs(x) >= kTiny);
+  return made_subnormal ? x * Real(0) : product;
 }
 
-// 1/y for y > 0, as the sum of a leading part, rounded down, and a rest > 0. x times the two, with
-// one rounding of the sum, is x / y to within half a unit in the last place, and an infinite x
-// stays so: in less than half the time of a division.
+// 1/y for y > 0 in double-word precision: a leading term, rounded down, and a remainder > 0. x
+// times their sum, rounded once, is x / y to within half a unit in the last place, and an infinite
+// x stays infinite. That takes less than half the time of a division.
 template <typename Real>
 struct Reciprocal {
   Real divisor;
   Real inverse;
-  Real rest = 0;
+  Real remainder = 0;
 
   explicit PDP_INLINE Reciprocal(Real y) : divisor(y), inverse(1 / y) {
     constexpr Real kHuge = std::numeric_limits<Real>::max();
     if (inverse > kHuge) inverse = kHuge;
-    if (!(inverse > 0)) return;  // y is infinite or no number
+    if (!(inverse > 0)) return;  // y is infinite or NaN
     if (std::fma(-inverse, y, Real(1)) <= 0) {
       inverse = bit_cast<Real>(bit_cast<typename Magnitude<Real>::Key>(inverse) - 1);
     }
-    rest = std::fma(-inverse, y, Real(1)) * inverse;
+    remainder = std::fma(-inverse, y, Real(1)) * inverse;
   }
 
-  PDP_INLINE Real times(Real x) const { return x * inverse + x * rest; }
+  PDP_INLINE Real times(Real x) const { return x * inverse + x * remainder; }
 };
 
 // tau, or c of tau = c t^2.
 template <typename Real>
 using Temperature = Reciprocal<Real>;
 
-// The mask around one threshold: z = ((|w| - t) / q) ((|w| + |t|) / q) / tau', with q and tau' as
-// in reference.scale_and_temperature; q = 1 is not divided by. kReciprocal: the divisions of a
-// relative temperature are products with reciprocals, which saves 30% of the time where many
+// The mask for one threshold: z = ((|w| - t) / q) ((|w| + |t|) / q) / tau', with q and tau' as in
+// reference.scale_and_temperature; there is no division by q = 1. kReciprocal: a relative
+// temperature multiplies by reciprocals instead of dividing, which saves 30% of the time if many
 // weights share a threshold.
 template <typename Real, bool kRelative, bool kReciprocal = std::is_same<Real, float>::value>
 struct Mask {
@@ -86,7 +86,7 @@ struct Mask {
   Temperature<Real> temperature;
   Real q = 1;
   Real tau;
-  // 1/q is (1 / (q lift)) lift: q may be so small or large that 1/q is no normal number.
+  // 1/q is (1 / (q lift)) lift: q may be so small or large that 1/q overflows or is subnormal.
   Real lift = 1;
   Reciprocal<Real> lifted{Real(1)};
 
@@ -126,10 +126,9 @@ struct Mask {
   }
 
   // dw_hat/dw = m + 2 w^2/tau m(1-m), with both m and m(1-m) as products of 1/(1 + decay). Where
-  // the slope m(1-m) has underflowed to 0 its factor may have overflowed: 0 * inf is no number, so
-  // the factor is chosen to be 0. Its one sum is of a product and a plain value, so that there is
-  // one way to contract it: a weight's gradient is the same in a vector and in the scalar rest of a
-  // loop.
+  // the slope m(1-m) underflows to 0, its factor may overflow, and 0 * inf is NaN: the factor is
+  // set to 0. The only sum is of a product and a plain value, which compilers can contract in one
+  // way only: a weight's gradient is the same in a vector and in the scalar remainder of a loop.
   PDP_INLINE Real weight_gradient(Real weight) const {
     const Real z = exponent(weight);
     const Real decay = exp_negative(std::fabs(z));

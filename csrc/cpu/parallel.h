@@ -1,5 +1,5 @@
-// How the CPU kernels meet the machine: threads given by the caller, instruction sets by the
-// loader.
+// Threads, instruction sets and prefetching of the CPU kernels. The caller provides the threads,
+// the dynamic loader picks the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -15,8 +15,8 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, const RangeBody& body
 
 }  // namespace pdp::cpu
 
-// Compiled once per x86-64 level (AVX-512, AVX2, SSE2); the dynamic loader picks one at load time.
-// What such a function calls must be inlined into it to be compiled for that level too.
+// Compiles a function once per x86-64 level (AVX-512, AVX2, SSE2); the dynamic loader picks one. A
+// function it calls is compiled for that level only if it is inlined.
 #ifndef PDP_MULTIVERSION  // The tests define it empty, to run each level by itself.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define PDP_MULTIVERSION \
@@ -25,15 +25,15 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, const RangeBody& body
 #define PDP_MULTIVERSION
 #endif
 #endif
-// A lambda is inlined by an attribute behind its parameters.
+// Stands after the parameters of a lambda and makes it inline.
 #define PDP_LAMBDA __attribute__((always_inline))
 #define PDP_INLINE inline __attribute__((always_inline))
 
 namespace pdp::cpu {
 
-// Asks for `count` values that are read some 8 KiB from here, since the CPU's own prefetching stops
-// at each page. Best a few lines at a time, between the additions of a sum: of 25 million float32
-// weights the PQ Index takes one thread 0.50 ns each with it and 0.69 ns without.
+// Prefetches `count` values 8 KiB ahead, because the CPU's own prefetching stops at each page. It
+// is best called for a few cache lines at a time, between the additions of a sum: the PQ Index of
+// 25 million float32 weights takes one thread 0.50 ns each with it and 0.69 ns without.
 template <typename Value>
 PDP_INLINE void prefetch_ahead(const Value* values, int count) {
   constexpr int kAhead = 8192, kCacheLine = 64;
@@ -43,7 +43,7 @@ PDP_INLINE void prefetch_ahead(const Value* values, int count) {
   }
 }
 
-// The sum of independent sums, a power of two of them.
+// Adds up independent sums, a power of two of them.
 template <int kLanes>
 PDP_INLINE double add_lanes(double (&lanes)[kLanes]) {
   for (int half = kLanes / 2; half > 0; half /= 2) {

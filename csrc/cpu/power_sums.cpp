@@ -8,11 +8,11 @@
 namespace pdp::cpu {
 namespace {
 
-// Weights summed by one call: the unit of work, and of the order in which sums are added up. Of
-// short rows a unit has as many as fit in.
+// Weights summed by one call. A unit of work is a tile of a long row, or as many short rows as fit
+// in a tile.
 constexpr int64_t kSumTile = 16384;
 
-// Weights added up in lanes before the lanes are added: few enough that a lane loses nothing.
+// Weights added to the lanes before the lanes are added up: few enough to lose no precision.
 constexpr int kSumBlock = 1024;
 
 // Independent sums, for the vectors of every instruction set and the latency of an addition.
@@ -51,7 +51,7 @@ PDP_INLINE void add_block(Norms norms, const Real* values, int count, double p, 
   }
 }
 
-// The block's weights with 0 for those pruned, which adds nothing; and how many are not.
+// Loads the block's weights, with 0 for pruned ones; returns how many are not pruned.
 template <typename Real>
 PDP_INLINE int load_kept(Array weight, const bool* kept, int64_t offset, int count, Real* buffer) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(kept + offset);
@@ -105,13 +105,12 @@ PowerSums sum(const Request& request, const Rows& tensor, int64_t begin, int64_t
   return (is_double ? sum_double : sum_float)(request, tensor, begin, end);
 }
 
-// How a tensor is cut into units: a long row into tiles, whose sums come into `parts`; short rows
-// are taken several at a time.
-struct Cut {
+// How a tensor is split into units of work: tiles of a long row, or several short rows.
+struct Split {
   int64_t row_size;
   int64_t rows_per_unit;
   int64_t units_per_row;
-  int64_t first_unit;  // among those of all tensors
+  int64_t first_unit;  // index in the list
   int64_t first_group;
 
   int64_t units(int64_t rows) const {
@@ -119,18 +118,18 @@ struct Cut {
   }
 };
 
-std::vector<Cut> cut(const std::vector<Rows>& tensors) {
-  std::vector<Cut> cuts;
+std::vector<Split> split(const std::vector<Rows>& tensors) {
+  std::vector<Split> splits;
   int64_t units = 0, groups = 0;
   for (const Rows& tensor : tensors) {
     const int64_t row_size = tensor.rows > 0 ? tensor.numel / tensor.rows : 0;
-    cuts.push_back({row_size, std::max<int64_t>(1, kSumTile / std::max<int64_t>(1, row_size)),
-                    (row_size + kSumTile - 1) / kSumTile, units, groups});
-    units += cuts.back().units(tensor.rows);
+    splits.push_back({row_size, std::max<int64_t>(1, kSumTile / std::max<int64_t>(1, row_size)),
+                      (row_size + kSumTile - 1) / kSumTile, units, groups});
+    units += splits.back().units(tensor.rows);
     groups += tensor.rows;
   }
-  cuts.push_back({0, 1, 0, units, groups});
-  return cuts;
+  splits.push_back({0, 1, 0, units, groups});
+  return splits;
 }
 
 }  // namespace
@@ -138,50 +137,50 @@ std::vector<Cut> cut(const std::vector<Rows>& tensors) {
 void power_sums(const std::vector<Rows>& tensors, double p, double q, PowerSums* results,
                 ParallelFor parallel_for) {
   const Request request{norms_of(p, q), p, q};
-  const std::vector<Cut> cuts = cut(tensors);
-  const int64_t units = cuts.back().first_unit;
-  std::vector<PowerSums> parts(units);
+  const std::vector<Split> splits = split(tensors);
+  const int64_t units = splits.back().first_unit;
+  std::vector<PowerSums> tile_sums(units);  // of long rows
 
   const auto run_unit = [&](size_t i, int64_t unit) {
     const Rows& tensor = tensors[i];
-    const Cut& cut = cuts[i];
-    if (cut.units_per_row > 1) {
-      const int64_t row = unit / cut.units_per_row, tile = unit % cut.units_per_row;
-      const int64_t begin = row * cut.row_size + tile * kSumTile;
-      const int64_t end = std::min(begin + kSumTile, (row + 1) * cut.row_size);
-      parts[cut.first_unit + unit] = sum(request, tensor, begin, end);
+    const Split& split = splits[i];
+    if (split.units_per_row > 1) {
+      const int64_t row = unit / split.units_per_row, tile = unit % split.units_per_row;
+      const int64_t begin = row * split.row_size + tile * kSumTile;
+      const int64_t end = std::min(begin + kSumTile, (row + 1) * split.row_size);
+      tile_sums[split.first_unit + unit] = sum(request, tensor, begin, end);
       return;
     }
-    const int64_t first = unit * cut.rows_per_unit;
-    const int64_t last = std::min(first + cut.rows_per_unit, tensor.rows);
+    const int64_t first = unit * split.rows_per_unit;
+    const int64_t last = std::min(first + split.rows_per_unit, tensor.rows);
     for (int64_t row = first; row < last; ++row) {
-      results[cut.first_group + row] =
-          sum(request, tensor, row * cut.row_size, (row + 1) * cut.row_size);
+      results[split.first_group + row] =
+          sum(request, tensor, row * split.row_size, (row + 1) * split.row_size);
     }
   };
 
   int64_t numel = 0;
   for (const Rows& tensor : tensors) numel += tensor.numel;
-  // What one unit could hold is not worth a second thread.
+  // A list that fits in one unit is not worth a second thread.
   const int64_t grain = numel <= kSumTile ? std::max<int64_t>(1, units) : 1;
   parallel_for(units, grain, [&](int64_t begin, int64_t end) {
-    const auto after = [](int64_t unit, const Cut& cut) { return unit < cut.first_unit; };
-    size_t i = std::upper_bound(cuts.begin(), cuts.end(), begin, after) - cuts.begin() - 1;
+    const auto after = [](int64_t unit, const Split& split) { return unit < split.first_unit; };
+    size_t i = std::upper_bound(splits.begin(), splits.end(), begin, after) - splits.begin() - 1;
     for (int64_t unit = begin; unit < end; ++unit) {
-      while (unit >= cuts[i + 1].first_unit) ++i;
-      run_unit(i, unit - cuts[i].first_unit);
+      while (unit >= splits[i + 1].first_unit) ++i;
+      run_unit(i, unit - splits[i].first_unit);
     }
   });
 
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (cuts[i].units_per_row <= 1) continue;
-    const PowerSums* part = &parts[cuts[i].first_unit];
+    if (splits[i].units_per_row <= 1) continue;
+    const PowerSums* sums = &tile_sums[splits[i].first_unit];
     for (int64_t row = 0; row < tensors[i].rows; ++row) {
       PowerSums total{};
-      for (int64_t tile = 0; tile < cuts[i].units_per_row; ++tile, ++part) {
-        total = total + *part;
+      for (int64_t tile = 0; tile < splits[i].units_per_row; ++tile, ++sums) {
+        total = total + *sums;
       }
-      results[cuts[i].first_group + row] = total;
+      results[splits[i].first_group + row] = total;
     }
   }
 }

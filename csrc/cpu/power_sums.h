@@ -10,7 +10,7 @@
 
 namespace pdp::cpu {
 
-// One tensor: `rows` groups that lie one after another in memory, of equal size.
+// A tensor: `rows` groups of equal size, one after another in memory.
 struct Rows {
   Array weight;
   const bool* kept;  // null: no weight is pruned
@@ -18,7 +18,7 @@ struct Rows {
   int64_t numel;
 };
 
-// Writes the sums of every group, in order. The same bits whatever the number of threads.
+// Writes the sums of every group, in order. Bitwise the same for every number of threads.
 void power_sums(const std::vector<Rows>& tensors, double p, double q, PowerSums* results,
                 ParallelFor parallel_for);
 

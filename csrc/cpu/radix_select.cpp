@@ -10,7 +10,7 @@
 namespace pdp::cpu {
 namespace {
 
-// Lists of fewer elements than this are not worth waking a second thread for.
+// A list of fewer elements is not worth a second thread.
 constexpr int64_t kSerial = 1 << 15;
 
 std::unique_ptr<Search> make_search(const Weight& weight, int64_t k) {

@@ -1,4 +1,4 @@
-// Radix select for CPU: the neighbouring order statistics of the magnitudes of a list of weights.
+// Radix select for CPU: the k-th and k+1-th smallest magnitude of each weight of a list.
 #pragma once
 
 #include <vector>
@@ -15,7 +15,7 @@ struct Weight {
 };
 
 // The k-th smallest magnitude key v_k, the k+1-th, and how many keys are below v_k and equal to it.
-// Meaningless (zero) unless 0 < k < n, where the threshold and the hard mask need none.
+// Zero unless 0 < k < n; otherwise neither the threshold nor the hard mask needs them.
 struct OrderStatistics {
   uint64_t kth = 0;
   uint64_t next = 0;
@@ -23,7 +23,7 @@ struct OrderStatistics {
   int64_t equal = 0;
 };
 
-// k[i] is the k of weights[i].
+// k[i] is the number of weights to prune in weights[i].
 std::vector<OrderStatistics> radix_select(const std::vector<Weight>& weights, const int64_t* k,
                                           ParallelFor parallel_for);
 

@@ -1,4 +1,4 @@
-// The search for one weight's order statistics, and how ranks and digits are counted.
+// The search for the order statistics of one weight, and a radix select of gathered keys.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace pdp::cpu {
 
 constexpr int kDigitBits = 11;
 
-// Passes over a weight until the search concludes.
+// Makes passes over a weight until it has found the order statistics.
 class Search {
  public:
   virtual ~Search() = default;
@@ -19,16 +19,16 @@ class Search {
   // Elements that one thread should handle at a time.
   virtual int64_t tile() const = 0;
 
-  // Looks at the elements [begin, end); called from several threads at once.
+  // Reads the elements [begin, end). Several threads call it at once.
   virtual void scan(int64_t begin, int64_t end) = 0;
 
-  // Called when all elements were scanned: true when `found` is complete, else scan again.
+  // Called after a pass. Returns true if `found` is complete, false if another pass is needed.
   virtual bool conclude() = 0;
 
   OrderStatistics found;
 };
 
-// Where a rank (from 0) falls in a histogram: the bin, and how many are counted before it.
+// The bin of a histogram that holds a 0-based rank, and how many elements are in the bins before.
 struct Bin {
   int64_t index;
   int64_t before;
@@ -43,8 +43,8 @@ Bin find_bin(const Counts& counts, int64_t rank) {
   return bin;
 }
 
-// v_k, and the next key above it unless it is the largest, among keys that share all bits above the
-// lowest `bits`. Reorders the keys.
+// Finds the key of a 0-based rank, and the next one, among keys that differ in the lowest `bits`
+// only. The next one is ~Key{0} if the key is the last. Reorders the keys.
 template <typename Key>
 OrderStatistics radix_select_keys(Key* keys, int64_t count, int64_t rank, int bits) {
   OrderStatistics found;

@@ -10,7 +10,7 @@ namespace {
 // Elements worked on at a time: the converted copies of three arrays stay in a 32 KiB L1.
 constexpr int kBlock = 1024;
 
-// Fewest elements worth a thread.
+// The fewest elements worth a thread.
 constexpr int64_t kGrain = 16384;
 
 template <typename Real, bool kRelative>

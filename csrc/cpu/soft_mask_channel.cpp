@@ -11,30 +11,30 @@ namespace {
 // Elements worked on at a time: the converted copies of three arrays stay in a 32 KiB L1.
 constexpr int kBlock = 1024;
 
-// Fewest elements worth a thread.
+// The fewest elements worth a thread.
 constexpr int64_t kGrain = 16384;
 
-// Sums are cut into pieces of this many elements, added up in order, so that a result does not
-// depend on the number of threads.
-constexpr int64_t kPiece = 32768;
+// Elements of a chunk. The sums of chunks are added in order, so that a result does not depend on
+// the number of threads.
+constexpr int64_t kChunk = 32768;
 
-// Of rows of all channels a piece has this many at least, and there are no more pieces than that:
-// each has a sum for every channel. How many rows does not depend on the number of channels, so
-// that the part of them that another rank holds gets the same sums there.
-constexpr int64_t kPieceRows = 8;
-constexpr int64_t kMostRowPieces = 64;
+// The fewest outer rows of a chunk that has all channels, and the most such chunks: each has a sum
+// for every channel. The number of rows does not depend on the number of channels, so that a shard
+// of channels gets the sums that they have in the global weight.
+constexpr int64_t kChunkRows = 8;
+constexpr int64_t kMaxRowChunks = 64;
 
-// Of a channel's neighbours fewer are a short run: see columns_of.
+// A channel has short runs if fewer of its elements are neighbours: see columns_of.
 constexpr int64_t kShortRun = 64;
 
 // Independent sums, for the latency of an addition.
 constexpr int kLanes = 16;
 
-// From this many channels on they are shared out among threads whole.
-constexpr int64_t kFewestRows = 64;
+// The fewest channels for which every thread takes entire channels.
+constexpr int64_t kMinChannelsApart = 64;
 
-// sum of a b in double: products of two floats are exact in it, so that only their sum rounds, and
-// no square leaves its range.
+// Returns the sum of a b in double, where the product of two floats is exact and no square of a
+// float overflows.
 template <typename Real>
 PDP_INLINE double dot(const Real* a, const Real* b, int count) {
   double lanes[kLanes] = {};
@@ -51,17 +51,16 @@ PDP_INLINE double dot(const Real* a, const Real* b, int count) {
   return add_lanes(lanes) + sum;
 }
 
-// Calls body(offset in memory, channel, length) for the stretches of [begin, end) of the storage:
-// one channel's neighbours, or neighbouring channels where each is alone (inner == 1).
+// Calls body(offset in memory, channel, length) for spans of [begin, end) of the storage:
+// neighbours of one channel, or neighbouring channels of one element each (inner == 1).
 template <typename Body>
-PDP_INLINE void for_each_stretch(ChannelLayout layout, int64_t begin, int64_t end,
-                                 const Body& body) {
+PDP_INLINE void for_each_span(ChannelLayout layout, int64_t begin, int64_t end, const Body& body) {
   const bool alone = layout.inner == 1;
-  const int64_t span = alone ? layout.channels : layout.inner;
+  const int64_t period = alone ? layout.channels : layout.inner;
   for (int64_t offset = begin; offset < end;) {
-    const int64_t inside = offset % span;
-    const int64_t length = std::min({end - offset, span - inside, int64_t{kBlock}});
-    body(offset, alone ? inside : offset / span % layout.channels, static_cast<int>(length));
+    const int64_t inside = offset % period;
+    const int64_t length = std::min({end - offset, period - inside, int64_t{kBlock}});
+    body(offset, alone ? inside : offset / period % layout.channels, static_cast<int>(length));
     offset += length;
   }
 }
@@ -70,7 +69,7 @@ struct Products {
   Array a, b;
   ChannelLayout layout;
 
-  // The sum of one channel's elements in [begin, end) of its own run; outer == 1.
+  // Returns the sum over the elements [begin, end) of a channel; outer == 1.
   template <typename Real>
   PDP_INLINE double run(int64_t channel, int64_t begin, int64_t end) const {
     Real buffers[2][kBlock];
@@ -90,20 +89,20 @@ struct Products {
   PDP_INLINE void rows(int64_t begin, int64_t end, double* sums) const {
     Real buffers[2][kBlock];
     const int64_t row = layout.channels * layout.inner;
-    for_each_stretch(layout, begin * row, end * row,
-                     [&](int64_t offset, int64_t channel, int length) PDP_LAMBDA {
-                       const Real* left = load(a, offset, length, buffers[0]);
-                       const Real* right =
-                           a.data == b.data ? left : load(b, offset, length, buffers[1]);
-                       if (layout.inner > 1) {
-                         sums[channel] += dot(left, right, length);
-                         return;
-                       }
-                       double* __restrict own = sums + channel;
-                       for (int i = 0; i < length; ++i) {
-                         own[i] += static_cast<double>(left[i]) * static_cast<double>(right[i]);
-                       }
-                     });
+    for_each_span(layout, begin * row, end * row,
+                  [&](int64_t offset, int64_t channel, int length) PDP_LAMBDA {
+                    const Real* left = load(a, offset, length, buffers[0]);
+                    const Real* right =
+                        a.data == b.data ? left : load(b, offset, length, buffers[1]);
+                    if (layout.inner > 1) {
+                      sums[channel] += dot(left, right, length);
+                      return;
+                    }
+                    double* __restrict own = sums + channel;
+                    for (int i = 0; i < length; ++i) {
+                      own[i] += static_cast<double>(left[i]) * static_cast<double>(right[i]);
+                    }
+                  });
   }
 };
 
@@ -131,18 +130,18 @@ double run(const Products& products, int64_t channel, int64_t begin, int64_t end
                                       : run_float(products, channel, begin, end);
 }
 
-// The sum of a b over one channel, in the pieces of channel_products; outer == 1.
+// Returns the sum of a b over one channel, in the chunks of channel_products; outer == 1.
 template <typename Real>
-double whole_channel(const Products& products, int64_t channel) {
+double channel_product(const Products& products, int64_t channel) {
   double sum = 0;
-  for (int64_t begin = 0; begin < products.layout.inner; begin += kPiece) {
-    sum += run<Real>(products, channel, begin, std::min(begin + kPiece, products.layout.inner));
+  for (int64_t begin = 0; begin < products.layout.inner; begin += kChunk) {
+    sum += run<Real>(products, channel, begin, std::min(begin + kChunk, products.layout.inner));
   }
   return sum;
 }
 
-// Short runs of a channel (the 9 weights of a 3 x 3 kernel) are worked on as columns of their own,
-// so that loops go along whole rows.
+// Elements of short runs (the 9 weights of a 3 x 3 kernel) are handled as channels of their own, so
+// that loops run along entire rows.
 bool has_short_runs(ChannelLayout layout) {
   return layout.outer > 1 && layout.inner > 1 && layout.inner < kShortRun;
 }
@@ -151,7 +150,7 @@ ChannelLayout columns_of(ChannelLayout layout) {
   return {layout.outer, layout.channels * layout.inner, 1};
 }
 
-// The sum of a b over every channel.
+// Returns the sum of a b over every channel.
 std::vector<double> channel_products(const Products& products, bool is_double,
                                      ParallelFor parallel_for) {
   const ChannelLayout layout = products.layout;
@@ -163,40 +162,40 @@ std::vector<double> channel_products(const Products& products, bool is_double,
     for (size_t i = 0; i < of_columns.size(); ++i) sums[i / layout.inner] += of_columns[i];
     return sums;
   }
-  // outer == 1: pieces of one channel each. Else: pieces of whole rows, for all channels at once.
+  // outer == 1: chunks of one channel each. Else: chunks of entire rows, for all channels at once.
   const bool in_runs = layout.outer == 1;
   const int64_t row = layout.channels * layout.inner;
-  const int64_t step = in_runs ? kPiece : std::max(kPieceRows, layout.outer / kMostRowPieces);
+  const int64_t step = in_runs ? kChunk : std::max(kChunkRows, layout.outer / kMaxRowChunks);
   const int64_t length = in_runs ? layout.inner : layout.outer;
-  const int64_t pieces = (length + step - 1) / step;
-  std::vector<double> partial(pieces * layout.channels);
+  const int64_t chunks = (length + step - 1) / step;
+  std::vector<double> partial(chunks * layout.channels);
   if (in_runs) {
     const auto run = is_double ? run_double : run_float;
-    parallel_for(layout.channels * pieces, std::max<int64_t>(1, kGrain / std::min(step, length)),
+    parallel_for(layout.channels * chunks, std::max<int64_t>(1, kGrain / std::min(step, length)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t item = begin; item < end; ++item) {
-                     const int64_t first = item % pieces * step;
-                     partial[item % pieces * layout.channels + item / pieces] =
-                         run(products, item / pieces, first, std::min(first + step, length));
+                     const int64_t first = item % chunks * step;
+                     partial[item % chunks * layout.channels + item / chunks] =
+                         run(products, item / chunks, first, std::min(first + step, length));
                    }
                  });
   } else {
     const auto rows = is_double ? rows_double : rows_float;
-    parallel_for(pieces, std::max<int64_t>(1, kGrain / (step * row)),
+    parallel_for(chunks, std::max<int64_t>(1, kGrain / (step * row)),
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t piece = begin; piece < end; ++piece) {
-                     rows(products, piece * step, std::min((piece + 1) * step, length),
-                          &partial[piece * layout.channels]);
+                   for (int64_t chunk = begin; chunk < end; ++chunk) {
+                     rows(products, chunk * step, std::min((chunk + 1) * step, length),
+                          &partial[chunk * layout.channels]);
                    }
                  });
   }
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    for (int64_t c = 0; c < layout.channels; ++c) sums[c] += partial[piece * layout.channels + c];
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t c = 0; c < layout.channels; ++c) sums[c] += partial[chunk * layout.channels + c];
   }
   return sums;
 }
 
-// Eq. 1 and 2 at norms, in double whatever the weights are: there is one of each per channel, and
+// Eq. 1 and 2 for norms. In double for every weight type: each is needed once per channel only, and
 // 2/tau alone overflows float for a relative temperature in a layer of small weights.
 template <typename Real, bool kRelative>
 struct NormMask {
@@ -208,16 +207,17 @@ struct NormMask {
         at(*static_cast<const Real*>(given.threshold),
            Temperature<double>(*static_cast<const Real*>(given.tau))) {}
 
-  // What dW_c = mask g_c + pull W_c has of mask and, for a gradient of 1 through the mask, of pull.
+  // dW_c = mask g_c + coefficient d W_c, where d is the gradient with respect to the channel's
+  // mask, over the fan-in if the norms are rms.
   double mask(int64_t channel) const { return at.value(norms[channel]); }
-  double pull(int64_t channel) const {
+  double coefficient(int64_t channel) const {
     const double norm = norms[channel];
-    // A channel of zeros, whose norm has no derivative, gets none through its norm.
+    // The norm of a channel of zeros has no derivative: no gradient passes through it.
     return norm == 0 ? 0 : at.mask_gradient(norm) / norm;
   }
 };
 
-// result = left x + right y with factors of every channel; without y, result = left x.
+// result = left x + right y, with factors for every channel; without y, result = left x.
 struct Combine {
   Array x, y, result;
   ChannelLayout layout;
@@ -234,22 +234,21 @@ struct Combine {
   template <typename Real, bool kAlone>
   PDP_INLINE void range(const Real* left, const Real* right, int64_t begin, int64_t end) const {
     Real buffers[3][kBlock];
-    for_each_stretch(
-        layout, begin, end, [&](int64_t offset, int64_t channel, int length) PDP_LAMBDA {
-          const Real* xs = load(x, offset, length, buffers[0]);
-          Real* __restrict results = destination(result, offset, buffers[2]);
-          const Real* lefts = left + channel;
-          if (y.data == nullptr) {
-            for (int i = 0; i < length; ++i) results[i] = lefts[kAlone ? i : 0] * xs[i];
-          } else {
-            const Real* ys = load(y, offset, length, buffers[1]);
-            const Real* rights = right + channel;
-            for (int i = 0; i < length; ++i) {
-              results[i] = lefts[kAlone ? i : 0] * xs[i] + rights[kAlone ? i : 0] * ys[i];
-            }
-          }
-          store(results, buffers[2], result, offset, length);
-        });
+    for_each_span(layout, begin, end, [&](int64_t offset, int64_t channel, int length) PDP_LAMBDA {
+      const Real* xs = load(x, offset, length, buffers[0]);
+      Real* __restrict results = destination(result, offset, buffers[2]);
+      const Real* lefts = left + channel;
+      if (y.data == nullptr) {
+        for (int i = 0; i < length; ++i) results[i] = lefts[kAlone ? i : 0] * xs[i];
+      } else {
+        const Real* ys = load(y, offset, length, buffers[1]);
+        const Real* rights = right + channel;
+        for (int i = 0; i < length; ++i) {
+          results[i] = lefts[kAlone ? i : 0] * xs[i] + rights[kAlone ? i : 0] * ys[i];
+        }
+      }
+      store(results, buffers[2], result, offset, length);
+    });
   }
 };
 
@@ -307,23 +306,23 @@ void backward(Array grad_w_hat, Array grad_mask, Array weight, const ChannelMask
               ChannelLayout layout, bool rms, Array grad, ParallelFor parallel_for) {
   const NormMask<Real, kRelative> norm_mask(given);
   const bool through_w_hat = grad_w_hat.data != nullptr;
-  std::vector<Real> masks(layout.channels), pulls(layout.channels), own(layout.channels);
+  std::vector<Real> masks(layout.channels), coefficients(layout.channels), own(layout.channels);
   if (grad_mask.data != nullptr) read(grad_mask, 0, static_cast<int>(layout.channels), own.data());
   const auto find = [&](int64_t c, double product) {
     const double through_mask = (product + own[c]) / (rms ? layout.weights_per_channel() : 1);
     masks[c] = static_cast<Real>(norm_mask.mask(c));
-    pulls[c] = static_cast<Real>(norm_mask.pull(c) * through_mask);
+    coefficients[c] = static_cast<Real>(norm_mask.coefficient(c) * through_mask);
   };
   const Products products{grad_w_hat, weight, layout};
   const Combine combine = through_w_hat ? Combine{grad_w_hat, weight, grad, layout}
                                         : Combine{weight, {nullptr, weight.type}, grad, layout};
-  if (through_w_hat && layout.outer == 1 && layout.channels >= kFewestRows) {
-    // A channel is one run: its second reading comes from the cache.
+  if (through_w_hat && layout.outer == 1 && layout.channels >= kMinChannelsApart) {
+    // A channel is one run: its second read comes from the cache.
     parallel_for(layout.channels, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, layout.inner)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t c = begin; c < end; ++c) {
-                     find(c, whole_channel<Real>(products, c));
-                     combine_range(combine, masks.data(), pulls.data(), c * layout.inner,
+                     find(c, channel_product<Real>(products, c));
+                     combine_range(combine, masks.data(), coefficients.data(), c * layout.inner,
                                    (c + 1) * layout.inner);
                    }
                  });
@@ -334,7 +333,7 @@ void backward(Array grad_w_hat, Array grad_mask, Array weight, const ChannelMask
     sums = channel_products(products, std::is_same_v<Real, double>, parallel_for);
   }
   for (int64_t c = 0; c < layout.channels; ++c) find(c, sums[c]);
-  combine_all(combine, through_w_hat ? masks : pulls, pulls, parallel_for);
+  combine_all(combine, through_w_hat ? masks : coefficients, coefficients, parallel_for);
 }
 
 }  // namespace

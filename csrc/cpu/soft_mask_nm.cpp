@@ -7,7 +7,7 @@
 namespace pdp::cpu {
 namespace {
 
-// Fewest elements worth a thread.
+// The fewest elements worth a thread.
 constexpr int64_t kGrain = 16384;
 
 template <typename Real>
@@ -18,7 +18,7 @@ PDP_INLINE void read_block(Array array, GroupLayout layout, int64_t first, int c
                   PDP_LAMBDA { return load(array, offset, length, buffer); });
 }
 
-// Each group's threshold, as threshold_between of magnitude.h.
+// Finds each group's threshold, as threshold_between of magnitude.h does.
 template <typename Real>
 PDP_INLINE void find_thresholds(const GroupSelection& selection, Array weight, GroupLayout layout,
                                 int64_t first, int count, Real* thresholds) {
@@ -51,7 +51,7 @@ PDP_INLINE void repeat(const Real* thresholds, int members, int count, Real* rep
   }
 }
 
-// The threshold of each element of groups whose members are neighbours.
+// Writes the threshold of each element of groups whose members are neighbours.
 template <typename Real>
 PDP_INLINE void repeat(const Real* thresholds, int members, int count, Real* repeated) {
   switch (members) {
@@ -64,9 +64,9 @@ PDP_INLINE void repeat(const Real* thresholds, int members, int count, Real* rep
   }
 }
 
-// Calls run(offset, length, thresholds) for stretches of neighbouring elements of the groups
+// Calls run(offset, length, thresholds) for runs of neighbouring elements of the groups
 // [first, first + count), with the threshold of each element. `run` is compiled once, so that a
-// weight's result does not depend on the layout it comes in.
+// weight's result does not depend on the layout.
 template <typename Real, typename Run>
 PDP_INLINE void for_each_run(const GroupSelection& selection, Array weight, GroupLayout layout,
                              int64_t first, int count, const Run& run) {
@@ -78,22 +78,21 @@ PDP_INLINE void for_each_run(const GroupSelection& selection, Array weight, Grou
     find_thresholds(selection, weight, layout, first, count, of_groups);
   }
   if (layout.stride == 1) {
-    // As groups of one, which are all neighbours.
+    // Treated as groups of one element, which are all neighbours.
     repeat(of_groups, layout.members, count, of_elements);
     thresholds = of_elements;
     first *= layout.members;
     count *= layout.members;
     layout = {1, std::numeric_limits<int64_t>::max()};
   }
-  for_each_stretch(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
+  for_each_span(layout, first, count, [&](int position, int64_t offset, int length) PDP_LAMBDA {
     for (int j = 0; j < layout.members; ++j) {
       run(offset + j * layout.stride, length, thresholds + position);
     }
   });
 }
 
-// Chunks between which the next weights are asked for: the sorting of a block would wait for them,
-// and has nothing to do meanwhile.
+// Elements between two prefetches of weights. The sorting of the next block would wait for them.
 constexpr int kChunk = 128;
 
 template <typename Body>
@@ -102,7 +101,7 @@ PDP_INLINE void for_each_chunk(int length, const Body& body) {
     body(begin, std::min(begin + kChunk, length));
 }
 
-// Every group has a threshold of its own: a reciprocal would be used four times at most.
+// Every group has a threshold of its own, so a reciprocal would be used only M times.
 template <typename Real, bool kRelative>
 using GroupMask = Mask<Real, kRelative, /*kReciprocal=*/false>;
 
@@ -184,7 +183,7 @@ struct Hard {
     GroupBlock<uint8_t> keeps;
     read_block(weight, layout, first, count, weights);
     selection.sort(weights, keys);
-    // How many of those equal to the k-th are still to be pruned, from the lowest index on.
+    // How many of the keys equal to the k-th are still to be pruned, lowest index first.
     const Key* kth = keys.rows[selection.pruned - 1];
     Key missing[kGroups] = {};
     for (int j = 0; j < selection.pruned; ++j) {

@@ -7,7 +7,7 @@
 
 namespace pdp::cpu {
 
-// As soft_mask, with t between the k-th and k+1-th magnitude of each group, k = pruned.
+// Like soft_mask, with t between the k-th and k+1-th magnitude of each group, k = pruned.
 void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int pruned, bool relative,
                   Array w_hat, Array mask, int64_t numel, ParallelFor parallel_for);
 
@@ -15,8 +15,8 @@ void soft_mask_nm_backward(Array grad_w_hat, Array grad_mask, Array weight, cons
                            GroupLayout layout, int pruned, bool relative, Array grad, int64_t numel,
                            ParallelFor parallel_for);
 
-// kept = whether each weight stays when exactly `pruned` of each group are pruned; of equal
-// magnitudes the lowest index is pruned first.
+// Sets `kept` to whether each weight is kept when exactly `pruned` of each group are pruned. Of
+// equal magnitudes the lowest index is pruned first.
 void hard_mask_nm(Array weight, GroupLayout layout, int pruned, bool* kept, int64_t numel,
                   ParallelFor parallel_for);
 

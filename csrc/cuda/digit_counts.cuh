@@ -123,7 +123,7 @@ inline size_t digit_counts_workspace_bytes(const DigitCountsRequest& request) {
   return measured.bytes();
 }
 
-// Two launches, and one more for each kLargeChunk tensors beyond the first.
+// Two launches, and one more for each further kLargeChunk tensors.
 template <typename Key>
 cudaError_t launch_digit_counts_of(const DigitCountsRequest& request, void* memory,
                                    cudaStream_t stream) {

@@ -207,8 +207,8 @@ void launch_sum_tiles(Launcher& launcher, const SumPlan& plan, const DeviceLimit
   launcher.launch(sum_tiles_kernel<kNorms>, blocks, kSumThreads, 0, plan);
 }
 
-// Three launches, or two if no group has several tiles, and one more for each kLargeSumChunk
-// tensors beyond the first.
+// Three launches, or two if no group has several tiles, and one more for each further
+// kLargeSumChunk tensors.
 inline cudaError_t launch_power_sums(const PowerSumsRequest& request, void* memory,
                                      cudaStream_t stream) {
   Launcher launcher(stream);

@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(RadixSelect<Key>::kThreads, RadixSelect<Key>::
       return count_digit(key, prefix, digit, shared.counters, next);
     };
     if (buffered > 0) {
-      // The host does not know how many there are, so each tile of weights stands for as many.
+      // Only the device knows how many there are: each tile of weights stands for an equal number.
       const int64_t per_tile = buffered / tiles_of<Key>(slice.entry.size) + 1;
       const int64_t begin = min(slice.first_tile * per_tile, buffered);
       for_each<RadixSelect<Key>::kThreads, Memory::kWorkspace>(

@@ -1,11 +1,11 @@
-// The CPU kernels, compiled for the one instruction set level of the command line, behind C
-// functions over raw pointers. Types are numbered as in pdp::WeightType.
+// The CPU kernels behind C functions over raw pointers, compiled for the instruction set level of
+// the command line. Types are numbered as in pdp::WeightType.
 #include <string_view>
 #include <vector>
 
 namespace {
 
-// The x86-64 level of the CPU at hand: 1 (any), 3 or 4.
+// The x86-64 level of this machine's CPU: 1 (any), 3 or 4.
 int level_of_this_cpu() {
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
                   __builtin_cpu_supports("fma");
@@ -45,7 +45,8 @@ namespace {
 using namespace pdp::cpu;
 using pdp::WeightType;
 
-// Two ranges, the later one first: results may depend neither on where a range begins nor on order.
+// Two ranges, the later one first: results must not depend on where a range begins, nor on the
+// order.
 void two_ranges(int64_t count, int64_t, const RangeBody& body) {
   const int64_t middle = count / 2;
   if (middle < count) body(middle, count);
