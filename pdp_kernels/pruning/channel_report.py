@@ -1,4 +1,4 @@
-"""Which channels of a model are dead."""
+"""Dead channels: those whose weights are all zero."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,10 +9,14 @@ from pdp_kernels.pruning.layers import PRUNABLE_LAYERS
 
 
 class ChannelReport(NamedTuple):
-    """Which channels of one layer are dead.
+    """The dead channels of one layer.
 
-    biased: those dead output channels whose bias is not zero. They still put out a constant, which
-    removing them would drop.
+    Attributes:
+        name: the layer's name in the model.
+        channels: the number of channels along the dimension.
+        dead: the indices of the channels whose weights are all zero.
+        biased: the dead output channels whose bias is not zero. Their output is a constant, which
+            is lost when they are removed.
     """
 
     name: str
@@ -22,18 +26,19 @@ class ChannelReport(NamedTuple):
 
 
 def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
-    """The dead channels of every Linear and convolution layer: those whose weights are zero.
+    """Return the dead channels of every Linear and Conv1d/2d/3d layer.
 
-    What a structural pruning library needs to remove them for good. Reads the weights back to the
-    host.
+    A structural pruning library can remove these channels. The function copies the counts of
+    nonzero weights to the host.
 
-    Arguments:
-        dim: 0 for output channels, 1 for input channels, which the layer does not read: whatever
-            makes them can go. Grouped convolutions are left out of the latter.
+    Args:
+        model: a module.
+        dim: 0 for output channels; 1 for input channels, which the layer ignores, so that the layer
+            that computes them can drop them. dim = 1 leaves out grouped convolutions.
 
     Returns:
-        One report per layer, in the order of `model.named_modules()`; weights that layers share
-        are reported for each.
+        One `ChannelReport` per layer, in the order of `model.named_modules()`. Layers that share a
+        weight have a report each.
 
     Raises:
         TypeError: model is no torch.nn.Module.
@@ -58,6 +63,7 @@ def _channel_reports(model: nn.Module, dim: int) -> Iterator[ChannelReport]:
             continue
         live = layer.weight.detach().transpose(0, dim).flatten(1).count_nonzero(1)
         dead = (live == 0).nonzero().flatten().tolist()
-        has_bias = dim == 0 and layer.bias is not None
-        bias = layer.bias.detach().tolist() if has_bias else [0.0] * len(live)
+        bias = [0.0] * len(live)
+        if dim == 0 and layer.bias is not None:
+            bias = layer.bias.detach().tolist()
         yield ChannelReport(name, len(live), dead, [c for c in dead if bias[c] != 0])

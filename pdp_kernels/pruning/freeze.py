@@ -1,4 +1,4 @@
-"""Fine-tuning a pruned model: what is zero stays zero."""
+"""Fine-tuning of a pruned model whose zeros stay zero."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,12 @@ from pdp_kernels.functional.validation import check_optimizer
 
 
 class FrozenZeros:
-    """The zeros that an optimizer keeps, until `remove`. One byte per weight is kept for them."""
+    """Hooks of an optimizer that keep zeros at zero, until `remove`.
 
-    def __init__(self, weights: list[Tensor], optimizer: Optimizer):
+    They hold one byte per weight.
+    """
+
+    def __init__(self, weights: list[Tensor], optimizer: Optimizer) -> None:
         self._zeros = [(weight, local_shard(weight) == 0) for weight in weights]
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: self.mask_gradients()),
@@ -22,9 +25,9 @@ class FrozenZeros:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Sets the gradients of the zeros to 0. Done before each step of the optimizer.
+        """Set the gradients of the zeros to 0, as happens before each step of the optimizer.
 
-        Call it earlier to keep them out of what is computed from gradients, as
+        Call this method earlier if something else reads the gradients before the step, as
         torch.nn.utils.clip_grad_norm_ does.
         """
         for weight, zeros in self._zeros:
@@ -32,35 +35,35 @@ class FrozenZeros:
                 local_shard(weight.grad).masked_fill_(zeros, 0)
 
     def remove(self) -> None:
-        """Lets the weights grow again."""
+        """Remove the hooks, so that the optimizer may change the zeros again."""
         for handle in self._handles:
             handle.remove()
 
     @torch.no_grad()
     def _mask_weights(self) -> None:
-        # An optimizer that mixes the elements of a gradient moves zeros of gradient 0 too.
+        # An optimizer that mixes the elements of a gradient changes zeros of gradient 0 too.
         for weight, zeros in self._zeros:
             local_shard(weight).masked_fill_(zeros, 0)
 
 
 @torch.no_grad()
 def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros:
-    """Keeps the weights that are zero now at zero while an optimizer trains the others.
+    """Keep the weights that are zero now at zero, while an optimizer trains the others.
 
-    Their gradients are set to 0 before each step, their part of the optimizer's state (momentum and
-    the like) once, now, and the weights themselves after each step: nothing revives them. With a
-    GradScaler and with gradient clipping the order of calls stays the usual one.
+    The call sets their entries in the optimizer's state (momentum and the like) to 0 once. From
+    then on each step sets their gradients to 0 before it, and the weights to 0 after it. Code that
+    uses a GradScaler or gradient clipping needs no change.
 
-    Arguments:
-        weights: parameters of the optimizer; DTensors too.
-        optimizer: any torch.optim.Optimizer.
+    Args:
+        weights: parameters of the optimizer; any may be a DTensor.
+        optimizer: the optimizer that trains them.
 
     Returns:
-        The `FrozenZeros`, whose remove() ends it.
+        A `FrozenZeros`. Its remove() lets the zeros change again.
 
     Raises:
         TypeError: optimizer is no torch.optim.Optimizer; a weight is no tensor.
-        ValueError: a weight is not one of the optimizer's.
+        ValueError: a weight is no parameter of the optimizer.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([0.0, 2.0]))

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of one inference: of the model, and of each weight that is pruned."""
+"""Multiply-accumulates of one inference, for the model and for each pruned weight."""
 
 import math
 from typing import Any
@@ -14,36 +14,37 @@ _ATTENTION_INPUTS = ("query", "key", "value")
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module, entries: list[Target], inputs: Any) -> tuple[int, list[int]]:
-    """(of the whole model, of each entry), dense; a weight that several layers use counts for all.
+def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[int, list[int]]:
+    """Return the dense multiply-accumulates of the model and of each target.
 
-    The model is called once in evaluation mode. The whole is counted by torch's FlopCounterMode
-    (two operations are one multiply-accumulate), the entries from what their layers work on.
+    The model runs once, in evaluation mode. torch's FlopCounterMode counts the model (two
+    operations are one multiply-accumulate). The inputs and outputs of its layers give the count of
+    a target; a weight that several layers use counts in each of them.
     """
-    counts = [0] * len(entries)
+    counts = [0] * len(targets)
     modes = {layer: layer.training for layer in model.modules()}
-    one_call = torch.backends.mha.get_fastpath_enabled()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     handles = []
 
-    def count_calls(index: int, holder: Holder):
-        def count(_, args, kwargs, output):
+    def count_calls(index: int, holder: Holder) -> None:
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             uses = _uses_of_each_element(holder, args, kwargs, output)
-            counts[index] += round(uses * entries[index].weight.numel())
+            counts[index] += round(uses * targets[index].weight.numel())
 
         called = holder.layer if holder.attention is None else holder.attention
         handles.append(called.register_forward_hook(count, with_kwargs=True))
 
     try:
-        for index, entry in enumerate(entries):
-            for holder in entry.holders:
+        for index, target in enumerate(targets):
+            for holder in target.holders:
                 count_calls(index, holder)
         model.eval()
-        # Attention in one call would not call its parts, nor would all its kernels be counted.
+        # The fused attention does not call its layers, and FlopCounterMode misses its kernels.
         torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
             model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(one_call)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
         for handle in handles:
             handle.remove()
         for layer, training in modes.items():
@@ -51,14 +52,16 @@ def count_macs(model: nn.Module, entries: list[Target], inputs: Any) -> tuple[in
     return flops.get_total_flops() // 2, counts
 
 
-def _uses_of_each_element(holder: Holder, args: tuple, kwargs: dict, output: Any) -> float:
-    """How many products each element of a weight is in, in one call of its layer."""
+def _uses_of_each_element(
+    holder: Holder, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> float:
+    """Return the number of products that use one element of the weight, in one layer call."""
     layer, name = holder.layer, holder.slot.name
     if holder.attention is not None or isinstance(layer, nn.MultiheadAttention):
         arguments = dict(zip(_ATTENTION_INPUTS, args, strict=False)) | kwargs
         query, key, value = (_vectors(arguments[name]) for name in _ATTENTION_INPUTS)
         by_name = {"k_proj_weight": key, "v_proj_weight": value}
-        # A third of the joint projection is multiplied with each of them.
+        # The joint projection multiplies a third of its rows with each of them.
         return (query + key + value) / 3 if name == "in_proj_weight" else by_name.get(name, query)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return args[0].numel() / layer.in_channels
@@ -70,5 +73,5 @@ def _uses_of_each_element(holder: Holder, args: tuple, kwargs: dict, output: Any
 
 
 def _vectors(tensor: torch.Tensor) -> int:
-    """How many vectors along the last dimension."""
+    """Return the number of vectors along the last dimension."""
     return math.prod(tensor.shape[:-1])

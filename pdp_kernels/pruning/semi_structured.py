@@ -1,4 +1,4 @@
-"""From N:M weights to sparse tensor cores: where the pattern breaks, and the conversion."""
+"""Conversion of 2:4 weights for sparse tensor cores, and a check of N:M patterns."""
 
 from typing import NamedTuple, overload
 
@@ -16,10 +16,14 @@ from pdp_kernels.pruning.layers import layer_weights
 
 
 class GroupCheck(NamedTuple):
-    """Whether a weight keeps at most N of every M consecutive elements.
+    """Whether a weight has at most N nonzeros in every M consecutive elements.
 
-    first_broken has the weight's coordinates, with the group's number in the place of `dim`: (3, 2)
-    for M = 4 along dim 1 is weight[3, 8:12]. None where no group breaks the pattern.
+    Attributes:
+        name: the weight's name in the model; empty for a tensor.
+        ok: True if no group has more than N nonzeros.
+        broken: the number of groups with more than N nonzeros.
+        first_broken: the coordinates of the first of them, with the group's index in place of the
+            element's along dim: (3, 2) for M = 4 along dim 1 is weight[3, 8:12]. None if ok.
     """
 
     name: str
@@ -29,7 +33,12 @@ class GroupCheck(NamedTuple):
 
 
 class SemiStructuredReport(NamedTuple):
-    """The names of the weights converted, and of those skipped with the reason."""
+    """The result of `to_semi_structured`.
+
+    Attributes:
+        converted: the names of the converted weights.
+        skipped: the reason for each weight that was not converted, by name.
+    """
 
     converted: list[str]
     skipped: dict[str, str]
@@ -45,26 +54,29 @@ def check_nm(
 ) -> list[GroupCheck]: ...
 
 
-def check_nm(model_or_tensor, n=2, m=4, dim=-1):
-    """Whether at most n of every m consecutive weights along dim are nonzero, and where not.
+def check_nm(
+    model_or_tensor: Tensor | nn.Module, n: int = 2, m: int = 4, dim: int = -1
+) -> GroupCheck | list[GroupCheck]:
+    """Return whether at most n of every m consecutive weights along dim are nonzero.
 
-    NaN is a nonzero (arXiv 2305.11203, section 3.4, for the pattern; N is what is kept).
+    N counts the kept weights (section 3.4 of arXiv 2305.11203). NaN counts as a nonzero.
 
-    Shapes and dtypes:
-        model_or_tensor: a dense floating point tensor, or a module, of which the weights of all
-            Linear and convolution layers are checked whose size along dim is a multiple of m.
-            Weights that several layers share are checked once, under the first layer's name.
-        n, m: 1 <= n < m <= 32.
-        dim: the dimension the groups lie along: -1 for Linear layers, 1 for convolutions too (the
-            input channels).
+    Args:
+        model_or_tensor: a dense floating point tensor, or a module. In a module, the weights of
+            those Linear and Conv1d/2d/3d layers are checked whose size along dim is a multiple of
+            m. A weight that several layers share is checked once, under the first layer's name.
+        n: nonzeros allowed per group, 1 <= n < m.
+        m: elements per group, at most 32.
+        dim: the dimension along which the groups lie: -1 for Linear layers; 1, the input channels,
+            for convolutions too.
 
     Returns:
-        A `GroupCheck` for a tensor, whose name is empty; a list of them for a module.
+        A `GroupCheck` with an empty name for a tensor, a list of them for a module.
 
     Raises:
-        TypeError: model_or_tensor is neither, or n, m or dim is no int.
-        ValueError: n or m outside of its range; a tensor without dimension dim, or whose size along
-            it is no multiple of m; a module without any weight to check.
+        TypeError: model_or_tensor is neither; n, m or dim is no int.
+        ValueError: n or m is out of its range; a tensor has no dimension dim, or its size along dim
+            is no multiple of m; a module has no weight to check.
 
     Example:
         >>> check_nm(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 2.0, 0.0, 3.0]]))
@@ -90,31 +102,32 @@ def check_nm(model_or_tensor, n=2, m=4, dim=-1):
 
 
 def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructuredReport:
-    """Replaces the 2:4 weights of Linear layers by torch.sparse.SparseSemiStructuredTensor.
+    """Replace the 2:4 weights of Linear layers by torch.sparse.SparseSemiStructuredTensor.
 
-    The model is changed in place, for inference: the new parameters take no gradient. Every group
-    of 4 weights along the inputs must have at most 2 nonzeros already (`check_nm`); PyTorch itself
-    drops the others silently. Weights that several Linear layers share are converted once and
-    stay shared.
+    The function changes the model in place, for inference: the new parameters require no gradient.
+    Every group of 4 weights along the inputs must have at most 2 nonzeros already (`check_nm`);
+    PyTorch's own conversion drops others silently. A weight that several Linear layers share is
+    converted once and stays shared.
 
-    PyTorch's backend is cuSPARSELt, or CUTLASS where cuSPARSELt is missing or
-    SparseSemiStructuredTensor._FORCE_CUTLASS is set; for CUTLASS `compress_2to4` packs the weight.
+    PyTorch's backend is cuSPARSELt, or CUTLASS if cuSPARSELt is missing or
+    SparseSemiStructuredTensor._FORCE_CUTLASS is set. `compress_2to4` packs the weights for CUTLASS.
     In inference torch.nn.MultiheadAttention and TransformerEncoderLayer pass these parameters to
-    operators that take no sparse weight: torch.backends.mha.set_fastpath_enabled(False) before.
+    operators that accept no sparse weight: call torch.backends.mha.set_fastpath_enabled(False)
+    first.
 
-    Arguments:
-        model: a module; its Linear layers' weights are looked at, all others stay as they are.
-        strict: raise if any of these weights cannot be converted, and change nothing. Otherwise
-            such weights are skipped.
+    Args:
+        model: a module. The weights of its Linear layers are candidates; others stay as they are.
+        strict: True raises an error if some candidate cannot be converted, and changes nothing.
+            False skips such weights.
 
     Returns:
-        A `SemiStructuredReport`: `converted`, a list of parameter names, and `skipped`, the reason
-        for each other one: dtype (bfloat16 or float16), shape (PyTorch's multiples), not 2:4 with
-        the first offending group, or device (CUDA of compute capability 8.0; for CUTLASS 8.x).
+        A `SemiStructuredReport`. Its reasons are the dtype (not bfloat16 or float16), the shape (no
+        multiple of PyTorch's), the pattern (with the first group that is not 2:4), and the device
+        (not CUDA of compute capability 8.0 or later; 8.x for CUTLASS).
 
     Raises:
         TypeError: model is no module.
-        ValueError: strict, and some weight cannot be converted; all reasons are listed.
+        ValueError: strict, and some weight cannot be converted. The message lists all reasons.
 
     Example:
         >>> to_semi_structured(torch.nn.Linear(64, 32).half(), strict=False).skipped
@@ -151,7 +164,7 @@ def _backend() -> type[SparseSemiStructuredTensor]:
 def _obstacle(
     weight: Tensor, layers: list[nn.Module], backend: type[SparseSemiStructuredTensor]
 ) -> str | None:
-    """Why a weight cannot be converted, if so."""
+    """Return why a weight cannot be converted, or None if it can."""
     if isinstance(weight, SparseSemiStructuredTensor):
         return "is semi-structured already"
     if not all("weight" in dict(layer.named_parameters(recurse=False)) for layer in layers):
@@ -163,7 +176,7 @@ def _obstacle(
     if weight.numel() == 0 or weight.shape[0] % rows or weight.shape[1] % cols:
         return f"shape {tuple(weight.shape)} is not a positive multiple of ({rows}, {cols})"
     check = _check_groups("", weight, 2, 4, -1)
-    if not check.ok:
+    if check.first_broken is not None:
         row, group = check.first_broken
         nonzeros = int(weight[row, 4 * group : 4 * group + 4].count_nonzero())
         return (
