@@ -1,15 +1,15 @@
-"""What a pruner does, and when: one frozen configuration, whose schedules are pure functions."""
+"""The configuration of a pruner: what it prunes, how far and when."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from pdp_kernels.functional.soft_mask import PAPER_TAU
+from pdp_kernels.functional.soft_mask_channel import Norm
 from pdp_kernels.functional.validation import (
-    MAX_GROUP,
     NORMS,
     check_non_negative,
     check_number,
@@ -17,84 +17,85 @@ from pdp_kernels.functional.validation import (
     check_ratio,
     check_temperature,
 )
+from pdp_kernels.pruning.patterns import Pattern, parse_pattern
 
 PAPER_WARMUP = 16.0  # epochs; s of arXiv 2305.11203, Algorithm 1
-PAPER_EPSILON = 0.015  # of the ramp's whole height, per epoch
+PAPER_EPSILON = 0.015  # fraction of the ramp per epoch
 RECOMMENDED_RELATIVE_TAU = (1.0, 0.02)
 
-_SCOPES = ("global", "layer")
-_SHAPES = ("linear", "cubic")
-_CHANNELS = ("output", "input")
 _OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau")
 
 Temperature = float | tuple[float, float]
-
-
-class Pattern(NamedTuple):
-    """A parsed pattern; n and m are those of N:M, else 0."""
-
-    kind: str  # "unstructured", "nm" or "channel"
-    n: int = 0
-    m: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}" if self.kind == "nm" else self.kind
+Scope = Literal["global", "layer"]
+RampShape = Literal["linear", "cubic"]
+Channels = Literal["output", "input"]
 
 
 class LayerPlan(NamedTuple):
-    """What is done to one weight. sparsity None: its part of the global budget, or that of N:M."""
+    """How one weight is pruned.
+
+    Attributes:
+        pattern: what is pruned together.
+        sparsity: the fraction of the weight's units to prune; None if the global budget decides.
+        relative: whether the temperatures are relative to the squared threshold.
+        temperatures: at the end of the warm-up, and at the end of the annealing.
+    """
 
     pattern: Pattern
     sparsity: float | None
     relative: bool
-    temperatures: tuple[float, float]  # at the end of the warm-up and of the annealing
+    temperatures: tuple[float, float]
 
 
 @dataclass(frozen=True)
 class PDPConfig:
-    """What `PDPPruner` prunes, how far and when. Times are in epochs and may be fractions.
+    """What `PDPPruner` prunes, how far and when. Times are in epochs, fractions included.
 
-    With progress e, the share of the sparsity that is asked for by now is::
+    At progress e the pruner asks for this fraction of the sparsity::
 
-        x = min(1, (e - warmup) / ramp),  0 before the warm-up is over
+        x = min(1, (e - warmup) / ramp),  0 during the warm-up
         linear: x          (Algorithm 1, lines 10-11 of arXiv 2305.11203, epsilon = 1 / ramp)
         cubic:  1 - (1 - x)^3                             (Zhu and Gupta, arXiv 1710.01878)
 
-    and a temperature (start, end) is start^(1-y) end^y, y = min(1, (e - warmup) / anneal).
+    A temperature (start, end) is start^(1-y) end^y with y = min(1, (e - warmup) / anneal).
 
-    Arguments:
-        sparsity: the share to prune, in [0, 1]; or, with scope "layer", shares by name pattern,
-            of which the first that matches a layer counts. With an N:M pattern leave it out.
-        scope: "global": one threshold over all layers at the end of the warm-up says how much each
-            of them loses (Algorithm 1, lines 8-9), so that round(sparsity * total) are pruned;
-            "layer": each layer loses that share of itself.
-        pattern: "unstructured", "N:M" such as "2:4" (N kept of M consecutive inputs), or "channel",
-            whose sparsity counts channels.
-        tau, relative_tau: the temperature as in `pdp_mask`, a number or (start, end). Neither: the
-            recommended relative temperature, (1.0, 0.02).
-        anneal: how long a temperature goes from start to end; default the ramp. Until the end of
-            the training is better: see `for_epochs`.
+    Args:
+        sparsity: the fraction to prune, in [0, 1]. With scope "layer" it may be a mapping from
+            strings, as in include, to fractions; the first that matches a layer counts. Leave it
+            out with an N:M pattern.
+        scope: "global" finds one threshold over all layers at the end of the warm-up, which decides
+            how many weights each layer prunes (Algorithm 1, lines 8-9), round(sparsity * total) in
+            all. "layer" prunes the same fraction of each layer.
+        pattern: "unstructured", "channel" (the sparsity then counts channels), or "N:M" such as
+            "2:4", which keeps N of every M consecutive inputs.
+        tau: the temperature as in `pdp_mask`, a number or (start, end).
+        relative_tau: the same, relative to the squared threshold. If neither is given, the
+            recommended (1.0, 0.02).
+        anneal: how long a temperature takes from start to end; default the ramp. It is better to
+            anneal until the end of the training: see `for_epochs`.
         warmup: epochs before pruning starts; s in the paper.
-        ramp: how long the sparsity grows; or
-        epsilon: its growth per epoch, ramp = 1 / epsilon. Default 0.015, the paper's.
+        ramp: how long the sparsity grows. Default 1 / epsilon.
+        epsilon: the growth per epoch, instead of ramp. Default 0.015, the paper's.
         ramp_shape: "cubic" or "linear".
-        reallocate: epochs after which a global budget is shared out again, until the ramp ends;
-            default never: the paper shares it out once, at the end of the warm-up.
-        max_layer_sparsity: no layer loses more than this share under a global budget; what it is
-            spared is taken from the others, so that the total stays.
-        channel_dim: which channels of a layer the pattern "channel" prunes: "output" or "input".
-            Batch norm scales masked outputs up again: before it, prune the next layer's inputs.
+        reallocate: epochs after which the pruner allocates a global budget again, until the ramp
+            ends. Default never: the paper allocates it once, at the end of the warm-up.
+        max_layer_sparsity: the largest fraction of a layer that a global budget may prune. The
+            other layers prune the rest, so that the total stays.
+        channel_dim: which channels the pattern "channel" prunes, "output" or "input". Batch norm
+            rescales masked outputs: before one, prune the inputs of the next layer instead.
         channel_norm: "rms" (comparable between layers) or "l2", as in `pdp_mask_channel`.
-        include: what is pruned; default the weights of Linear, ConvNd, ConvTransposeNd,
-            MultiheadAttention and Hugging Face's Conv1D layers. An entry is a layer type, or a
-            string: the name of a type, or a glob for the name of layer or weight.
-        exclude: what of that is left alone; entries as in include.
-        overrides: by entry (a string), a mapping with another "sparsity", "pattern", "tau" or
+        include: what to prune. Default: the weights of Linear, ConvNd, ConvTransposeNd,
+            MultiheadAttention and Hugging Face's Conv1D layers. An entry is a layer type, the name
+            of a type, or a glob for the name of a layer or weight.
+        exclude: what to leave alone; entries as in include.
+        overrides: for an entry (a string), a mapping with another "sparsity", "pattern", "tau" or
             "relative_tau", or None to leave the layer alone. The first that matches counts. A layer
-            with a sparsity of its own is not part of the global budget.
+            with its own sparsity is not part of the global budget.
 
     Raises:
-        TypeError, ValueError: naming the field, what it got and what it accepts.
+        TypeError: a field of another type; the error names the field, its value and what it
+            accepts.
+        ValueError: a value out of range, or fields that contradict each other.
 
     Example:
         >>> config = PDPConfig(sparsity=0.9, warmup=2, ramp=8)
@@ -103,7 +104,7 @@ class PDPConfig:
     """
 
     sparsity: float | Mapping[str, float] | None = None
-    scope: str = "global"
+    scope: Scope = "global"
     pattern: str = "unstructured"
     tau: Temperature | None = None
     relative_tau: Temperature | None = None
@@ -111,88 +112,114 @@ class PDPConfig:
     warmup: float = PAPER_WARMUP
     ramp: float | None = None
     epsilon: float | None = None
-    ramp_shape: str = "cubic"
+    ramp_shape: RampShape = "cubic"
     reallocate: float | None = None
     max_layer_sparsity: float = 1.0
-    channel_dim: str = "output"
-    channel_norm: str = "rms"
+    channel_dim: Channels = "output"
+    channel_norm: Norm = "rms"
     include: Sequence[str | type] | None = None
     exclude: Sequence[str | type] = ()
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
-    def __post_init__(self):
-        _check_one_of("scope", self.scope, _SCOPES)
-        _check_one_of("ramp_shape", self.ramp_shape, _SHAPES)
-        _check_one_of("channel_dim", self.channel_dim, _CHANNELS)
+    def __post_init__(self) -> None:
+        _check_one_of("scope", self.scope, get_args(Scope))
+        _check_one_of("ramp_shape", self.ramp_shape, get_args(RampShape))
+        _check_one_of("channel_dim", self.channel_dim, get_args(Channels))
         _check_one_of("channel_norm", self.channel_norm, NORMS)
-        _check_sparsity(self.sparsity, self.scope, parse_pattern("pattern", self.pattern))
+        _check_sparsity(self.sparsity, self.scope, self._parsed("pattern", self.pattern))
         _check_temperatures("", self.tau, self.relative_tau)
         _check_times(self)
         check_ratio("max_layer_sparsity", self.max_layer_sparsity)
         if self.include is not None:
             _check_entries("include", self.include)
         _check_entries("exclude", self.exclude)
-        _check_overrides(self.overrides, self)
+        self._check_overrides()
 
     @classmethod
     def paper(cls, sparsity: float, **changes: Any) -> "PDPConfig":
-        """The paper's own setting: tau = 1e-4, linear ramp, s = 16, epsilon = 0.015, global."""
-        return cls(**({"sparsity": sparsity, "tau": PAPER_TAU, "ramp_shape": "linear"} | changes))
+        """Return the paper's setting: tau = 1e-4, linear ramp, s = 16, epsilon = 0.015, global.
+
+        Args:
+            sparsity: the fraction to prune, in [0, 1].
+            **changes: other fields.
+
+        Raises:
+            TypeError: as `PDPConfig`.
+            ValueError: as `PDPConfig`.
+        """
+        values: dict[str, Any] = {"sparsity": sparsity, "tau": PAPER_TAU, "ramp_shape": "linear"}
+        return cls(**(values | changes))
 
     @classmethod
     def for_epochs(cls, sparsity: float | None, epochs: float, **changes: Any) -> "PDPConfig":
-        """The recommended setting for a training of so many epochs.
+        """Return the recommended setting for a training of this many epochs.
 
-        A warm-up of 15% of them, a ramp of 40%, the rest at the full sparsity. The temperature
-        falls until the end, where the soft network has become the hard one, and a global budget is
-        shared out again each twentieth of the training.
+        The warm-up takes 15% of them and the ramp 40%; the rest trains at the full sparsity. The
+        temperature falls until the end, when the soft network has become the hard one. A global
+        budget is allocated again after each twentieth of the training.
+
+        Args:
+            sparsity: the fraction to prune, in [0, 1]; None with an N:M pattern.
+            epochs: the length of the training.
+            **changes: other fields.
+
+        Raises:
+            TypeError: as `PDPConfig`; epochs is no number.
+            ValueError: as `PDPConfig`; epochs is not positive and finite.
         """
         check_positive("epochs", epochs)
         warmup = changes.get("warmup", 0.15 * epochs)
         check_number("warmup", warmup)
-        times = {
+        values: dict[str, Any] = {
+            "sparsity": sparsity,
             "warmup": warmup,
             "anneal": max(0.0, epochs - warmup),
             "reallocate": 0.05 * epochs,
         }
         if "epsilon" not in changes:
-            times["ramp"] = 0.4 * epochs
-        return cls(**({"sparsity": sparsity} | times | changes))
+            values["ramp"] = 0.4 * epochs
+        return cls(**(values | changes))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PDPConfig":
-        """The configuration that a mapping describes, such as a file of settings holds.
+        """Return the configuration that a mapping describes, as read from a file of settings.
+
+        Args:
+            values: fields by name. A temperature (start, end) may be a list.
 
         Raises:
-            TypeError: values is no mapping.
-            ValueError: a key that is no field.
+            TypeError: values is no mapping; or as `PDPConfig`.
+            ValueError: a key that is no field; or as `PDPConfig`.
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping, got {type(values).__name__}")
-        known = [entry.name for entry in fields(cls)]
+        known = [each.name for each in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ValueError(f"values must have keys among {known}, got {unknown}")
-        # A file has lists where a temperature is a pair.
         return cls(**{key: _from_plain(key, value) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data from which `from_dict` makes an equal configuration; types as their names."""
-        return {entry.name: _to_plain(getattr(self, entry.name)) for entry in fields(self)}
+        """Return plain data from which `from_dict` makes an equal configuration.
+
+        Layer types become their names.
+        """
+        return {each.name: _to_plain(getattr(self, each.name)) for each in fields(self)}
 
     @property
     def ramp_epochs(self) -> float:
+        """The length of the ramp: ramp, or 1 / epsilon."""
         if self.ramp is not None:
             return self.ramp
         return 1 / (PAPER_EPSILON if self.epsilon is None else self.epsilon)
 
     def ramp_at(self, progress: float) -> float:
-        """The share of the asked-for sparsity at this progress, in [0, 1]."""
+        """Return the fraction of the sparsity that is asked for at this progress, in [0, 1]."""
         x = _fraction(progress - self.warmup, self.ramp_epochs)
         return x if self.ramp_shape == "linear" else 1 - (1 - x) ** 3
 
     def reallocates(self, before: float, progress: float) -> bool:
-        """Whether a global budget is to be shared out again at this progress, after the last."""
+        """Return whether a step from one progress to another allocates a global budget again."""
         if self.reallocate is None or before >= self.warmup + self.ramp_epochs:
             return False
         # Progress is often a sum of fractions: its rounding must not delay a whole number.
@@ -202,48 +229,81 @@ class PDPConfig:
         return due > done
 
     def temperature_at(self, temperatures: tuple[float, float], progress: float) -> float:
-        """The temperature at this progress, between its start and its end."""
+        """Return the temperature between (start, end) at this progress."""
         start, end = temperatures
-        y = _fraction(
-            progress - self.warmup, self.ramp_epochs if self.anneal is None else self.anneal
-        )
-        return start if start == end else start ** (1 - y) * end**y
+        anneal = self.ramp_epochs if self.anneal is None else self.anneal
+        y = _fraction(progress - self.warmup, anneal)
+        return start if start == end else float(start ** (1 - y) * end**y)
 
-    def plan(self, override: Mapping[str, Any] | None = None) -> LayerPlan:
-        """What is done to a layer with this override."""
+    def plan(
+        self, override: Mapping[str, Any] | None = None, fraction: float | None = None
+    ) -> LayerPlan:
+        """Return how a layer is pruned.
+
+        Args:
+            override: the layer's entry in overrides.
+            fraction: the layer's fraction, if sparsity is a mapping.
+        """
         changes = override or {}
-        pattern = parse_pattern("pattern", changes.get("pattern", self.pattern))
-        sparsity = changes.get("sparsity")
-        if sparsity is None and pattern.kind != "nm" and self.scope == "layer":
-            sparsity = self.sparsity
+        pattern = self._parsed("pattern", changes.get("pattern", self.pattern))
+        sparsity = pattern.fixed_sparsity
+        if sparsity is None:
+            sparsity = changes.get("sparsity")
+        if sparsity is None and self.scope == "layer":
+            sparsity = fraction if isinstance(self.sparsity, Mapping) else self.sparsity
         tau, relative_tau = self.tau, self.relative_tau
         if changes.get("tau") is not None or changes.get("relative_tau") is not None:
             tau, relative_tau = changes.get("tau"), changes.get("relative_tau")
-        if tau is None and relative_tau is None:
+        if tau is not None:
+            return LayerPlan(pattern, sparsity, False, _start_and_end(tau))
+        if relative_tau is None:
             relative_tau = RECOMMENDED_RELATIVE_TAU
-        relative = relative_tau is not None
-        value = relative_tau if relative else tau
-        pair = (float(value), float(value)) if not isinstance(value, tuple) else value
-        return LayerPlan(pattern, sparsity, relative, pair)
+        return LayerPlan(pattern, sparsity, True, _start_and_end(relative_tau))
 
+    def _parsed(self, name: str, pattern: str) -> Pattern:
+        return parse_pattern(name, pattern, self.channel_dim, self.channel_norm)
 
-def parse_pattern(name: str, pattern: str) -> Pattern:
-    if pattern in ("unstructured", "channel"):
-        return Pattern(pattern)
-    n, colon, m = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
-    if colon and n.isdecimal() and m.isdecimal() and 1 <= int(n) < int(m) <= MAX_GROUP:
-        return Pattern("nm", int(n), int(m))
-    raise ValueError(
-        f'{name} must be "unstructured", "channel" or "N:M" with 1 <= N < M <= {MAX_GROUP}, '
-        f"got {pattern!r}"
-    )
+    def _check_overrides(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides must be a mapping, got {type(self.overrides).__name__}")
+        for entry, changes in self.overrides.items():
+            name = f"overrides[{entry!r}]"
+            if not isinstance(entry, str):
+                raise TypeError(f"overrides must have strings as keys, got {entry!r}")
+            if changes is None:
+                continue
+            if not isinstance(changes, Mapping):
+                raise TypeError(f"{name} must be None or a mapping, got {type(changes).__name__}")
+            self._check_override(name, changes)
+
+    def _check_override(self, name: str, changes: Mapping[str, Any]) -> None:
+        unknown = [key for key in changes if key not in _OVERRIDABLE]
+        if unknown:
+            raise ValueError(f"{name} must have keys among {list(_OVERRIDABLE)}, got {unknown}")
+        _check_temperatures(f"{name}: ", changes.get("tau"), changes.get("relative_tau"))
+        pattern = self._parsed(f"{name}: pattern", changes.get("pattern", self.pattern))
+        sparsity = changes.get("sparsity")
+        if sparsity is not None:
+            check_ratio(f"{name}: sparsity", sparsity)
+            if pattern.fixed_sparsity is not None:
+                raise ValueError(
+                    f"{name}: sparsity must be left out with pattern {pattern}, got {sparsity}"
+                )
+        elif pattern.fixed_sparsity is None and self.sparsity is None:
+            raise ValueError(f"{name}: sparsity must be given, as the configuration has none")
 
 
 def _fraction(passed: float, length: float) -> float:
-    """How much of a length has passed, in [0, 1]; a length of 0 has passed at once."""
+    """Return the fraction of a length that has passed, in [0, 1]; 1 for a length of 0."""
     if passed < 0:
         return 0.0
     return 1.0 if passed >= length else passed / length
+
+
+def _start_and_end(temperature: Temperature) -> tuple[float, float]:
+    if isinstance(temperature, tuple):
+        return temperature
+    return float(temperature), float(temperature)
 
 
 def _check_one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -253,24 +313,29 @@ def _check_one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
 
 def _check_sparsity(sparsity: Any, scope: str, pattern: Pattern) -> None:
     if isinstance(sparsity, Mapping):
-        if scope != "layer":
-            raise ValueError(
-                f'scope must be "layer" where sparsity gives shares by layer, got {scope!r}'
-            )
-        if not sparsity:
-            raise ValueError("sparsity must hold at least one share, got an empty mapping")
-        for key, share in sparsity.items():
-            check_ratio(f"sparsity[{key!r}]", share)
+        _check_fractions(sparsity, scope)
     elif sparsity is not None:
         check_ratio("sparsity", sparsity)
-    if pattern.kind == "nm":
-        if sparsity is not None and sparsity != 1 - pattern.n / pattern.m:
-            raise ValueError(
-                f"sparsity must be left out with pattern {pattern.n}:{pattern.m}, which is one of "
-                f"{1 - pattern.n / pattern.m}, got {sparsity}"
-            )
-    elif sparsity is None:
-        raise ValueError(f"sparsity must be given with pattern {pattern.kind!r}, got None")
+    fixed = pattern.fixed_sparsity
+    if fixed is None:
+        if sparsity is None:
+            raise ValueError(f"sparsity must be given with pattern {str(pattern)!r}, got None")
+    elif sparsity is not None and sparsity != fixed:
+        raise ValueError(
+            f"sparsity must be left out with pattern {pattern}, whose sparsity is {fixed}, "
+            f"got {sparsity}"
+        )
+
+
+def _check_fractions(fractions: Mapping[Any, Any], scope: str) -> None:
+    if scope != "layer":
+        raise ValueError(
+            f'scope must be "layer" where sparsity gives fractions by layer, got {scope!r}'
+        )
+    if not fractions:
+        raise ValueError("sparsity must hold at least one fraction, got an empty mapping")
+    for key, fraction in fractions.items():
+        check_ratio(f"sparsity[{key!r}]", fraction)
 
 
 def _check_temperatures(prefix: str, tau: Any, relative_tau: Any) -> None:
@@ -293,9 +358,9 @@ def _check_times(config: PDPConfig) -> None:
     for name, value in (("epsilon", config.epsilon), ("reallocate", config.reallocate)):
         if value is not None:
             check_positive(name, value)
-    for name in ("warmup", "ramp", "anneal"):
-        value = getattr(config, name)
-        if value is not None or name == "warmup":
+    check_non_negative("warmup", config.warmup)
+    for name, value in (("ramp", config.ramp), ("anneal", config.anneal)):
+        if value is not None:
             check_non_negative(name, value)
 
 
@@ -309,38 +374,13 @@ def _check_entries(name: str, entries: Any) -> None:
             )
 
 
-def _check_overrides(overrides: Any, config: PDPConfig) -> None:
-    if not isinstance(overrides, Mapping):
-        raise TypeError(f"overrides must be a mapping, got {type(overrides).__name__}")
-    for entry, changes in overrides.items():
-        name = f"overrides[{entry!r}]"
-        if not isinstance(entry, str):
-            raise TypeError(f"overrides must have strings as keys, got {entry!r}")
-        if changes is None:
-            continue
-        if not isinstance(changes, Mapping):
-            raise TypeError(f"{name} must be None or a mapping, got {type(changes).__name__}")
-        unknown = [key for key in changes if key not in _OVERRIDABLE]
-        if unknown:
-            raise ValueError(f"{name} must have keys among {list(_OVERRIDABLE)}, got {unknown}")
-        _check_temperatures(f"{name}: ", changes.get("tau"), changes.get("relative_tau"))
-        pattern = parse_pattern(f"{name}: pattern", changes.get("pattern", config.pattern))
-        sparsity = changes.get("sparsity")
-        if sparsity is not None:
-            check_ratio(f"{name}: sparsity", sparsity)
-            if pattern.kind == "nm":
-                raise ValueError(f"{name}: sparsity must be left out with N:M, got {sparsity}")
-        elif pattern.kind != "nm" and config.sparsity is None:
-            raise ValueError(f"{name}: sparsity must be given, as the configuration has none")
-
-
 def _to_plain(value: Any) -> Any:
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, Mapping):
-        return {key: _to_plain(entry) for key, entry in value.items()}
+        return {key: _to_plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_plain(entry) for entry in value]
+        return [_to_plain(each) for each in value]
     return value
 
 

@@ -1,82 +1,125 @@
-"""The constants of all masks on one device, written a whole model at a time."""
+"""The constants of all masks, in few tensors, so that a step writes a whole model at once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pdp_kernels.distributed.order_statistics import thresholds
-from pdp_kernels.distributed.sums import channel_norms
+from pdp_kernels.functional.threshold import find_thresholds
+from pdp_kernels.ops.reference import threshold_dtype
 from pdp_kernels.pruning.config import PDPConfig
-from pdp_kernels.pruning.masked_layer import ChannelWeightMask, GroupWeightMask, WeightMask
+from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.targets import Target
 
+_Place = tuple[torch.device, torch.dtype]
 
-class DeviceTable:
-    """Thresholds, temperatures and counts of the masks on one device, as slices of few tensors.
 
-    place: the device, and the dtype of thresholds there.
-    members: the positions of the weights and masks that belong there.
+class DeviceTables:
+    """The tables of a model: one for each device and threshold dtype.
+
+    Args:
+        targets: the weights that are pruned.
+        masks: the mask of each target.
     """
 
-    def __init__(
-        self,
-        place: tuple[torch.device, torch.dtype],
-        members: list[int],
-        weights: list[Target],
-        masks: list[WeightMask],
-    ):
-        device, dtype = self.place = place
-        self.members = members
-        self.taus: dict[tuple[float, float], Tensor] = {}
-        for index in members:
-            masks[index].tau = self.taus.setdefault(
-                weights[index].plan.temperatures, torch.empty((), dtype=dtype, device=device)
-            )
-        selected = [index for index in members if not isinstance(masks[index], GroupWeightMask)]
-        self.weights = [weights[index] for index in selected]
-        self.masks = [masks[index] for index in selected]
-        size = len(selected)
-        self.known_counts: Mapping[str, int] | None = None  # what final_counts was filled from
-        self.final_counts = torch.zeros(size, dtype=torch.float64, device=device)
-        self.scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
-        self.prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
-        self.thresholds = torch.full((size,), -math.inf, dtype=dtype, device=device)
-        for index, mask in enumerate(self.masks):
-            mask.threshold = self.thresholds[index]
-            mask.prune_count = self.prune_counts[index : index + 1]
+    def __init__(self, targets: list[Target], masks: list[WeightMask]) -> None:
+        self._targets = targets
+        self._masks = masks
+        self._tables: list[DeviceTable] = []
 
     def set_schedule(
         self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
     ) -> None:
-        for temperatures, tau in self.taus.items():
-            tau.fill_(config.temperature_at(temperatures, progress))
-        if final_counts is None:
-            return  # all kept: nothing was allocated yet
-        if self.known_counts is not final_counts:
-            counts = [final_counts[entry.name] for entry in self.weights]
-            self.final_counts.copy_(torch.tensor(counts, dtype=torch.float64))
-            self.known_counts = final_counts
-        torch.mul(self.final_counts, config.ramp_at(progress), out=self.scaled_counts)
-        self.prune_counts.copy_(self.scaled_counts.add_(0.5).floor_())
+        """Set the prune counts and temperatures of this progress. The thresholds stay.
+
+        Args:
+            config: the schedule.
+            progress: in epochs.
+            final_counts: for each target, the number of units to prune in the end; None if they are
+                not allocated yet, so that all weights are kept.
+        """
+        self._follow_weights()
+        ramp = config.ramp_at(progress)
+        for mask in self._masks:
+            mask.set_ramp(ramp)
+        for table in self._tables:
+            table.set_temperatures(config, progress)
+            if final_counts is not None:
+                table.set_prune_counts(final_counts, ramp)
 
     def find_thresholds(self) -> None:
-        if self.known_counts is not None and self.masks:
-            self.thresholds.copy_(thresholds(self._selected_from(), self.prune_counts))
+        """Select the thresholds of the current prune counts from the weights as they are now."""
+        for table in self._tables:
+            table.find_thresholds()
 
-    def _selected_from(self) -> list[Tensor]:
-        """What each threshold lies among: weights, or the norms of channels."""
-        values = [entry.weight.detach() for entry in self.weights]
-        of_channels = [
-            index for index, mask in enumerate(self.masks) if isinstance(mask, ChannelWeightMask)
-        ]
-        if of_channels:
-            norms = channel_norms(
-                [values[index] for index in of_channels],
-                [self.masks[index].dim for index in of_channels],
-                self.masks[of_channels[0]].rms,  # one setting of the whole configuration
+    def _follow_weights(self) -> None:
+        """Make new tables if weights have moved to another device or dtype since the last step."""
+        places: dict[_Place, list[int]] = {}
+        for index, target in enumerate(self._targets):
+            weight = target.weight
+            places.setdefault((weight.device, threshold_dtype([weight])), []).append(index)
+        if places != {table.place: table.members for table in self._tables}:
+            self._tables = [
+                DeviceTable(place, members, self._targets, self._masks)
+                for place, members in places.items()
+            ]
+
+
+class DeviceTable:
+    """Thresholds, temperatures and prune counts on one device. The masks hold slices of them.
+
+    Attributes:
+        place: the device, and the dtype of the thresholds.
+        members: the positions of the targets and masks that belong here.
+    """
+
+    def __init__(
+        self,
+        place: _Place,
+        members: list[int],
+        targets: Sequence[Target],
+        masks: Sequence[WeightMask],
+    ) -> None:
+        device, dtype = self.place = place
+        self.members = members
+        self._taus: dict[tuple[float, float], Tensor] = {}
+        self._targets: list[Target] = []  # those that have a threshold
+        self._masks: list[SelectedMask] = []
+        for index in members:
+            target, mask = targets[index], masks[index]
+            mask.tau = self._taus.setdefault(
+                target.plan.temperatures, torch.empty((), dtype=dtype, device=device)
             )
-            for index, of_weight in zip(of_channels, norms, strict=True):
-                values[index] = of_weight
-        return values
+            if isinstance(mask, SelectedMask):
+                self._targets.append(target)
+                self._masks.append(mask)
+        size = len(self._masks)
+        self._written_counts: Mapping[str, int] | None = None  # the source of _final_counts
+        self._final_counts = torch.zeros(size, dtype=torch.float64, device=device)
+        self._scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
+        self._prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
+        self._thresholds = torch.full((size,), -math.inf, dtype=dtype, device=device)
+        for index, mask in enumerate(self._masks):
+            mask.threshold = self._thresholds[index]
+            mask.prune_count = self._prune_counts[index : index + 1]
+
+    def set_temperatures(self, config: PDPConfig, progress: float) -> None:
+        for temperatures, tau in self._taus.items():
+            tau.fill_(config.temperature_at(temperatures, progress))
+
+    def set_prune_counts(self, final_counts: Mapping[str, int], ramp: float) -> None:
+        """Set each prune count to round(ramp * final count)."""
+        if self._written_counts is not final_counts:
+            counts = [final_counts[target.name] for target in self._targets]
+            self._final_counts.copy_(torch.tensor(counts, dtype=torch.float64))
+            self._written_counts = final_counts
+        torch.mul(self._final_counts, ramp, out=self._scaled_counts)
+        self._prune_counts.copy_(self._scaled_counts.add_(0.5).floor_())
+
+    def find_thresholds(self) -> None:
+        """Select the thresholds in one call, unless no counts are allocated yet."""
+        if self._written_counts is not None and self._masks:
+            weights = [target.weight for target in self._targets]
+            values = selection_values(self._masks, weights)
+            self._thresholds.copy_(find_thresholds(values, self._prune_counts))

@@ -1,7 +1,7 @@
-"""Which layers of a model have weights to prune, and who reads them."""
+"""Layers that hold prunable weights, and layers that read the weights of others."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -12,21 +12,27 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 
 
 class WeightSlot(NamedTuple):
-    """A name under which a layer holds a weight, and the weight's dimensions."""
+    """A name under which a layer holds a weight, and the weight's dimensions.
+
+    Attributes:
+        name: the attribute of the layer.
+        outputs: the dimension of the output channels.
+        inputs: the dimension of the input channels, over which the layer sums products.
+    """
 
     name: str
-    outputs: int  # the dimension of the output channels
-    inputs: int  # that of the input channels, along which products are summed
+    outputs: int
+    inputs: int
 
 
 def layer_weights(
-    model: nn.Module, kinds=PRUNABLE_LAYERS
+    model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...] = PRUNABLE_LAYERS
 ) -> Iterator[tuple[list[str], Tensor, list[nn.Module]]]:
-    """The weights of all layers of these kinds, each once: its names, itself, its layers."""
-    owners = {}
+    """Yield each weight of the layers of these types once: its names, the tensor, its layers."""
+    owners: dict[int, tuple[list[str], Tensor, list[nn.Module]]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, kinds):
-            weight = layer.weight
+            weight = cast(Tensor, layer.weight)
             names, _, layers = owners.setdefault(id(weight), ([], weight, []))
             names.append(f"{name}.weight" if name else "weight")
             layers.append(layer)
@@ -34,29 +40,33 @@ def layer_weights(
 
 
 def weight_slots(layer: nn.Module) -> list[WeightSlot]:
-    """The weights that a pruner prunes in a layer of this type unless told otherwise."""
+    """Return the weights that a pruner prunes in such a layer by default."""
     if isinstance(layer, PRUNABLE_LAYERS):
-        return [WeightSlot("weight", 0, 1)]
+        return [WeightSlot("weight", outputs=0, inputs=1)]
     if isinstance(layer, _TRANSPOSED) or _is_hugging_face_conv1d(layer):
-        return [WeightSlot("weight", 1, 0)]
+        return [WeightSlot("weight", outputs=1, inputs=0)]
     if isinstance(layer, nn.MultiheadAttention):
-        # Those it does not have are registered as None. Its output projection is a Linear.
-        return [WeightSlot(name, 0, 1) for name in _PROJECTIONS if getattr(layer, name) is not None]
+        # The layer registers absent projections as None. Its output projection is a Linear.
+        return [
+            WeightSlot(name, outputs=0, inputs=1)
+            for name in _PROJECTIONS
+            if getattr(layer, name) is not None
+        ]
     return []
 
 
 def layers_read(layer: nn.Module, training: bool) -> list[nn.Module]:
-    """The parts whose weights a layer reads itself in this mode, instead of calling them."""
+    """Return the child layers whose weights a layer reads in this mode without calling them."""
     if isinstance(layer, nn.MultiheadAttention):
         return [layer.out_proj]
     if isinstance(layer, nn.TransformerEncoderLayer) and not training:
-        # Without gradients it computes all of itself in one call.
+        # Without gradients it computes everything in one fused call.
         return [layer.linear1, layer.linear2, layer.self_attn, layer.self_attn.out_proj]
     return []
 
 
 def _is_hugging_face_conv1d(layer: nn.Module) -> bool:
-    """A Linear with a transposed weight, (inputs, outputs), as in GPT-2 of transformers."""
+    """Whether it is the Conv1D of transformers (GPT-2): a Linear of weight (inputs, outputs)."""
     return any(
         cls.__name__ == "Conv1D" and cls.__module__.partition(".")[0] == "transformers"
         for cls in type(layer).__mro__

@@ -1,4 +1,4 @@
-"""What a pruner has done so far, counted."""
+"""Reports of a pruner: sparsity, masks and multiply-accumulates, by layer and in total."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pdp_kernels.distributed.shards import ShardedList, local_shard
-from pdp_kernels.pruning.masked_layer import WeightMask
+from pdp_kernels.pruning.masks import SelectedMask, WeightMask
 from pdp_kernels.pruning.targets import Target
 
 SOFT_ZONE = (0.1, 0.9)
@@ -16,13 +16,21 @@ _COLUMNS = ("weight", "shape", "pattern", "pruned", "sparsity", "threshold", "so
 
 
 class LayerReport(NamedTuple):
-    """One weight of a model that is pruned.
+    """The report of one weight tensor.
 
-    pruned: how many of its weights the exact hard mask prunes by now; counted.
-    threshold: t; None for N:M, where every group has its own, and after finalize.
-    soft: the share of weights whose mask lies in the soft zone, 0.1 < m < 0.9; None after finalize.
-    flipped: how many decisions of the hard mask differ from the last report's; None in the first.
-    macs, kept_macs: multiply-accumulates of one inference, dense and without the pruned weights'.
+    Attributes:
+        name: the tensor's name in the model.
+        shape: the tensor's shape.
+        pattern: the pattern that the configuration gives it.
+        weights: the number of its weights.
+        pruned: how many of them the hard mask prunes now, counted in the mask.
+        threshold: t; None for N:M, where each group has its own, and after finalize.
+        soft: the fraction of weights in the soft zone, 0.1 < m < 0.9; None after finalize.
+        flipped: how many decisions of the hard mask changed since the previous report; None in the
+            first.
+        macs: multiply-accumulates of one inference with all weights; None without an input.
+        kept_macs: multiply-accumulates of one inference with the kept weights; None without an
+            input.
     """
 
     name: str
@@ -42,15 +50,18 @@ class LayerReport(NamedTuple):
 
 
 class PruningReport(NamedTuple):
-    """A model that is pruned, layer by layer and in total.
+    """The report of a model.
 
-    layers: a `LayerReport` for each pruned weight.
-    progress: in epochs.
-    mask_histogram: how many weights have a soft mask in each twentieth of [0, 1]; empty after
-        finalize.
-    flips: by report so far, its progress and the share of decisions that had flipped.
-    macs, kept_macs: those of the whole model, layers that are not pruned included; None if no
-        input was given.
+    Attributes:
+        layers: a `LayerReport` for each tensor that the pruner prunes.
+        progress: the progress in epochs.
+        mask_histogram: the number of weights with a soft mask in each twentieth of [0, 1]; empty
+            after finalize.
+        flips: for each report after the first, its progress and the fraction of decisions that
+            changed since the previous report.
+        macs: multiply-accumulates of one inference of the whole model with all weights, including
+            layers that are not pruned; None without an input.
+        kept_macs: the same with the kept weights; None without an input.
     """
 
     layers: list[LayerReport]
@@ -73,7 +84,7 @@ class PruningReport(NamedTuple):
         return self.pruned / self.weights
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, as json takes it."""
+        """Return the report as plain data that json can write."""
         return self._asdict() | {"layers": [layer._asdict() for layer in self.layers]}
 
     def __str__(self) -> str:
@@ -100,13 +111,16 @@ class PruningReport(NamedTuple):
             ).rstrip()
             for row in rows
         ]
-        if self.macs is not None:
-            share = self.kept_macs / self.macs if self.macs else 1.0
-            lines.append(f"multiply-accumulates: {self.kept_macs:,} of {self.macs:,} ({share:.2%})")
+        if self.macs is not None and self.kept_macs is not None:
+            kept = self.kept_macs / self.macs if self.macs else 1.0
+            lines.append(f"multiply-accumulates: {self.kept_macs:,} of {self.macs:,} ({kept:.2%})")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draws the sparsity of each layer, the mask's histogram and the flips over time.
+        """Plot the sparsity of each layer, the histogram of masks and the flips over time.
+
+        Args:
+            path: the file to write; its suffix selects the format.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -137,22 +151,22 @@ class PruningReport(NamedTuple):
 
 
 class ReportHistory:
-    """What one report keeps for the next: the decisions, and the flips so far."""
+    """The decisions of the last report and the flips so far, from which the next report counts."""
 
-    def __init__(self):
-        self._decisions: list[Tensor] = []  # of this rank's parts
+    def __init__(self) -> None:
+        self._decisions: list[Tensor] = []  # of the local shards
         self._flips: list[tuple[float, float]] = []
 
     @torch.no_grad()
     def report(
         self,
-        entries: list[Target],
+        targets: list[Target],
         masks: list[WeightMask] | None,
         progress: float,
         macs: tuple[int, list[int]] | None,
     ) -> PruningReport:
-        """A report; masks are None once the weights are plain, macs are of `count_macs`."""
-        weights = [entry.weight.detach() for entry in entries]
+        """Return a report. masks is None after finalize; macs is the result of `count_macs`."""
+        weights = [target.weight.detach() for target in targets]
         if masks is None:
             decisions = [local_shard(weight) != 0 for weight in weights]
             values = [torch.ones(1, device=weight.device) for weight in weights]
@@ -165,27 +179,18 @@ class ReportHistory:
         total = sum(weight.numel() for weight in weights)
         if not is_first:
             self._flips.append((progress, sum(count.flipped for count in counts) / total))
-        layers = []
-        for index, (entry, weight, count) in enumerate(zip(entries, weights, counts, strict=True)):
-            size = weight.numel()
-            pruned = size - count.kept
-            threshold = None if masks is None else masks[index].threshold
-            dense = None if macs is None else macs[1][index]
-            layers.append(
-                LayerReport(
-                    name=entry.name,
-                    shape=tuple(weight.shape),
-                    pattern=str(entry.plan.pattern),
-                    weights=size,
-                    pruned=pruned,
-                    threshold=None if threshold is None else float(threshold),
-                    soft=None if masks is None else count.soft / size,
-                    flipped=None if is_first else count.flipped,
-                    macs=dense,
-                    kept_macs=None if dense is None else dense * (size - pruned) // size,
-                )
-            )
-        spared = 0 if macs is None else sum(layer.macs - layer.kept_macs for layer in layers)
+        none = [None] * len(targets)
+        of_layers = zip(
+            targets,
+            counts,
+            none if masks is None else masks,
+            none if macs is None else macs[1],
+            strict=True,
+        )
+        layers = [_layer_report(*of_layer, is_first) for of_layer in of_layers]
+        kept_macs = None
+        if macs is not None:
+            kept_macs = macs[0] - sum(macs[1]) + sum(layer.kept_macs or 0 for layer in layers)
         histograms = [] if masks is None else [count.histogram for count in counts]
         return PruningReport(
             layers=layers,
@@ -193,12 +198,12 @@ class ReportHistory:
             mask_histogram=[sum(column) for column in zip(*histograms, strict=True)],
             flips=list(self._flips),
             macs=None if macs is None else macs[0],
-            kept_macs=None if macs is None else macs[0] - spared,
+            kept_macs=kept_macs,
         )
 
 
 class _Counts(NamedTuple):
-    """How many of a whole weight's elements are kept, have flipped, and have which soft mask."""
+    """The numbers of elements of one global weight that are kept, flipped and soft."""
 
     kept: int
     flipped: int
@@ -209,23 +214,42 @@ class _Counts(NamedTuple):
 def _count(
     weights: list[Tensor], decisions: list[Tensor], before: list[Tensor], values: list[Tensor]
 ) -> list[_Counts]:
-    """Counted on each rank's part and added up. A channel has one decision for all its weights."""
+    """Count in the local shards, and all-reduce. A channel has one decision for all its weights."""
     sharded = ShardedList(weights)
     counts = {}
-    for index, part in enumerate(sharded.shards):
+    for index, shard in enumerate(sharded.shards):
         kept, flipped = decisions[index], decisions[index] != before[index]
         low, high = SOFT_ZONE
         soft = (values[index] > low) & (values[index] < high)
         bins = (values[index].double() * _BINS).nan_to_num(0).long().clamp(0, _BINS - 1)
         histogram = torch.bincount(bins.flatten(), minlength=_BINS)
-        ones = (
-            each.sum().unsqueeze(0) * _each_counts(part, each) for each in (kept, flipped, soft)
+        totals = (
+            each.sum().unsqueeze(0) * _weights_per_value(shard, each)
+            for each in (kept, flipped, soft)
         )
-        counts[index] = torch.cat([*ones, histogram * _each_counts(part, values[index])])
+        counts[index] = torch.cat([*totals, histogram * _weights_per_value(shard, values[index])])
     rows = (total.tolist() for total in sharded.all_reduce(counts).values())
     return [_Counts(kept, flipped, soft, histogram) for kept, flipped, soft, *histogram in rows]
 
 
-def _each_counts(part: Tensor, values: Tensor) -> int:
-    """Of how many of the part's weights each of the values tells."""
-    return part.numel() // max(1, values.numel())
+def _layer_report(
+    target: Target, count: _Counts, mask: WeightMask | None, macs: int | None, is_first: bool
+) -> LayerReport:
+    size = target.weight.numel()
+    return LayerReport(
+        name=target.name,
+        shape=tuple(target.weight.shape),
+        pattern=str(target.plan.pattern),
+        weights=size,
+        pruned=size - count.kept,
+        threshold=float(mask.threshold) if isinstance(mask, SelectedMask) else None,
+        soft=None if mask is None else count.soft / size,
+        flipped=None if is_first else count.flipped,
+        macs=macs,
+        kept_macs=None if macs is None else macs * count.kept // size,
+    )
+
+
+def _weights_per_value(shard: Tensor, values: Tensor) -> int:
+    """Return the number of weights that each mask value represents."""
+    return shard.numel() // max(1, values.numel())

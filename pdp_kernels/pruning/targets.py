@@ -1,25 +1,34 @@
-"""Which weights of a model a configuration prunes, and what is done to each."""
+"""Targets: the weights of a model that a configuration prunes, and how."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from pdp_kernels.functional.validation import check_weight
 from pdp_kernels.pruning.config import LayerPlan, PDPConfig
 from pdp_kernels.pruning.layers import WeightSlot, weight_slots
+from pdp_kernels.pruning.masks import WeightMask
 
 
 @dataclass
 class Holder:
-    """A layer that holds a weight."""
+    """A layer that holds a weight.
+
+    Attributes:
+        layer_name: its name in the model.
+        layer: the layer.
+        slot: where the weight is in it.
+        attention: the attention whose output projection the layer is, if it is one.
+    """
 
     layer_name: str
     layer: nn.Module
     slot: WeightSlot
-    attention: nn.Module | None  # whose output projection the layer is
+    attention: nn.Module | None
 
     @property
     def weight_name(self) -> str:
@@ -37,7 +46,12 @@ class Holder:
 
 @dataclass
 class Target:
-    """A weight to prune, with every layer that holds it, and what is to be done to it."""
+    """A weight to prune.
+
+    Attributes:
+        holders: every layer that holds it.
+        plan: how it is pruned.
+    """
 
     holders: list[Holder]
     plan: LayerPlan
@@ -48,83 +62,89 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The Parameter as it is now; it may be replaced at any time."""
+        """The Parameter as it is now; others may replace it at any time."""
         holder = self.holders[0]
-        return holder.layer._parameters[holder.slot.name]
+        return cast(Tensor, holder.layer._parameters[holder.slot.name])
 
-    def units(self, config: PDPConfig) -> int:
-        """Of how many weights, or channels, some are pruned."""
-        if self.plan.pattern.kind == "channel":
-            return self.weight.shape[self.dim(config)]
-        return self.weight.numel()
+    @property
+    def units(self) -> int:
+        """The number of weights, or of channels, that the sparsity counts."""
+        return self.plan.pattern.units(self.weight, self.holders[0].slot)
 
-    def dim(self, config: PDPConfig) -> int:
-        """The dimension along which channels lie, or groups are formed."""
-        slot = self.holders[0].slot
-        outputs = self.plan.pattern.kind == "channel" and config.channel_dim == "output"
-        return slot.outputs if outputs else slot.inputs
+    def check_pattern_fits(self) -> None:
+        """Raise a ValueError if the weight cannot have the pattern of the plan."""
+        layers = [holder.layer for holder in self.holders]
+        self.plan.pattern.check_fits(self.name, self.weight, self.holders[0].slot, layers)
+
+    def new_mask(self) -> WeightMask:
+        return self.plan.pattern.new_mask(self.holders[0].slot, self.plan.relative)
 
 
 def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
-    """The weights to prune, each once, in the order of model.named_modules()."""
+    """Return the weights to prune, each once, in the order of model.named_modules()."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    groups = _by_weight(model)
-    _check_used(config, [holder for holders in groups for holder in holders])
-    selected = []
-    for holders in groups:
-        wanted = [holder for holder in holders if _is_wanted(holder, config)]
-        override = _first_match(config.overrides, holders)
-        left_alone = override in config.overrides and config.overrides[override] is None
-        if not wanted or left_alone:
+    candidates = _candidates(model)
+    _check_used(config, [holder for holders in candidates for holder in holders])
+    targets = []
+    for holders in candidates:
+        if not _is_wanted(holders, config):
             continue
-        if len(wanted) < len(holders):
-            if config.include is None:
-                continue  # an embedding shares it, say
-            names = [holder.weight_name for holder in holders]
-            raise ValueError(f"include must match all layers that share {names}, or none of them")
         _check_prunable(holders)
-        plan = config.plan(config.overrides.get(override))
-        entry = Target(holders, _with_own_share(plan, holders))
-        if entry.weight.numel():
-            _check_pattern_fits(entry, config)
-            selected.append(entry)
-    if not selected:
+        target = Target(holders, _plan(holders, config))
+        if target.weight.numel():
+            target.check_pattern_fits()
+            targets.append(target)
+    if not targets:
         raise ValueError(
             "model must have a weight that the configuration prunes, got a "
             f"{type(model).__name__} without any"
         )
-    return selected
+    return targets
 
 
-def _by_weight(model: nn.Module) -> list[list[Holder]]:
-    """All weights of the model that could be pruned, as the layers that hold them."""
+def _candidates(model: nn.Module) -> list[list[Holder]]:
+    """Return the holders of each weight of the model that has a matrix's dimensions or more."""
     attentions = {
         id(layer.out_proj): layer
         for layer in model.modules()
         if isinstance(layer, nn.MultiheadAttention)
     }
-    groups: dict[object, list[Holder]] = {}
+    by_weight: dict[object, list[Holder]] = {}
     for name, layer in model.named_modules():
-        usual = weight_slots(layer)
-        others = [
-            WeightSlot(weight_name, 0, 1)
+        slots = weight_slots(layer) or [
+            WeightSlot(weight_name, outputs=0, inputs=1)
             for weight_name, weight in layer._parameters.items()
-            if weight is not None and not usual and _dimensions(weight) >= 2
+            if weight is not None and _dimensions(weight) >= 2
         ]
-        for slot in usual or others:
+        for slot in slots:
             weight = layer._parameters.get(slot.name)
-            # A weight that is computed from others has no Parameter: it is an error if selected.
+            # A parametrized weight has no Parameter: an error, but only if it is to be pruned.
             key = id(weight) if weight is not None else (id(layer), slot.name)
-            groups.setdefault(key, []).append(Holder(name, layer, slot, attentions.get(id(layer))))
-    return list(groups.values())
+            holder = Holder(name, layer, slot, attentions.get(id(layer)))
+            by_weight.setdefault(key, []).append(holder)
+    return list(by_weight.values())
 
 
 def _dimensions(weight: Tensor) -> int:
-    return 2 if isinstance(weight, UninitializedTensorMixin) else weight.dim()
+    return 2 if is_lazy(weight) else weight.dim()
 
 
-def _is_wanted(holder: Holder, config: PDPConfig) -> bool:
+def _is_wanted(holders: list[Holder], config: PDPConfig) -> bool:
+    """Whether the configuration prunes the weight that these layers share."""
+    override = _first_match(config.overrides, holders)
+    wanted = [holder for holder in holders if _is_included(holder, config)]
+    if not wanted or (override is not None and config.overrides[override] is None):
+        return False
+    if len(wanted) == len(holders):
+        return True
+    if config.include is None:
+        return False  # an embedding shares it, for example
+    names = [holder.weight_name for holder in holders]
+    raise ValueError(f"include must match all layers that share {names}, or none of them")
+
+
+def _is_included(holder: Holder, config: PDPConfig) -> bool:
     if any(holder.matches(entry) for entry in config.exclude):
         return False
     if config.include is None:
@@ -132,37 +152,40 @@ def _is_wanted(holder: Holder, config: PDPConfig) -> bool:
     return any(holder.matches(entry) for entry in config.include)
 
 
-def _first_match(entries: Mapping, holders: list[Holder]) -> str | None:
+def _first_match(entries: Mapping[str, Any], holders: list[Holder]) -> str | None:
     matching = (entry for entry in entries if any(holder.matches(entry) for holder in holders))
     return next(matching, None)
 
 
-def _with_own_share(plan: LayerPlan, holders: list[Holder]) -> LayerPlan:
-    """The plan, with this layer's share of a configuration that gives shares by layer."""
-    if not isinstance(plan.sparsity, Mapping):
-        return plan
-    entry = _first_match(plan.sparsity, holders)
-    if entry is None:
+def _plan(holders: list[Holder], config: PDPConfig) -> LayerPlan:
+    """Return how the weight is pruned, with the layer's own fraction if there are such."""
+    override = _first_match(config.overrides, holders)
+    changes = None if override is None else config.overrides[override]
+    if not isinstance(config.sparsity, Mapping):
+        return config.plan(changes)
+    entry = _first_match(config.sparsity, holders)
+    plan = config.plan(changes, None if entry is None else config.sparsity[entry])
+    if plan.sparsity is None:
         raise ValueError(
-            f"sparsity must have a share for {holders[0].weight_name} (or exclude it), "
-            f"got shares for {list(plan.sparsity)}"
+            f"sparsity must have a fraction for {holders[0].weight_name} (or exclude it), "
+            f"got fractions for {list(config.sparsity)}"
         )
-    return plan._replace(sparsity=plan.sparsity[entry])
+    return plan
 
 
 def _check_used(config: PDPConfig, holders: list[Holder]) -> None:
-    """A glob that matches nothing is a slip of the pen. A type may be excluded for good measure."""
+    """Reject entries that match nothing, except a type that is excluded as a precaution."""
     for field, entry in _entries(config):
-        if not any(holder.matches(entry) for holder in holders):
-            if field == "exclude" and isinstance(entry, type):
-                continue
+        if any(holder.matches(entry) for holder in holders):
+            continue
+        if field != "exclude" or not isinstance(entry, type):
             raise ValueError(f"{field} must match layers of the model, got {entry!r} without any")
 
 
 def _entries(config: PDPConfig) -> Iterator[tuple[str, str | type]]:
-    shares = config.sparsity if isinstance(config.sparsity, Mapping) else ()
+    fractions = config.sparsity if isinstance(config.sparsity, Mapping) else ()
     fields = ("include", config.include or ()), ("exclude", config.exclude)
-    for field, entries in (*fields, ("overrides", config.overrides), ("sparsity", shares)):
+    for field, entries in (*fields, ("overrides", config.overrides), ("sparsity", fractions)):
         for entry in entries:
             yield field, entry
 
@@ -181,7 +204,7 @@ def _check_prunable(holders: list[Holder]) -> None:
                 f"model must hold {name} as a parameter, got one that is computed from others: "
                 "remove the parametrization first, or exclude it"
             )
-        if isinstance(weight, UninitializedTensorMixin):
+        if is_lazy(weight):
             raise ValueError(f"model's {name} must have its shape: run the lazy layer once first")
         if "forward" in vars(layer):
             raise ValueError(
@@ -195,19 +218,3 @@ def _check_prunable(holders: list[Holder]) -> None:
                 f"{tuple(weight.shape)}: FullyShardedDataParallel flattens weights, fully_shard "
                 "does not"
             )
-
-
-def _check_pattern_fits(entry: Target, config: PDPConfig) -> None:
-    kind, dim = entry.plan.pattern.kind, entry.dim(config)
-    if kind == "nm" and entry.weight.shape[dim] % entry.plan.pattern.m:
-        raise ValueError(
-            f"model's {entry.name} must have a number of inputs that is divisible by M = "
-            f"{entry.plan.pattern.m}, got shape {tuple(entry.weight.shape)}; exclude it"
-        )
-    if kind == "channel" and dim == 1:
-        for holder in entry.holders:
-            if getattr(holder.layer, "groups", 1) > 1:
-                raise ValueError(
-                    f"model's {entry.name} must not be that of a grouped convolution, whose "
-                    f"{config.channel_dim} channels are not along one dimension; exclude it"
-                )

@@ -99,9 +99,9 @@ BAD = {
     "sparsity above 1": ({"sparsity": 1.1}, ValueError, r"sparsity must be in \[0, 1\], got 1.1"),
     "sparsity of text": ({"sparsity": "0.9"}, TypeError, "sparsity.*got str"),
     "sparsity NaN": ({"sparsity": math.nan}, ValueError, "sparsity.*got nan"),
-    "shares, global": ({"sparsity": {"fc": 0.5}}, ValueError, 'scope must be "layer".*global'),
-    "no shares": ({"sparsity": {}, "scope": "layer"}, ValueError, "sparsity.*empty mapping"),
-    "a bad share": (
+    "fractions, global": ({"sparsity": {"fc": 0.5}}, ValueError, 'scope must be "layer".*global'),
+    "no fractions": ({"sparsity": {}, "scope": "layer"}, ValueError, "sparsity.*empty mapping"),
+    "a bad fraction": (
         {"sparsity": {"fc": 2}, "scope": "layer"},
         ValueError,
         r"sparsity\['fc'\] must be in \[0, 1\], got 2",

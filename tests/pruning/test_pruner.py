@@ -441,17 +441,17 @@ BAD_MODELS = {
     "include type": (mlp(), {"include": [nn.Conv2d]}, ValueError, "include must match layers"),
     "exclude": (mlp(), {"exclude": ["head"]}, ValueError, "exclude must match layers.*'head'"),
     "override": (mlp(), {"overrides": {"head": None}}, ValueError, "overrides must match.*'head'"),
-    "share": (
+    "fraction": (
         mlp(),
         {"sparsity": {"7": 1, "*": 0}, "scope": "layer"},
         ValueError,
         "sparsity must match.*'7'",
     ),
-    "no share": (
+    "no fraction": (
         mlp(),
         {"sparsity": {"0": 1}, "scope": "layer"},
         ValueError,
-        "a share for 2.weight",
+        "a fraction for 2.weight",
     ),
     "cap": (mlp(), {"max_layer_sparsity": 0.4}, ValueError, "max_layer_sparsity must leave 704"),
 }

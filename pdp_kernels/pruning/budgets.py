@@ -1,0 +1,61 @@
+"""Final prune counts: the sparsity of each layer, or its part of a global budget."""
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+from pdp_kernels.functional.allocation import check_budget, global_prune_counts
+from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
+from pdp_kernels.pruning.patterns import Pattern
+from pdp_kernels.pruning.targets import Target
+
+
+def check_budgets(targets: Sequence[Target], config: PDPConfig) -> None:
+    """Raise a ValueError if the cap per layer leaves less than a global budget to prune."""
+    for members in _budgets(targets):
+        sizes = [targets[index].units for index in members]
+        check_budget(sizes, _global_sparsity(config), config.max_layer_sparsity)
+
+
+def final_counts(
+    targets: Sequence[Target], masks: Sequence[WeightMask], config: PDPConfig
+) -> dict[str, int]:
+    """Return how many units of each target are pruned in the end, from the weights as they are now.
+
+    Args:
+        targets: the weights to prune.
+        masks: the mask of each target.
+        config: the configuration that the targets are from.
+
+    Returns:
+        For each target's name, the number of weights or channels.
+    """
+    counts: dict[str, int] = {}
+    for target in targets:
+        if target.plan.sparsity is not None:
+            counts[target.name] = math.floor(target.plan.sparsity * target.units + 0.5)
+    for members in _budgets(targets):
+        # A pattern that leaves the sparsity to a global budget has masks with a threshold.
+        selected = [cast(SelectedMask, masks[index]) for index in members]
+        allocated = global_prune_counts(
+            selection_values(selected, [targets[index].weight for index in members]),
+            _global_sparsity(config),
+            max_layer_sparsity=config.max_layer_sparsity,
+        )
+        counts.update(zip((targets[index].name for index in members), allocated, strict=True))
+    return {target.name: counts[target.name] for target in targets}
+
+
+def _budgets(targets: Sequence[Target]) -> list[list[int]]:
+    """Return the positions of the targets of each global budget: one for each pattern."""
+    budgets: dict[Pattern, list[int]] = {}
+    for index, target in enumerate(targets):
+        if target.plan.sparsity is None:
+            budgets.setdefault(target.plan.pattern, []).append(index)
+    return list(budgets.values())
+
+
+def _global_sparsity(config: PDPConfig) -> float:
+    """Return the sparsity of the global budgets, which is no mapping: that needs scope "layer"."""
+    return cast(float, config.sparsity)

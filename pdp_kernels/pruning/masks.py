@@ -1,0 +1,207 @@
+"""Masks of weights: the soft mask of the training, and the exact hard mask of the evaluation.
+
+The constants of a mask are tensors that a `DeviceTable` writes in place, so that a compiled or
+captured training step follows the schedule.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from pdp_kernels.distributed.order_statistics import hard_mask_of_shard
+from pdp_kernels.distributed.shards import (
+    global_indices,
+    is_distributed,
+    is_sharded,
+    local_shard,
+    map_shards,
+)
+from pdp_kernels.distributed.sums import channel_norms, shard_by_channels
+from pdp_kernels.functional.soft_mask import autocast_dtype, masked_weight
+from pdp_kernels.functional.validation import check_divisible
+from pdp_kernels.ops.autograd import MaskedChannels
+from pdp_kernels.ops.reference import threshold_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class WeightMask(ABC):
+    """The mask of one weight.
+
+    Attributes:
+        relative: whether tau is relative to the squared threshold.
+        tau: the temperature, ().
+    """
+
+    tau: Tensor
+
+    def __init__(self, relative: bool) -> None:
+        self.relative = relative
+
+    @abstractmethod
+    def soft(self, weight: Tensor) -> Tensor:
+        """Return the softly masked weight, differentiable."""
+
+    @abstractmethod
+    def values(self, weight: Tensor) -> Tensor:
+        """Return the soft mask of the local shard; for channels one value per channel."""
+
+    @abstractmethod
+    def kept(self, weight: Tensor) -> Tensor:
+        """Return the hard mask of the local shard, bool, of a shape that broadcasts with it."""
+
+    @abstractmethod
+    def set_ramp(self, fraction: float) -> None:
+        """Prune this fraction of the final number, if the mask holds the number itself."""
+
+    def to(self, weight: Tensor) -> None:
+        """Move the constants to the weight's device and threshold dtype."""
+        self.tau = self.tau.to(weight.device, threshold_dtype([weight]))
+
+
+class SelectedMask(WeightMask):
+    """A mask with one threshold, found by selection among the values of the global weight.
+
+    Attributes:
+        threshold: t, ().
+        prune_count: how many units the hard mask prunes, int64 (1,).
+    """
+
+    threshold: Tensor
+    prune_count: Tensor
+
+    @abstractmethod
+    def selection_values(self, weight: Tensor) -> Tensor:
+        """Return the values whose magnitudes the threshold is selected from."""
+
+    def set_ramp(self, fraction: float) -> None:
+        """Do nothing: a `DeviceTable` writes the prune counts of all masks at once."""
+
+    def to(self, weight: Tensor) -> None:
+        super().to(weight)
+        self.threshold = self.threshold.to(self.tau)
+        self.prune_count = self.prune_count.to(weight.device)
+
+    def _soft_mask(self, values: Tensor) -> Tensor:
+        return torch.ops.pdp.soft_mask(
+            values, self.threshold, self.tau, self.relative, self.tau.dtype, True
+        )[1]
+
+
+class UnstructuredMask(SelectedMask):
+    """A mask with one value for each weight."""
+
+    def selection_values(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def soft(self, weight: Tensor) -> Tensor:
+        constants = (self.threshold, self.tau, None, self.relative, autocast_dtype(weight), False)
+        return masked_weight(weight, constants)[0]
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self._soft_mask(local_shard(weight))
+
+    def kept(self, weight: Tensor) -> Tensor:
+        return hard_mask_of_shard(weight, self.prune_count)
+
+
+class ChannelMask(SelectedMask):
+    """A mask with one value for each channel along dim."""
+
+    def __init__(self, relative: bool, dim: int, rms: bool) -> None:
+        super().__init__(relative)
+        self.dim = dim
+        self.rms = rms
+
+    def selection_values(self, weight: Tensor) -> Tensor:
+        return channel_norms([weight.detach()], [self.dim], self.rms)[0]
+
+    def soft(self, weight: Tensor) -> Tensor:
+        out_dtype = autocast_dtype(weight)
+
+        def masked(shard: Tensor) -> Tensor:
+            norms = torch.ops.pdp.channel_norms(shard.detach(), self.dim, self.rms)
+            return MaskedChannels.apply(
+                shard, norms, self.threshold, self.tau, self.dim, self.relative, self.rms, out_dtype
+            )[0]
+
+        if not is_distributed(weight):
+            return masked(weight)
+        by_channels = cast("DTensor", shard_by_channels(weight, self.dim))
+        w_hat: DTensor = map_shards(masked, by_channels)
+        return w_hat if by_channels is weight else w_hat.redistribute(placements=weight.placements)
+
+    def values(self, weight: Tensor) -> Tensor:
+        return self._soft_mask(self._of_shard(weight, self.selection_values(weight)))
+
+    def kept(self, weight: Tensor) -> Tensor:
+        kept = torch.ops.pdp.hard_mask(self.selection_values(weight), self.prune_count)
+        kept = self._of_shard(weight, kept)
+        return kept.view([-1 if dim == self.dim else 1 for dim in range(weight.dim())])
+
+    def _of_shard(self, weight: Tensor, of_channels: Tensor) -> Tensor:
+        """Return the values of the local shard's channels, given those of all channels."""
+        return of_channels[global_indices(weight, self.dim)] if is_sharded(weight) else of_channels
+
+
+class GroupMask(WeightMask):
+    """A mask that prunes the same number in each N:M group. The kernel finds the thresholds.
+
+    Attributes:
+        pruned: how many weights of each group are pruned so far. A number, not a tensor: a captured
+            graph keeps the one that it was captured with, and a compiled step compiles once for
+            each.
+    """
+
+    def __init__(self, relative: bool, n: int, m: int, dim: int) -> None:
+        super().__init__(relative)
+        self.n = n
+        self.m = m
+        self.dim = dim
+        self.pruned = 0
+
+    def set_ramp(self, fraction: float) -> None:
+        """Prune round(fraction (M - N)) weights of each group."""
+        self.pruned = math.floor(fraction * (self.m - self.n) + 0.5)
+
+    def soft(self, weight: Tensor) -> Tensor:
+        self._check_groups(weight)
+        group = (self.m, self.pruned, self.dim)
+        constants = (None, self.tau, group, self.relative, autocast_dtype(weight), False)
+        return masked_weight(weight, constants)[0]
+
+    def values(self, weight: Tensor) -> Tensor:
+        self._check_groups(weight)
+        group = (self.m, self.pruned, self.dim)
+        return torch.ops.pdp.soft_mask_nm(
+            local_shard(weight), self.tau, *group, self.relative, self.tau.dtype, True
+        )[1]
+
+    def kept(self, weight: Tensor) -> Tensor:
+        self._check_groups(weight)
+        return torch.ops.pdp.hard_mask_nm(local_shard(weight), self.m, self.pruned, self.dim)
+
+    def _check_groups(self, weight: Tensor) -> None:
+        # The weight may have been sharded after the pruner checked it.
+        if is_distributed(weight):
+            check_divisible("a masked layer's weight", weight, self.m, self.dim)
+
+
+def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return what each threshold is selected from. Takes one collective for all channel norms."""
+    values = [weight.detach() for weight in weights]
+    channels = {index: mask for index, mask in enumerate(masks) if isinstance(mask, ChannelMask)}
+    if channels:
+        norms = channel_norms(
+            [values[index] for index in channels],
+            [mask.dim for mask in channels.values()],
+            next(iter(channels.values())).rms,  # one setting for the whole configuration
+        )
+        for index, of_weight in zip(channels, norms, strict=True):
+            values[index] = of_weight
+    return values

@@ -1,0 +1,142 @@
+"""Patterns of pruning: what a sparsity counts, which weights fit, and which mask they get."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pdp_kernels.ops.arguments import MAX_GROUP
+from pdp_kernels.pruning.layers import WeightSlot
+from pdp_kernels.pruning.masks import ChannelMask, GroupMask, UnstructuredMask, WeightMask
+
+
+class Pattern(ABC):
+    """What is pruned together. Equal patterns of a configuration share its global budget."""
+
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """The only sparsity that the pattern has, or None if any will do."""
+        return None
+
+    @abstractmethod
+    def units(self, weight: Tensor, slot: WeightSlot) -> int:
+        """Return the number of units that a sparsity counts in a weight: weights or channels."""
+
+    @abstractmethod
+    def check_fits(
+        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
+    ) -> None:
+        """Raise a ValueError if the weight of these layers cannot have the pattern."""
+
+    @abstractmethod
+    def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
+        """Return a mask for one weight."""
+
+
+@dataclass(frozen=True)
+class UnstructuredPattern(Pattern):
+    """Single weights."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def units(self, weight: Tensor, slot: WeightSlot) -> int:
+        return weight.numel()
+
+    def check_fits(
+        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
+    ) -> None:
+        """Every weight fits."""
+
+    def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
+        return UnstructuredMask(relative)
+
+
+@dataclass(frozen=True)
+class GroupPattern(Pattern):
+    """N:M: N weights are kept of every M consecutive inputs."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def fixed_sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def units(self, weight: Tensor, slot: WeightSlot) -> int:
+        return weight.numel()
+
+    def check_fits(
+        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
+    ) -> None:
+        if weight.shape[slot.inputs] % self.m:
+            raise ValueError(
+                f"model's {name} must have a number of inputs that is divisible by M = {self.m}, "
+                f"got shape {tuple(weight.shape)}; exclude it"
+            )
+
+    def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
+        return GroupMask(relative, self.n, self.m, slot.inputs)
+
+
+@dataclass(frozen=True)
+class ChannelPattern(Pattern):
+    """Whole channels.
+
+    Attributes:
+        channels: "output" or "input".
+        norm: "rms" or "l2", by which channels are compared.
+    """
+
+    channels: str
+    norm: str
+
+    def __str__(self) -> str:
+        return "channel"
+
+    def units(self, weight: Tensor, slot: WeightSlot) -> int:
+        return weight.shape[self._dim(slot)]
+
+    def check_fits(
+        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
+    ) -> None:
+        if self._dim(slot) == 1 and any(getattr(layer, "groups", 1) > 1 for layer in layers):
+            raise ValueError(
+                f"model's {name} must not be that of a grouped convolution, whose {self.channels} "
+                "channels are not along one dimension; exclude it"
+            )
+
+    def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
+        return ChannelMask(relative, self._dim(slot), self.norm == "rms")
+
+    def _dim(self, slot: WeightSlot) -> int:
+        return slot.outputs if self.channels == "output" else slot.inputs
+
+
+def parse_pattern(name: str, pattern: str, channels: str, norm: str) -> Pattern:
+    """Return the pattern that a configuration spells "unstructured", "channel" or "N:M".
+
+    Args:
+        name: of the value, for the error.
+        pattern: the spelling.
+        channels: which channels "channel" prunes, "output" or "input".
+        norm: by which "channel" compares them, "rms" or "l2".
+
+    Raises:
+        ValueError: another spelling.
+    """
+    if pattern == "unstructured":
+        return UnstructuredPattern()
+    if pattern == "channel":
+        return ChannelPattern(channels, norm)
+    n, colon, m = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
+    if colon and n.isdecimal() and m.isdecimal() and 1 <= int(n) < int(m) <= MAX_GROUP:
+        return GroupPattern(int(n), int(m))
+    raise ValueError(
+        f'{name} must be "unstructured", "channel" or "N:M" with 1 <= N < M <= {MAX_GROUP}, '
+        f"got {pattern!r}"
+    )
