@@ -1,11 +1,11 @@
-// Every CUDA kernel that ships, without Torch: for the compilers' reports.
+// Every CUDA kernel of the package, without Torch, for the reports of instruments/compiled.py.
 #include "../csrc/cuda/digit_counts.cuh"
 #include "../csrc/cuda/hard_mask.cuh"
 #include "../csrc/cuda/power_sums.cuh"
 #include "../csrc/cuda/prune_counts.cuh"
 #include "../csrc/cuda/thresholds.cuh"
 
-// What launches a kernel makes the compiler generate it.
+// The compiler generates the kernels that a function launches.
 cudaError_t launch_all(const pdp::ThresholdRequest& thresholds,
                        const pdp::DigitCountsRequest& digit_counts,
                        const pdp::HardMaskRequest& hard_mask,

@@ -1,10 +1,10 @@
-"""The CUDA kernels, compiled by nvcc, and the loops in which they read their weights.
+"""Find the loops in which the CUDA kernels, compiled by nvcc, read their weights.
 
-A hot loop is an innermost one of the loops whose loads come from a source line that reads weights.
-nvcc -lineinfo, which changes no instruction, tells the lines. Where the compiler unrolled a loop
-and left another for the rest, the one that reads more counts. An iteration handles as many weights
-as these loads read. A loop in a hot loop that reads none (it writes out candidates, once in a
-while) counts as if it ran once in every iteration.
+A hot loop is an innermost loop among those with loads from a source line that reads weights. nvcc
+-lineinfo, which changes no instruction, tells the lines. If the compiler unrolled a loop and left
+another for the remainder, the one that reads more counts. An iteration handles as many weights as
+its loads read. A loop inside a hot loop that reads none (it writes candidates now and then) counts
+as if it ran once in every iteration.
 """
 
 import os
@@ -30,14 +30,14 @@ SIZES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8}
 
 
 class HotLoop(NamedTuple):
-    kernel: str  # its template's name
+    kernel: str  # name of the template
     title: str
-    reads: str  # what the source line of its loads contains
-    contains: str = ""  # what another source line in the loop contains
+    reads: str  # text of the source line with its loads
+    contains: str = ""  # text of another source line in the loop
     writes: int = 0  # bytes for each weight
 
 
-# Of those of one kernel the first that fits counts.
+# For each kernel, the first that matches counts.
 HOT_LOOPS = [
     HotLoop("first_digit_kernel", "thresholds first digit packed", "packets[", "2 == 0 ? 1u"),
     HotLoop("first_digit_kernel", "thresholds first digit", "packets["),
@@ -59,8 +59,8 @@ HOT_LOOPS = [
     HotLoop("sum_tiles_kernel<(Norms)3>", "power_sums any p, q", "weights[i]"),
 ]
 
-# The dtype of a loop's weights, by the kernel's first template argument, or by source lines in the
-# loop where the kernel serves several.
+# The dtype of a loop's weights: from the kernel's first template argument, or from source lines in
+# the loop if the kernel handles several dtypes.
 ARGUMENT_DTYPES = {
     "double": "f64",
     "unsigned long": "f64",
@@ -78,10 +78,10 @@ WIDTH_DTYPES = {64: "f64", 32: "f32", 16: "bf16"}
 
 
 def find_nvcc() -> Path:
-    """Return nvcc's path: on PATH, in CUDA_HOME, or where it usually is.
+    """Return the path of nvcc, from PATH, CUDA_HOME or its usual place.
 
     Raises:
-        RuntimeError: it is in none of them.
+        RuntimeError: there is no nvcc in any of them.
     """
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
@@ -91,25 +91,25 @@ def find_nvcc() -> Path:
 
 
 def nvcc_version() -> str:
-    """Return its release, such as 13.0.88."""
+    """Return the release of nvcc, such as 13.0.88."""
     printed = subprocess.check_output([find_nvcc(), "--version"], text=True)
     return re.search(r"release .*, V([\d.]+)", printed)[1]
 
 
 def sources() -> list[Path]:
-    """Return what the kernels are compiled from."""
+    """Return the source files of the kernels."""
     return [KERNELS, *(path for path in cuda_sources() if ROOT / "csrc" in path.parents)]
 
 
 def compile_cuda(architecture: str) -> Path:
-    """Return a cubin of all CUDA kernels."""
+    """Compile all CUDA kernels and return the cubin."""
     name = f"kernels_{architecture}.cubin"
     command = [find_nvcc(), *FLAGS, f"-arch={architecture}", KERNELS, "-o", name]
     return build(name, sources(), command)
 
 
 def read_kernels(architecture: str) -> dict[str, Function]:
-    """Return the CUDA kernels by their names in C++, such as write_mask_kernel<float>."""
+    """Return the CUDA kernels by their C++ names, such as write_mask_kernel<float>."""
     cubin = compile_cuda(architecture)
     functions = disassemble_with_lines(cubin, read_cubin(cubin.read_bytes()))
     mangled = "\n".join(function.kernel.name for function in functions)
@@ -126,14 +126,14 @@ def _source(path: str) -> list[str]:
 
 
 def _lines(instructions: Iterable[Instruction]) -> set[str]:
-    """The project's source lines that instructions come from, and those they were inlined at."""
+    """Return the project's source lines of instructions, and of the calls they were inlined at."""
     places = {place for instruction in instructions for place in instruction.places}
     # nvdisasm names a wrong file now and then, which may be shorter.
     return {_source(path)[line - 1] for path, line in places if line <= len(_source(path))}
 
 
 def measure_cuda(architecture: str) -> Compiled:
-    """Return all kernels, and what their hot loops cost."""
+    """Compile all kernels and return them with the costs of their hot loops."""
     functions = read_kernels(architecture)
     found: dict[str, Measured] = {}
     for name, function in functions.items():
@@ -144,7 +144,7 @@ def measure_cuda(architecture: str) -> Compiled:
                     found[hot.name] = hot
     names = [f"{hot.title} {dtype}" for hot in HOT_LOOPS for dtype in SIZES]
     if missing := {hot.title for hot in HOT_LOOPS} - {name.rpartition(" ")[0] for name in found}:
-        raise RuntimeError(f"no loop for {sorted(missing)}: lines that HOT_LOOPS names are gone")
+        raise RuntimeError(f"no loop for {sorted(missing)}: no line has the text of HOT_LOOPS")
     kernels = {name: function.kernel for name, function in functions.items()}
     return Compiled.of(kernels, [found[name] for name in names if name in found])
 
@@ -173,7 +173,7 @@ def _measure_loop(
 
 
 def _reading(function: Function, blocks: set[int], text: str) -> list[Instruction]:
-    """The loads that come from a source line with this text."""
+    """Return the loads from a source line that contains `text`."""
     return [
         instruction
         for instruction in function.instructions(blocks)

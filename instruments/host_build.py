@@ -1,4 +1,4 @@
-"""The CUDA kernels' own sources, compiled for the CPU and called with CPU tensors."""
+"""The sources of the CUDA kernels, compiled for the CPU and called with CPU tensors."""
 
 import ctypes
 import json
@@ -18,15 +18,15 @@ ADA_SHARED_MEMORY = 99 * 1024  # 16-bit counters
 
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
 
-# What results are followed by: a kernel that writes beyond its result changes it.
+# Elements after each result. A kernel that writes beyond its result changes them.
 GUARD = 64
 
 
 def build_library(counting: bool = False):
-    """Return the path of host_cuda/library.cpp as a shared library.
+    """Compile host_cuda/library.cpp and return the path of the shared library.
 
     Args:
-        counting: compiled so that it tells host_cuda/counters.cpp of each access.
+        counting: whether it calls host_cuda/counters.cpp for each access.
     """
     plain = [CXX, *FLAGS, "-O2", "-I", HOST_CUDA, "-c"]
     kernels = [*plain, "-fsanitize=thread"] if counting else plain
@@ -42,13 +42,13 @@ def build_library(counting: bool = False):
 
 
 class KernelError(Exception):
-    """What the CUDA model saw a kernel do wrong."""
+    """A mistake of a kernel that the CUDA model detected."""
 
 
 class HostBuild:
-    """The operators of csrc/cuda on CPU tensors, in the order of threads that a seed draws.
+    """The operators of csrc/cuda on CPU tensors. A seed determines the order of threads.
 
-    Weights and masks are dense, in the order in which they lie in memory.
+    Weights and masks must be dense, and are read in the order of memory.
     """
 
     def __init__(self, counting: bool = False):
@@ -61,15 +61,15 @@ class HostBuild:
         self._library.host_device(multiprocessors, shared_memory, ctypes.c_uint64(seed))
 
     def launches(self) -> int:
-        """Return how many kernels the latest call launched."""
+        """Return the number of kernels that the last call launched."""
         return self._library.host_launches()
 
     def workspace_bytes(self) -> int:
-        """Return the bytes of workspace that the latest call had."""
+        """Return the size of the last call's workspace."""
         return self._library.host_workspace_bytes()
 
     def thresholds(self, weights: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the thresholds, and how many candidates each weight collected (-1: not known)."""
+        """Return the thresholds, and the number of candidates of each weight (-1: not known)."""
         result = torch.full((len(weights),), torch.nan, dtype=reference.threshold_dtype(weights))
         buffered = torch.full((len(weights),), -1)
         one_width = len({weight.dtype for weight in weights}) == 1 and weights[0].itemsize > 2
@@ -119,7 +119,7 @@ class HostBuild:
         return _guarded(result)
 
     def self_test(self, *kernels: str) -> Tensor:
-        """Run kernels of host_cuda/self_test.cpp; return the 1,024 words of memory they leave."""
+        """Run kernels of host_cuda/self_test.cpp and return their memory, 1,024 words."""
         words = torch.zeros(1024, dtype=torch.int32)
         self._call("self_test", "".join(f"{kernel}\n" for kernel in kernels).encode(), words)
         return words
@@ -136,7 +136,7 @@ class HostBuild:
 
 
 def _views(weights: Sequence[Tensor]) -> tuple:
-    """Number, addresses, sizes and types of a list of weights."""
+    """Return the number, addresses, sizes and types of a list of weights."""
     count = len(weights)
     return (
         ctypes.c_int64(count),
@@ -147,13 +147,13 @@ def _views(weights: Sequence[Tensor]) -> tuple:
 
 
 def _guarded(result: Tensor) -> Tensor:
-    """Return the result without its guard, which must be as it was."""
+    """Return the result without its guard, which must be unchanged."""
     assert (result[-GUARD:] == -7).all(), "a kernel wrote beyond its result"
     return result[:-GUARD]
 
 
 class BufferBytes(NamedTuple):
-    """What one launch did to one buffer ("shared memory" is one)."""
+    """The accesses of one launch to one buffer ("shared memory" is one)."""
 
     launch: int
     kernel: str
@@ -164,7 +164,7 @@ class BufferBytes(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """Requests of warps to one memory. cost: 32-byte sectors, or passes over the banks."""
+    """The requests of warps to one memory. cost: 32-byte sectors, or passes over the banks."""
 
     launch: int
     kernel: str
@@ -176,7 +176,7 @@ class Requests(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a call did. stale_loads: read-only loads of what a kernel had written."""
+    """The accesses of a call. stale_loads: read-only loads of memory that a kernel had written."""
 
     bytes: list[BufferBytes]
     requests: list[Requests]
@@ -185,24 +185,24 @@ class Counts(NamedTuple):
     workspace_bytes: int
 
     def moved(self, buffer: str | None = None) -> int:
-        """Return the bytes read and written in device memory, or in one buffer of it."""
+        """Return the bytes read and written in device memory, or in one buffer."""
         rows = [row for row in self.bytes if row.buffer != "shared memory"]
         rows = rows if buffer is None else [row for row in rows if row.buffer == buffer]
         return sum(row.read + row.written for row in rows)
 
 
 class CountingBuild(HostBuild):
-    """A HostBuild that counts what a call moves."""
+    """A HostBuild that counts the memory accesses of a call."""
 
     def __init__(self):
         super().__init__(counting=True)
         self._library.host_cuda_counts.restype = ctypes.c_char_p
 
     def count(self, call: Callable[[], object], trace: bool = False) -> Counts:
-        """Return what `call`, one operator of this build, moved.
+        """Return the memory accesses of `call`, one operator of this build.
 
         Args:
-            trace: count warps' requests too, which takes a hundred times as long.
+            trace: whether to count warps' requests too, which takes a hundred times as long.
         """
         self._library.host_cuda_start_counting(int(trace))
         call()

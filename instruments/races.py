@@ -1,16 +1,17 @@
-"""Looks for races in the CUDA kernels, on a CPU: `python -m instruments.races`.
+"""Find races in the CUDA kernels, on a CPU: `python -m instruments.races`.
 
-The kernels' own sources are compiled against the CUDA model of instruments/host_cuda, with every
-CUDA thread a fiber of ThreadSanitizer. It reports two accesses of one place, at least one of them a
-plain write, that no barrier, no fence with an atomic and no end of a kernel puts in an order,
-whether or not anything went wrong. Each workload of host_cuda/workloads.cu also checks its answers.
+The sources of the kernels are compiled for the CUDA model of instruments/host_cuda, where every
+CUDA thread is a fiber of ThreadSanitizer. ThreadSanitizer reports two accesses of one place, at
+least one of them a plain write, that no barrier, no fence with an atomic and no end of a kernel
+orders, even if the result was right. Each workload of host_cuda/workloads.cu also checks its
+results.
 
-Mutations are deliberate mistakes, such as a barrier left out. The checker must report each: that is
-how it is known to see. They are all in one build of a changed copy of the sources, and one of them
-is switched on for a run.
+Mutations are deliberate mistakes, such as a missing barrier. The checker must report each of them,
+which shows that it can. One build of a changed copy of the sources has all mutations, and each run
+switches one of them on.
 
 Not modelled: a read through `__ldg` that finds a stale line in the cache (host_cuda/counters.cpp
-looks for those), and orders that the fibers' scheduler did not draw. Needs g++ on x86-64 Linux.
+detects those), and orders that the scheduler of fibers did not draw. Needs g++ on x86-64 Linux.
 """
 
 import argparse
@@ -25,18 +26,18 @@ from typing import NamedTuple
 
 from instruments.build import CXX, HOST_CUDA, KEPT, ROOT, build, content_digest, cuda_sources
 
-# -O1: at -O2 compiling takes longer than the run. Loops are unrolled by pragmas for nvcc alone.
+# -O1: at -O2 the compilation takes longer than the run. The pragmas that unroll loops are for nvcc.
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
 
-# A report is one line here; the kernels' threads need no long history to be told apart.
+# Only one line of each report is used, so ThreadSanitizer needs no long history of accesses.
 TSAN_OPTIONS = "halt_on_error=0 history_size=0 print_suppressions=0"
 
 
 class Mutation(NamedTuple):
-    """A deliberate mistake: `statement`, where it stands in `context`, becomes `instead`.
+    """A deliberate mistake: `instead` replaces `statement` in `context`.
 
-    context: text that stands once in the file of csrc/cuda.
-    workload: one that runs into it.
+    context: text that occurs once in the file of csrc/cuda.
+    workload: one that executes the statement.
     """
 
     name: str
@@ -75,7 +76,7 @@ MUTATIONS = [
         FENCE,
     ),
     Mutation(
-        "find_rank: no barrier before the warps' sums are read",
+        "find_rank: no barrier before the sums of warps are read",
         "block.cuh",
         "= inclusive;\n  __syncthreads();",
         BARRIER,
@@ -99,7 +100,7 @@ MUTATIONS = [
         BARRIER,
     ),
     Mutation(
-        "start_selection: a shared histogram cleared by plain stores",
+        "start_selection: plain stores clear a histogram that tensors share",
         "weight_table.cuh",
         "      atomicExch(&histogram[bin], Count{0});",
         "atomicExch(&histogram[bin], Count{0});",
@@ -173,7 +174,7 @@ MUTATIONS = [
         workload="digit-counts-float32",
     ),
     Mutation(
-        "add_tiles: no barrier before the warps' sums are added",
+        "add_tiles: no barrier before the sums of warps are added",
         "power_sums.cuh",
         "  __syncthreads();\n  if (threadIdx.x != 0) return;",
         BARRIER,
@@ -183,21 +184,21 @@ MUTATIONS = [
 
 
 class Report(NamedTuple):
-    """races: where each was found, `file:line function`. wrong: lines about wrong answers."""
+    """races: the place of each, as `file:line function`. wrong: lines about wrong results."""
 
     races: list[str]
     wrong: list[str]
 
 
 def mutated_sources() -> Path:
-    """Return a copy of csrc and instruments/host_cuda in which any mutation can be switched on."""
+    """Return a copy of csrc and instruments/host_cuda in which each mutation can be switched on."""
     texts = {path: path.read_text() for path in cuda_sources()}
     edits: dict[Path, list[tuple[int, int, str]]] = {}
     for number, mutation in enumerate(MUTATIONS, start=1):
         path = ROOT / "csrc" / "cuda" / mutation.file
         text, context, statement = texts[path], mutation.context, mutation.statement
         if text.count(context) != 1 or context.count(statement) != 1:
-            raise ValueError(f"{mutation.name}: its context must stand once in {mutation.file}")
+            raise ValueError(f"{mutation.name}: its context must occur once in {mutation.file}")
         begin = text.index(context) + context.index(statement)
         choice = f"if (host_cuda::device.mutation == {number}) {{ {mutation.instead} }} else "
         edit = (begin, begin + len(statement), f"{choice}{{ {statement} }}")
@@ -214,7 +215,7 @@ def mutated_sources() -> Path:
 
 
 def build_checker(mutated: bool = False) -> Path:
-    """Return the program of host_cuda/workloads.cu, linked with ThreadSanitizer."""
+    """Build host_cuda/workloads.cu with ThreadSanitizer and return the program."""
     folder = (mutated_sources() if mutated else ROOT) / "instruments" / "host_cuda"
     workloads, engine = folder / "workloads.cu", HOST_CUDA / "engine.cpp"
     compiled = [CXX, *FLAGS, "-fsanitize=thread", "-I", folder, "-x", "c++", "-c", workloads]
@@ -228,17 +229,17 @@ def build_checker(mutated: bool = False) -> Path:
 
 
 def check(program: Path, *workloads: str, seed: int = 1, mutation: int = 0) -> Report:
-    """Run workloads (all by default) in the order of threads that `seed` draws.
+    """Run workloads (all by default) in the order of threads that `seed` determines.
 
     Raises:
-        RuntimeError: the program does not end by itself.
+        RuntimeError: the program crashed.
     """
     command = [str(program), "--seed", str(seed), "--mutation", str(mutation), *workloads]
     environment = os.environ | {"TSAN_OPTIONS": TSAN_OPTIONS}
     run = {"env": environment, "capture_output": True, "text": True}
     result = subprocess.run(command, **run)
     if "unexpected memory mapping" in result.stderr and shutil.which("setarch"):
-        # More random bits in addresses than ThreadSanitizer has room for.
+        # The addresses have more random bits than ThreadSanitizer supports.
         result = subprocess.run(["setarch", "-R", *command], **run)
     if not re.search(r"^\d+ wrong$", result.stdout, re.MULTILINE):
         raise RuntimeError(f"{' '.join(command)}: {result.stdout[-2000:]}{result.stderr[-2000:]}")
@@ -248,7 +249,7 @@ def check(program: Path, *workloads: str, seed: int = 1, mutation: int = 0) -> R
 
 
 def _short(summary: str) -> str:
-    """`file:line function`, without folders, template arguments and parameters."""
+    """Return `file:line function`, without folders, template arguments and parameters."""
     place, _, function = summary.partition(" in ")
     function = re.sub(r"<.*|\(.*", "", function.removeprefix("void "))
     return f"{Path(place).name} {function}"
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = 0
     for seed in range(1, chosen.seeds + 1):
         report = check(program, *chosen.workloads, seed=seed)
-        print(f"seed {seed}: {len(report.races)} races, {len(report.wrong)} wrong answers")
+        print(f"seed {seed}: {len(report.races)} races, {len(report.wrong)} wrong results")
         for line in report.races + report.wrong:
             print(f"  {line}")
         faults += len(report.races) + len(report.wrong)

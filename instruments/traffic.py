@@ -1,12 +1,12 @@
-"""Counts what the CUDA operators move in memory, on a CPU: `python -m instruments.traffic`.
+"""Count the memory traffic of the CUDA operators, on a CPU: `python -m instruments.traffic`.
 
-The kernels' own sources run on the CUDA model of instruments/host_cuda, compiled so that every
+The sources of the kernels run on the CUDA model of instruments/host_cuda, compiled so that every
 access is counted: bytes read and written in device memory by buffer and launch, and with
 `--requests` how many 32-byte sectors a warp's request touches and how many passes over the banks of
-shared memory it needs. No clock takes part, so the figures repeat on any machine.
+shared memory it needs. There is no clock, so the figures are the same on every machine.
 
-Bytes are those that kernels ask for. Caches may serve some of them: those of the table and of
-histograms mostly are, those of the weights hardly ever.
+Bytes are those that kernels request. Caches serve most of those of the table and of histograms, and
+hardly any of those of the weights.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def _shapes(network: str) -> list[Sequence[int]]:
 
 
 class Row(NamedTuple):
-    """What one operator moved for one input; `floor` is what no implementation can do without."""
+    """The traffic of one operator for one input. `floor` is the least of any implementation."""
 
     operator: str
     input: str
@@ -49,20 +49,20 @@ class Row(NamedTuple):
     floor: float
     total: float
     by_buffer: dict[str, float]
-    """Bytes of device memory per weight, all of them and by buffer."""
+    """Bytes of device memory per weight, in total and by buffer."""
     atomics: float
     """Atomics in device memory per weight."""
     workspace: int
     """Bytes."""
     stale_loads: int
-    """Loads through the read-only path of what a kernel had written: each is a defect."""
+    """Loads through the read-only path of memory that a kernel had written: each is a defect."""
     counts: Counts
 
 
 def operators(
     build: CountingBuild, weights: list[Tensor]
 ) -> Iterator[tuple[str, float, Callable[[], object]]]:
-    """Yield the name of each operator, its floor in bytes per weight, and a call of it."""
+    """Yield the name of each operator, its floor in bytes per weight, and a call."""
     size = weights[0].element_size()
     prune_counts = [round(SPARSITY * weight.numel()) for weight in weights]
     yield "thresholds", size, lambda: build.thresholds(weights, prune_counts)
@@ -89,7 +89,7 @@ def measure(
     names: Sequence[str] = (),
     trace: bool = False,
 ) -> Iterator[Row]:
-    """Yield a row for each operator (all, or those whose names begin with one of `names`)."""
+    """Yield a row for each operator (all, or those with a name that begins with one of `names`)."""
     generator = torch.Generator().manual_seed(0)
     weights = [(0.02 * torch.randn(size, generator=generator)).to(DTYPES[dtype]) for size in sizes]
     numel = sum(sizes)
@@ -121,11 +121,11 @@ HEAD = (
 
 
 def format_row(row: Row) -> str:
-    parts = ", ".join(f"{buffer} {value:.3g}" for buffer, value in row.by_buffer.items())
+    each = ", ".join(f"{buffer} {value:.3g}" for buffer, value in row.by_buffer.items())
     stale = f"; {row.stale_loads} STALE READ-ONLY LOADS" if row.stale_loads else ""
     return (
         f"{row.operator:23}{row.input:14}{row.dtype:10}{row.launches:8}{row.total:10.2f}"
-        f"{row.floor:7.3g}{row.workspace / 1e6:9.2f} MB  {parts}; {row.atomics:.2g} atomics{stale}"
+        f"{row.floor:7.3g}{row.workspace / 1e6:9.2f} MB  {each}; {row.atomics:.2g} atomics{stale}"
     )
 
 

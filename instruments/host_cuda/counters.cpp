@@ -1,11 +1,11 @@
-// Counts the memory accesses of kernels that were compiled with -fsanitize=thread: the functions
-// that the compiler calls before each access are defined here, in the place of ThreadSanitizer's.
+// Counts the memory accesses of kernels compiled with -fsanitize=thread: this file defines the
+// functions that the compiler calls before each access, in place of ThreadSanitizer's.
 //
-// Always counted: bytes read and written, and atomics, by launch and named buffer. Traced on
-// demand, since it takes a hundred times as long: how many 32-byte sectors of device memory a
+// It always counts bytes read and written, and atomics, by launch and named buffer. On request,
+// since that takes a hundred times as long, it traces how many 32-byte sectors of device memory a
 // warp's request touches, and how many passes over the 32 banks of shared memory it needs (one pass
-// serves any number of lanes that meet in one word). Lanes belong to one request if they execute
-// the same instruction for the same time.
+// serves any number of lanes that access one word). Lanes belong to one request if they execute the
+// same instruction for the same number of times.
 //
 // Compiled without -fsanitize=thread.
 #include <cxxabi.h>
@@ -40,10 +40,10 @@ struct Buffer {
   std::string name;
   bool is_table;
   std::map<int64_t, Bytes> by_launch;
-  std::vector<bool> written;  // by kernels, a bit for each 4 bytes; empty: none yet
+  std::vector<bool> written;  // by kernels, one bit for every 4 bytes; empty: none yet
 };
 
-// What one instruction of a warp asks of the memory.
+// The accesses of one instruction of a warp.
 struct Request {
   int64_t launch;
   Kind kind;
@@ -60,15 +60,15 @@ struct Requests {
 constexpr unsigned kWarp = 32, kThreads = 1024;
 constexpr uintptr_t kSector = 32, kWord = 4, kBanks = 32;
 
-std::map<uintptr_t, Buffer> buffers;  // by their begin
-Buffer* latest = nullptr;             // the one met last
+std::map<uintptr_t, Buffer> buffers;  // by begin
+Buffer* latest = nullptr;             // the one found last
 std::map<int64_t, std::string> kernels;
 std::map<int64_t, Bytes> shared_by_launch;
 uint64_t stale_loads = 0;
 
 bool traced = false;
 std::unordered_map<uint64_t, Request> open_requests;
-std::unordered_map<uint64_t, uint32_t> executed;  // how often a thread has executed an instruction
+std::unordered_map<uint64_t, uint32_t> executed;  // times that a thread has executed an instruction
 std::map<std::pair<int64_t, int>, Requests> requests;  // by launch, and by kind and memory
 
 Buffer* buffer_of(uintptr_t address) {
@@ -79,7 +79,7 @@ Buffer* buffer_of(uintptr_t address) {
   return address < buffer.end ? latest = &buffer : nullptr;
 }
 
-// The finish of SplitMix64 over both.
+// The finalizer of SplitMix64 over both.
 uint64_t hash(uint64_t a, uint64_t b) {
   uint64_t z = a * 0x9E3779B97F4A7C15 + b;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9;
@@ -129,7 +129,7 @@ void close(const Request& request) {
   total.cost += cost;
 }
 
-// Those that some lanes had no part in, at the end of a launch.
+// Closes the requests that not all lanes took part in, at the end of a launch.
 void close_all() {
   for (const auto& [key, request] : open_requests) close(request);
   open_requests.clear();
@@ -138,8 +138,8 @@ void close_all() {
 
 void trace(uintptr_t address, unsigned bytes, Kind kind, Buffer* buffer, const void* instruction) {
   const uint64_t place = hash(hash(device.launches, blockIdx.x), (uintptr_t)instruction);
-  const uint32_t time = executed[hash(place, threadIdx.x)]++;
-  const uint64_t key = hash(hash(place, kThreads + threadIdx.x / kWarp), time);
+  const uint32_t times = executed[hash(place, threadIdx.x)]++;
+  const uint64_t key = hash(hash(place, kThreads + threadIdx.x / kWarp), times);
   const auto [open, begins] = open_requests.try_emplace(key, Request{});
   Request& request = open->second;
   if (begins) request = {device.launches, kind, buffer, bytes};
@@ -169,7 +169,7 @@ void count(const void* pointer, unsigned bytes, Kind kind, const void* instructi
   if (traced || in_table) trace(address, bytes, kind, buffer, instruction);
 }
 
-// The name of a kernel, without parameters and namespace.
+// Returns a kernel's name, without parameters and namespace.
 std::string name_of(const void* kernel) {
   Dl_info info;
   if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return "?";
@@ -221,7 +221,7 @@ void host_cuda_read_only_load(const void* pointer, size_t bytes) {
   stale_loads += stale;
 }
 
-// Forgets all counts and names.
+// Clears all counts and names.
 void host_cuda_start_counting(int trace_requests) {
   close_all();
   buffers.clear();
@@ -233,8 +233,9 @@ void host_cuda_start_counting(int trace_requests) {
   traced = trace_requests != 0;
 }
 
-// JSON: rows of bytes by launch and buffer; rows of requests by launch, memory and kind, whose cost
-// is in sectors or passes; and how many loads through the read-only path found what kernels wrote.
+// Returns JSON: rows of bytes by launch and buffer; rows of requests by launch, memory and kind,
+// with their cost in sectors or passes; and the number of loads through the read-only path of
+// memory that kernels wrote.
 const char* host_cuda_counts() {
   static std::string json;
   close_all();
@@ -260,7 +261,7 @@ const char* host_cuda_counts() {
   return json.c_str();
 }
 
-// What -fsanitize=thread makes the compiler call.
+// The functions that -fsanitize=thread makes the compiler call.
 
 #define HERE __builtin_return_address(0)
 #define PDP_ACCESSES(bytes)                                                    \
@@ -288,7 +289,7 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-// Counted by host_cuda_atomic: a loop of compare-and-exchange is one instruction on a GPU.
+// host_cuda_atomic counts these: a loop of compare-and-exchange is one instruction on a GPU.
 #define PDP_ATOMICS(bits, Word)                                                                   \
   Word __tsan_atomic##bits##_load(const volatile Word* p, int) { return *p; }                     \
   Word __tsan_atomic##bits##_fetch_add(volatile Word* p, Word value, int) {                       \

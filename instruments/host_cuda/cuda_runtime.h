@@ -1,14 +1,14 @@
 // The CUDA execution model on a CPU, as far as the kernels of this project use it, so that their
-// very sources run where there is no GPU. Found in place of the toolkit's header through -I.
+// sources run unchanged without a GPU. -I puts it in place of the toolkit's header.
 //
-// engine.cpp runs blocks interleaved and threads in an order drawn from a seed. Memory of the
-// device and of a block is full of noise at first. Errors: a barrier or a warp operation that some
-// threads miss, a misaligned __ldg, a store beyond the shared memory asked for or beyond an
-// allocation. Compiled and linked with -fsanitize=thread, races and missing fences are reported
-// too; with counters.cpp, bytes are counted.
+// engine.cpp interleaves blocks and runs threads in an order drawn from a seed. Device memory and
+// shared memory begin with noise. Errors: a barrier or a warp operation that some threads miss, a
+// misaligned __ldg, a store beyond the requested shared memory or beyond an allocation. Compiled
+// and linked with -fsanitize=thread, it also reports races and missing fences; with counters.cpp,
+// it counts bytes.
 //
-// It does not show: what a read through __ldg finds in a cache that an earlier write of the same
-// kernel left stale, or anything about time.
+// It does not model time, nor stale cache lines that __ldg may find after an earlier write of the
+// same kernel.
 #pragma once
 
 #include <algorithm>
@@ -139,7 +139,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
-// A mistake inside the kernel is an exception here.
+// Throws an exception for a mistake inside the kernel.
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
@@ -155,7 +155,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 namespace host_cuda {
 
-// Before and behind an allocation.
+// Bytes before and after an allocation.
 constexpr size_t kGuard = 4096;
 constexpr unsigned char kNoise = 0xA5;
 

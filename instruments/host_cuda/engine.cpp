@@ -1,11 +1,11 @@
-// Runs the blocks of a grid interleaved, and the threads of each as coroutines that a barrier, a
+// Interleaves the blocks of a grid, and runs the threads of each as coroutines that a barrier, a
 // warp operation or a global atomic interrupts. The order is drawn from a seed.
 //
-// Linked with ThreadSanitizer, every thread is one of its fibers, and switching between them orders
-// nothing. What does order is told to it here: a barrier, for the threads of one block; a fence,
-// which makes what comes before it visible to whoever reads a later atomic of this thread and then
-// fences too; the beginning and the end of a grid. Atomics alone are relaxed and order nothing,
-// warp shuffles neither.
+// Linked with ThreadSanitizer, every thread is one of its fibers, and a switch between fibers
+// orders nothing. This file tells it what does: a barrier, for the threads of one block; a fence,
+// which makes what comes before it visible to a thread that reads a later atomic of this thread and
+// then fences too; the begin and the end of a grid. Atomics alone are relaxed and order nothing,
+// and neither do warp shuffles.
 #include "engine.h"
 
 #include <sys/mman.h>
@@ -15,7 +15,7 @@
 #include <cstring>
 #include <vector>
 
-// ThreadSanitizer's functions are null where it is not linked.
+// ThreadSanitizer's functions are null if it is not linked.
 #define PDP_WEAK __attribute__((weak))
 extern "C" {
 PDP_WEAK void* __tsan_get_current_fiber(void);
@@ -54,7 +54,7 @@ pdp_switch_stack:
   ret
 )");
 #else
-#error "the CUDA model switches stacks on x86-64 alone"
+#error "the CUDA model can switch stacks on x86-64 only"
 #endif
 extern "C" void pdp_switch_stack(void** from, void* to);
 
@@ -66,16 +66,16 @@ constexpr unsigned kWarp = 32;
 constexpr unsigned kMostThreads = 1024;
 constexpr unsigned kResidentThreads = 2048;
 constexpr size_t kMostShared = 256 * 1024;
-// Arguments of a kernel alone may take 32 KiB. No power of two: the tops of all stacks would share
-// a few sets of the cache.
+// The arguments of a kernel alone may take 32 KiB. Not a power of two, or the tops of all stacks
+// would map to a few sets of the cache.
 constexpr size_t kStackBytes = 65 * 1024 - 192;
-// Behind the shared memory that a kernel asks for: what it must leave alone.
+// Noise after the shared memory that a kernel asks for, which the kernel must not change.
 constexpr size_t kBeyondShared = 16 * 1024;
 constexpr unsigned char kStackEnd = 0x5A;
 constexpr size_t kStackEndBytes = 64;
 constexpr unsigned kWithoutOrder = 1;  // __tsan_switch_to_fiber_no_sync
 
-// SplitMix64. Of internal linkage, and so is what <algorithm> makes of it.
+// SplitMix64. It has internal linkage, and so have the instances of <algorithm> templates with it.
 struct Random {
   using result_type = uint64_t;
   uint64_t state = 0;
@@ -101,14 +101,15 @@ struct Thread {
   unsigned char* stack = nullptr;
   void* stack_pointer = nullptr;
   Waiting waiting = Waiting::kNot;
-  // By the parity of the warp operation: none shows its next but one before all have read this one.
+  // By the parity of the warp operation. No lane shows a third value before all have read the
+  // first.
   uint64_t shown[2] = {};
   unsigned warp_operations = 0;
 
   void* fiber = nullptr;
   void* publisher = nullptr;  // a fiber whose clock is that of the thread's last fence
   bool fenced = false;
-  // The latest addresses of atomics since the last fence.
+  // The last addresses of atomics since the last fence.
   const void* read[32] = {};
   size_t reads = 0;
 };
@@ -122,7 +123,7 @@ struct Clocks {
 struct Block {
   unsigned index = 0;
   std::vector<Thread> threads;
-  std::vector<Index> runnable;  // the first threads of warps that do not wait for the block
+  std::vector<Index> runnable;  // the first threads of warps that do not wait at a barrier
   unsigned barriers = 0;
   bool votes[2] = {};  // by the parity of the barrier
 
@@ -140,8 +141,8 @@ struct Grid {
 
 Random draw;
 Grid grid;
-Block* block = nullptr;    // that runs now
-Thread* thread = nullptr;  // that runs now; null: the scheduler does
+Block* block = nullptr;    // the running one
+Thread* thread = nullptr;  // the running one; null: the scheduler runs
 void* scheduler_stack = nullptr;
 void* scheduler_fiber = nullptr;
 const char* failure = nullptr;
@@ -188,7 +189,7 @@ void run_thread() {
   grid.call(grid.argument);
   release(&grid_end);
   wait(Waiting::kDone);
-  abort();  // none resumes it
+  abort();  // nothing resumes it
 }
 
 size_t round_up(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
@@ -200,7 +201,7 @@ unsigned char* new_pages(size_t bytes) {
   return static_cast<unsigned char*>(pages);
 }
 
-// Gives a block what it lacks for this grid. It keeps all of it for later grids.
+// Allocates what a block still lacks for this grid. The block keeps it for later grids.
 void equip(Block& b) {
   if (b.shared == nullptr) {
     const size_t clocks = round_up(sizeof(Clocks) + kMostThreads);
@@ -243,7 +244,7 @@ void start(Block& b, unsigned index) {
   }
 }
 
-// Null, or what the block has written where it must not.
+// Returns null, or which forbidden place the block has written to.
 const char* damage(const Block& b) {
   for (size_t i = grid.shared_bytes; i < grid.shared_bytes + kBeyondShared; ++i) {
     if (b.shared[i] != b.noise) return "a store beyond the shared memory of the block";
@@ -256,7 +257,7 @@ const char* damage(const Block& b) {
   return nullptr;
 }
 
-// Runs the lanes of a warp, in random order, each until it waits. Returns whether any can go on.
+// Runs the lanes of a warp in random order, each until it waits. Returns whether any can go on.
 bool run_warp(Block& b, unsigned first) {
   const uint64_t drawn = draw();
   const unsigned start = drawn % kWarp, step = drawn / kWarp % kWarp | 1;  // odd: meets every lane
@@ -302,8 +303,8 @@ bool advance(Block& b) {
   return true;
 }
 
-// A second block with the fibers of a first would come after it in ThreadSanitizer's eyes, though
-// nothing orders two blocks of a grid: where it watches, all blocks are resident.
+// If a second block used the fibers of a first, ThreadSanitizer would take it as ordered after the
+// first, but nothing orders two blocks of a grid: so with ThreadSanitizer all blocks are resident.
 size_t most_resident(unsigned blocks) {
   if (races_are_watched()) return blocks;
   return std::min(blocks, std::max(1u, kResidentThreads / grid.threads));
@@ -353,7 +354,7 @@ bool in_kernel() { return thread != nullptr; }
 void fail(const char* message) {
   failure = message;
   back_to_scheduler();
-  abort();  // none resumes it
+  abort();  // nothing resumes it
 }
 
 unsigned char* shared_memory() { return block->shared; }
@@ -395,7 +396,7 @@ void before_atomic(const void* address, size_t bytes) {
   thread->read[thread->reads++ % std::size(thread->read)] = address;
 }
 
-// The thread itself may have done more since its fence; the publisher's clock has not seen that.
+// The thread may have done more since its fence. The publisher's clock does not include that.
 void after_atomic(const void* address) {
   if (!races_are_watched() || is_shared(address) || !thread->fenced) return;
   if (thread->publisher == nullptr) thread->publisher = __tsan_create_fiber(0);

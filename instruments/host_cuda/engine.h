@@ -1,7 +1,7 @@
-// What the CUDA model (cuda_runtime.h) asks of its scheduler (engine.cpp).
+// The interface of the scheduler (engine.cpp) to the CUDA model (cuda_runtime.h).
 //
-// Declarations alone: kernels may be compiled with ThreadSanitizer's instrumentation, the scheduler
-// never is, and the linker would take the instrumented copy of an inline function for both.
+// Declarations only: kernels may be compiled with ThreadSanitizer's instrumentation, the scheduler
+// never is. The linker would use the instrumented copy of an inline function for both.
 #pragma once
 
 #include <cstddef>
@@ -11,10 +11,10 @@ struct uint3 {
   unsigned x;
 };
 
-// Of the thread that runs now.
+// Those of the running thread.
 extern uint3 threadIdx, blockIdx, blockDim, gridDim;
 
-// What counters.cpp asks to be told; null where it is not linked.
+// The callbacks of counters.cpp; null if it is not linked.
 extern "C" {
 __attribute__((weak)) void host_cuda_launched();
 __attribute__((weak)) void host_cuda_read_only_load(const void* address, size_t bytes);
@@ -26,26 +26,26 @@ __attribute__((weak)) void host_cuda_name_buffer(const void* begin, size_t bytes
 
 namespace host_cuda {
 
-// The device: what a test sets and reads.
+// The device, as a test sets and reads it.
 struct Device {
   int multiprocessors = 2;
   int shared_bytes_per_block = 227 * 1024;
   uint64_t seed = 0;  // of the order in which blocks, warps and lanes run
   int64_t launches = 0;
-  const void* kernel = nullptr;  // the latest one
-  int mutation = 0;  // which deliberate mistake of a mutated source is switched on; 0: none
+  const void* kernel = nullptr;  // launched last
+  int mutation = 0;  // the deliberate mistake of a mutated source that is switched on; 0: none
 };
 
 extern Device device;
 
-// Runs call(argument) in every thread of a grid. Returns null, or what went wrong.
+// Runs call(argument) in every thread of a grid. Returns null, or an error message.
 const char* run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, void (*call)(void*),
                      void* argument);
 
-// Whether a thread of a grid runs now.
+// Whether a thread of a grid is running.
 bool in_kernel();
 
-// What follows is called by a thread of a grid.
+// A thread of a grid calls the functions below.
 
 // Ends the grid.
 [[noreturn]] void fail(const char* message);
@@ -56,7 +56,7 @@ size_t shared_bytes();
 // __syncthreads_or
 bool barrier(bool vote);
 
-// Shows a value to the warp, and returns that of `lane` once all lanes have shown theirs.
+// Shows a value to the warp. Returns the value of `lane` once all lanes have shown theirs.
 uint64_t exchange(uint64_t value, unsigned lane);
 
 // __threadfence

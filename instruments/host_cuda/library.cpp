@@ -1,5 +1,5 @@
-// The CUDA kernels' own sources, compiled for the CPU, behind C functions over raw pointers. Each
-// returns null, or what went wrong.
+// The sources of the CUDA kernels, compiled for the CPU, behind C functions over raw pointers. Each
+// function returns null, or an error message.
 #include <cuda_runtime.h>
 
 #include <new>
@@ -34,7 +34,7 @@ class Workspace {
 
   void* data() const { return memory_; }
   size_t bytes() const { return latest_workspace_bytes; }
-  // Throws if a kernel has written beyond it.
+  // Throws an exception if a kernel has written beyond it.
   void free() { cudaFree(memory_); }
 
  private:
@@ -70,7 +70,7 @@ std::vector<pdp::TableEntry> lay_out(const pdp::ThresholdRequest& request, const
 }
 
 template <typename Key>
-void name_parts_of(const pdp::ThresholdRequest& request, const Workspace& memory) {
+void name_buffers_of(const pdp::ThresholdRequest& request, const Workspace& memory) {
   pdp::Selection<Key> selection;
   const std::vector<pdp::TableEntry> table = lay_out(request, memory, &selection);
   int64_t candidates = 0;
@@ -86,15 +86,16 @@ void name_parts_of(const pdp::ThresholdRequest& request, const Workspace& memory
   name_until(selection.candidates + candidates, end, "ties of tiles", kByLane);
 }
 
-// Of a list of one key width; several use one workspace in turn.
-void name_parts(const pdp::ThresholdRequest& request, const Workspace& memory) {
+// Names the buffers of the workspace, for a list of one key width. (Several widths use one
+// workspace in turn.)
+void name_buffers(const pdp::ThresholdRequest& request, const Workspace& memory) {
   switch (bytes_of(request.weights[0].type)) {
     case 8:
-      return name_parts_of<uint64_t>(request, memory);
+      return name_buffers_of<uint64_t>(request, memory);
     case 4:
-      return name_parts_of<uint32_t>(request, memory);
+      return name_buffers_of<uint32_t>(request, memory);
     default:
-      return name_parts_of<uint16_t>(request, memory);
+      return name_buffers_of<uint16_t>(request, memory);
   }
 }
 
@@ -122,7 +123,7 @@ int64_t host_launches() { return host_cuda::device.launches; }
 
 int64_t host_workspace_bytes() { return static_cast<int64_t>(latest_workspace_bytes); }
 
-// buffered: how many candidates each tensor collected; only for lists of one key width.
+// buffered: the number of candidates of each tensor; only for lists of one key width.
 const char* host_thresholds(int64_t tensors, const void* const* data, const int64_t* sizes,
                             const int32_t* types, const int64_t* prune_counts, void* thresholds,
                             int is_double, int64_t* buffered) {
@@ -134,7 +135,7 @@ const char* host_thresholds(int64_t tensors, const void* const* data, const int6
     check_obstacle(request);
     Workspace workspace(pdp::thresholds_workspace_bytes(request));
     name_weights(request.weights);
-    name_parts(request, workspace);
+    name_buffers(request, workspace);
     pdp::launch_thresholds(request, workspace.data(), nullptr);
     if (buffered != nullptr && bytes_of(request.weights[0].type) == 8) {
       read_buffered<uint64_t>(request, workspace, buffered);
@@ -176,7 +177,7 @@ const char* host_hard_mask(const void* data, int64_t size, int32_t type, const i
     Workspace workspace(pdp::hard_mask_workspace_bytes(request));
     name_weights(request.selection.weights);
     name(kept, size, "mask");
-    name_parts(request.selection, workspace);
+    name_buffers(request.selection, workspace);
     pdp::launch_hard_mask(request, workspace.data(), nullptr);
     workspace.free();
   });

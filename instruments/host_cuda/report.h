@@ -1,4 +1,4 @@
-// What the C functions of a host build share.
+// Error reports and buffer names, for the C functions of a host build.
 #pragma once
 
 #include <exception>
@@ -8,7 +8,7 @@
 
 namespace host_cuda {
 
-// Null, or what went wrong in run().
+// Runs run(). Returns null, or its error message.
 template <typename Run>
 const char* report(Run run) {
   static std::string error;
@@ -22,7 +22,7 @@ const char* report(Run run) {
   }
 }
 
-// How counters.cpp counts a buffer: by lane, or once for all lanes that read a place together.
+// How counters.cpp counts a buffer: for every lane, or once for lanes that read a place together.
 enum Kind { kByLane, kTable };
 
 inline void name(const void* begin, size_t bytes, const char* of, Kind kind = kByLane) {

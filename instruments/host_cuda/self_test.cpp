@@ -1,5 +1,5 @@
-// Kernels whose mistakes the CUDA model must see, and kernels whose accesses are known, for the
-// counters. Each works on `memory`, 1,024 words of it.
+// Kernels with mistakes that the CUDA model must detect, and kernels with known accesses, for the
+// counters. Each works on `memory`, which has 1,024 words.
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -36,19 +36,19 @@ __global__ void unset_shared_memory_kernel(uint32_t* memory) {
   memory[threadIdx.x] = pdp::shared_memory<uint32_t[32]>()[threadIdx.x];
 }
 
-// Every thread has a word of its own.
+// Each thread copies one word.
 __global__ void copy_kernel(uint32_t* memory) {
   memory[kWords / 2 + threadIdx.x] = memory[threadIdx.x];
 }
 
-// Neighbours are a sector of 32 bytes apart, and miss 16-byte boundaries.
+// Lanes read words that are 32 bytes, a sector, apart and not aligned to 16 bytes.
 __global__ void strided_kernel(uint32_t* memory) {
   memory[0] = *reinterpret_cast<const volatile uint64_t*>(&memory[8 * threadIdx.x + 2]) & 1;
 }
 
 __global__ void one_word_kernel(uint32_t* memory) { atomicAdd(&memory[7], 1u); }
 
-// All lanes meet in one bank, in words of their own.
+// All lanes access one bank, each another word.
 __global__ void one_bank_kernel(uint32_t*) {
   pdp::shared_memory<uint32_t[1024]>()[32 * (threadIdx.x % 32)] = threadIdx.x;
 }
@@ -82,8 +82,9 @@ const std::map<std::string, Kernel> kKernels = {
 
 }  // namespace
 
-// Launches kernels, named one a line, each as one block of two warps with 4 KiB of shared memory
-// (64 bytes for an overrun) over one buffer, which then is what `words` holds.
+// Launches the kernels of `names`, one per line, each as one block of two warps with 4 KiB of
+// shared memory (64 bytes for an overrun). All use one buffer, which is copied to `words` at the
+// end.
 extern "C" const char* host_self_test(const char* names, uint32_t* words) {
   return host_cuda::report([&] {
     uint32_t* memory = nullptr;

@@ -1,15 +1,15 @@
-// Every CUDA kernel on inputs that reach each of its branches; the answers are compared with a
+// Runs every CUDA kernel on inputs that reach each of its branches, and compares the results with a
 // sort.
 //
 //   workloads [--seed N] [--mutation N] [NAME ...]
 //
-// Built with g++ against the CUDA model of this folder and ThreadSanitizer, it looks for races.
-// Built with nvcc, it is a program for compute-sanitizer on a GPU:
+// Built with g++ for the CUDA model of this folder and with ThreadSanitizer, it finds races. Built
+// with nvcc, it is a program for compute-sanitizer on a GPU:
 //
 //   nvcc -std=c++17 -O2 -lineinfo -arch=native -o workloads instruments/host_cuda/workloads.cu
 //
-// A seed draws the weights, and on the model the order of threads. Prints what is wrong; the exit
-// status is 0 if nothing is. --mutation switches on a mistake of mutated sources
+// The seed determines the weights, and on the model the order of threads. Prints wrong results; the
+// exit status is 0 if there are none. --mutation switches on a mistake of mutated sources
 // (instruments/races.py).
 #include <cuda_runtime.h>
 
@@ -55,7 +55,7 @@ void check(cudaError_t error) {
   exit(2);
 }
 
-// Memory of the device, with what the host has put there or asks for.
+// An array in device memory, which the host can fill and read.
 template <typename Element>
 class DeviceArray {
  public:
@@ -88,7 +88,7 @@ constexpr pdp::WeightType kType = std::is_same_v<Weight, double>     ? pdp::Weig
                                   : std::is_same_v<Weight, BFloat16> ? pdp::WeightType::kBFloat16
                                                                      : pdp::WeightType::kFloat16;
 
-// 16-bit weights are truncated, and a half below the normal ones is 0.
+// Truncates to 16-bit weights, and flushes a subnormal half to 0.
 template <typename Weight>
 Weight convert(double value) {
   if constexpr (std::is_floating_point_v<Weight>) {
@@ -119,7 +119,7 @@ std::vector<Weight> make_weight(int64_t size, const Distribution& distribution, 
   return weight;
 }
 
-// Few multiprocessors, so that blocks are few and each has work in several tensors.
+// Few multiprocessors, so that there are few blocks and each has slices of several tensors.
 pdp::DeviceLimits limits_of(uint64_t seed, int shared_bytes) {
   pdp::DeviceLimits limits;
   check(pdp::read_device_limits(0, &limits));
@@ -131,7 +131,7 @@ pdp::DeviceLimits limits_of(uint64_t seed, int shared_bytes) {
 constexpr int kHopper = 227 * 1024;
 constexpr int kAda = 99 * 1024;  // too little for 32-bit counters of 16-bit weights
 
-// Of each tensor the next of the ratios is pruned.
+// `ratios` are used in turn: the fraction to prune of each tensor.
 template <typename Weight>
 void thresholds(uint64_t seed, const std::vector<int64_t>& sizes, const Distribution& distribution,
                 int shared_bytes = kHopper, const std::vector<double>& ratios = {0.8, 0.3, 0.5}) {
@@ -243,7 +243,7 @@ void digit_counts(uint64_t seed, const std::vector<int64_t>& sizes) {
   }
 }
 
-// Every other tensor has a mask; per_row: groups of rows, in the place of one group a tensor.
+// Every other tensor has a mask. per_row: each row is a group, instead of each tensor.
 template <typename Weight>
 void power_sums(uint64_t seed, const std::vector<int64_t>& sizes, double p, double q,
                 bool per_row = false) {
@@ -307,8 +307,8 @@ std::vector<int64_t> repeated(size_t times, int64_t size) {
   return std::vector<int64_t>(times, size);
 }
 
-// The smallest tenth of 40,000 weights, of one first digit, lies in one place: there is a round in
-// which all weights are candidates.
+// The smallest tenth of 40,000 weights has one first digit and is contiguous, so in some round all
+// weights are candidates.
 double crowded(Random& random) {
   static int64_t drawn = 0;
   const double base = drawn++ % 40000 < 36000 ? 1 : 0.29;
@@ -365,7 +365,7 @@ const Workload kWorkloads[] = {
      }},
 };
 
-// The model of CUDA throws what a kernel does wrong.
+// The CUDA model throws an exception for a mistake of a kernel.
 void run(const Workload& each, uint64_t seed) {
   try {
     each.run(seed);
