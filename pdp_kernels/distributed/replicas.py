@@ -1,6 +1,7 @@
 """Whether ranks that should hold the same weights do."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,12 @@ def compare_replicas(
         name: (
             _shard_index(weight),
             checksum,
-            thresholds[name].item().hex() if name in thresholds else None,
+            float(thresholds[name]).hex() if name in thresholds else None,
         )
         for (name, weight), checksum in zip(weights.items(), checksums, strict=True)
     }
     ranks = dist.get_process_group_ranks(group)
-    seen: list[dict] = [{} for _ in ranks]
+    seen: list[dict[str, Any]] = [{} for _ in ranks]
     dist.all_gather_object(seen, mine, group)
     by_rank = dict(zip(ranks, seen, strict=True))
     differences = []
@@ -60,6 +61,7 @@ def _shard_index(weight: Tensor) -> tuple[int, ...]:
     if not is_distributed(weight):
         return ()
     coordinates = weight.device_mesh.get_coordinate()
+    assert coordinates is not None  # check_weight: the mesh has this rank
     return tuple(coordinates[dim] for dim in sharding_dims(weight))
 
 

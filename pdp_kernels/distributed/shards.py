@@ -1,13 +1,13 @@
-"""Weights that are sharded over ranks (DTensors): the part that is here, and sums over all parts.
+"""Weights that are sharded over ranks (DTensors): the local shard, and all-reduces over shards.
 
-What a selection asks of a weight is counts, which add up: no weight ever leaves its rank. Ranks
-that hold replicas of one part must not count it twice, so only those add theirs that share a
+A selection needs counts of a weight, and counts add up: no weight ever leaves its rank. Ranks that
+hold replicas of one shard must not count it twice. So only those ranks add theirs that are in one
 replica with the first rank of the group.
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -17,22 +17,26 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+_PLAIN_TYPES = (Tensor, nn.Parameter)
 
-def is_distributed(weight: Tensor) -> bool:
-    """Whether it is a DTensor; asked without importing them, which takes half a second."""
-    return hasattr(weight, "device_mesh")
+
+def is_distributed(weight: Tensor) -> TypeGuard["DTensor"]:
+    """Whether it is a DTensor. Does not import them, which takes half a second."""
+    return type(weight) not in _PLAIN_TYPES and hasattr(weight, "device_mesh")
 
 
 def reshard(model: nn.Module) -> None:
-    """Makes FSDP put its sharded parameters back, where a forward has left whole copies of them."""
+    """Let FSDP put its sharded parameters back where a forward has left gathered ones."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp else ():
+    if fsdp is None:
+        return
+    for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
 def sharding_dims(weight: "DTensor") -> tuple[int, ...]:
-    """The dimensions of the mesh that shard the weight."""
+    """Return the mesh dimensions that shard the weight."""
     mesh = weight.device_mesh
     return tuple(
         dim
@@ -41,38 +45,38 @@ def sharding_dims(weight: "DTensor") -> tuple[int, ...]:
     )
 
 
-def is_sharded(weight: Tensor) -> bool:
-    """Whether this rank holds a part of the weight only."""
+def is_sharded(weight: Tensor) -> TypeGuard["DTensor"]:
+    """Whether this rank holds one of several shards of the weight."""
     return is_distributed(weight) and bool(sharding_dims(weight))
 
 
 def local_shard(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight, detached; of one that is not distributed, all."""
+    """Return the shard of this rank, detached; a plain tensor as a whole."""
     weight = weight.detach()
     return weight.to_local() if is_distributed(weight) else weight
 
 
-def map_shards(function: Callable[[Tensor], Any], weight: Tensor) -> Any:
-    """What a function makes of a weight element by element, distributed like the weight.
+def map_shards(function: Callable[[Tensor], Any], weight: "DTensor") -> Any:
+    """Apply an elementwise function to the shards. Differentiable.
 
-    Differentiable. Of several results those of the weight's shape are distributed.
+    Returns:
+        A DTensor like the weight. If the function returns several tensors, those of the shard's
+        shape become DTensors, and the others stay as they are.
     """
-    if not is_distributed(weight):
-        return function(weight)
-    part = weight.to_local()
-    results = function(part)
+    shard = weight.to_local()
+    results = function(shard)
     if isinstance(results, Tensor):
         return distributed_like(weight, results)
     return tuple(
-        distributed_like(weight, result) if result.shape == part.shape else result
+        distributed_like(weight, result) if result.shape == shard.shape else result
         for result in results
     )
 
 
-def distributed_like(weight: "DTensor", part: Tensor) -> "DTensor":
-    """The DTensor of the weight's shape whose part on this rank is given."""
+def distributed_like(weight: "DTensor", shard: Tensor) -> "DTensor":
+    """Return the DTensor of the weight's shape and placements that has this shard here."""
     return type(weight).from_local(
-        part,
+        shard,
         weight.device_mesh,
         weight.placements,
         run_check=False,
@@ -82,67 +86,70 @@ def distributed_like(weight: "DTensor", part: Tensor) -> "DTensor":
 
 
 def global_indices(weight: "DTensor", dim: int) -> Tensor:
-    """Which places along one dimension of the whole weight this rank's part has, int64."""
+    """Return the global indices along one dimension that the local shard holds, int64."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    placements = []
+    placements: list[Any] = []
+    placement: Any
     for placement in weight.placements:
         if placement.is_replicate() or placement.dim % weight.dim() != dim:
             placements.append(Replicate())
         elif placement.is_shard():
             placements.append(type(placement)(0))
-        else:  # strided: of FSDP over tensor parallelism
+        else:  # strided: FSDP over tensor parallelism
             placements.append(type(placement)(0, split_factor=placement.split_factor))
-    places = torch.arange(weight.shape[dim], device=weight.device)
-    places = distribute_tensor(places, weight.device_mesh, placements, src_data_rank=None)
-    places = places.to_local()
-    if len(places) != weight.to_local().shape[dim]:
+    indices = torch.arange(weight.shape[dim], device=weight.device)
+    indices = distribute_tensor(indices, weight.device_mesh, placements, src_data_rank=None)
+    indices = indices.to_local()
+    if len(indices) != weight.to_local().shape[dim]:
         raise ValueError(
-            f"weight of shape {tuple(weight.shape)} has a part of shape "
+            f"weight of shape {tuple(weight.shape)} has a shard of shape "
             f"{tuple(weight.to_local().shape)}, which its placements {weight.placements} on a mesh "
             f"of shape {tuple(weight.device_mesh.shape)} do not account for"
         )
-    return places
+    return indices
 
 
 def shard_starts(weight: "DTensor", dim: int) -> list[int]:
-    """Where parts begin along one dimension of the whole weight, on whatever rank."""
+    """Return the global index along one dimension at which each shard begins, over all ranks."""
     pieces = [(0, weight.shape[dim])]
     for mesh_dim in sharding_dims(weight):
-        placement = weight.placements[mesh_dim]
+        placement: Any = weight.placements[mesh_dim]
         if placement.dim % weight.dim() != dim:
             continue
         strided = not placement.is_shard()
         if strided:
-            pieces = _cut(pieces, placement.split_factor)
-        pieces = _cut(pieces, weight.device_mesh.size(mesh_dim))
+            pieces = _chunk(pieces, placement.split_factor)
+        pieces = _chunk(pieces, weight.device_mesh.size(mesh_dim))
         if strided:
-            break  # it stands for the mesh dimensions to its right too
+            break  # a strided shard stands for the mesh dimensions to its right too
     return [begin for begin, size in pieces if size]
 
 
-def _cut(pieces: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """Each (begin, size) cut as torch.chunk does it."""
+def _chunk(pieces: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Cut each piece (begin, size) as torch.chunk does."""
     return [
-        (begin + place * step, max(0, min(step, size - place * step)))
+        (begin + index * step, max(0, min(step, size - index * step)))
         for begin, size in pieces
         for step in [-(-size // count)]
-        for place in range(count)
+        for index in range(count)
     ]
 
 
 class _Group(NamedTuple):
     process_group: "dist.ProcessGroup"
-    members: list[int]  # positions of the weights whose parts its ranks hold
+    members: list[int]  # positions of the weights whose shards its ranks hold
 
 
 class ShardedList:
-    """A list of weights, any of which may be sharded, as the parts that this rank counts.
+    """A list of weights, any of which may be sharded, as the shards that this rank counts.
 
-    parts: by weight, the part that this rank adds to sums: empty where another rank adds it.
+    Attributes:
+        shards: for each weight, the shard that this rank adds to sums. It is empty where another
+            rank adds the same shard.
     """
 
-    def __init__(self, weights: Sequence[Tensor]):
+    def __init__(self, weights: Sequence[Tensor]) -> None:
         self.shards = [local_shard(weight) for weight in weights]
         self._groups: list[_Group] = []
         sharded = {index: weight for index, weight in enumerate(weights) if is_sharded(weight)}
@@ -150,50 +157,53 @@ class ShardedList:
             self._form_groups(sharded)
 
     def all_reduce(self, values: Mapping[int, Tensor], minimum: bool = False) -> dict[int, Tensor]:
-        """Of values of weights' parts, by position and of one dtype, the sums over all parts.
+        """All-reduce values of weights by sum or by minimum, with one collective for each group.
 
-        Or the least. One collective for each group of ranks: usually one.
+        Usually there is one group.
+
+        Args:
+            values: one tensor for each position in the list, all of one dtype.
+            minimum: take the minimum instead of the sum.
         """
         totals = dict(values)
         for process_group, members in self._groups:
-            mine = [index for index in members if index in values]
-            if not mine:
+            present = [index for index in members if index in values]
+            if not present:
                 continue
-            buffer = torch.cat([values[index].flatten() for index in mine])
+            buffer = torch.cat([values[index].flatten() for index in present])
             op = dist.ReduceOp.MIN if minimum else dist.ReduceOp.SUM
             dist.all_reduce(buffer, op, process_group)
-            pieces = buffer.split([values[index].numel() for index in mine])
-            for index, piece in zip(mine, pieces, strict=True):
+            pieces = buffer.split([values[index].numel() for index in present])
+            for index, piece in zip(present, pieces, strict=True):
                 totals[index] = piece.view(values[index].shape)
         return totals
 
-    def _form_groups(self, sharded: dict[int, "DTensor"]) -> None:
-        """Few groups of ranks, each of which holds all parts of its weights."""
+    def _form_groups(self, sharded: Mapping[int, "DTensor"]) -> None:
+        """Form few groups of ranks, each of which holds all shards of its weights."""
         dims_by_mesh: dict[DeviceMesh, set[int]] = {}
         for weight in sharded.values():
             dims_by_mesh.setdefault(weight.device_mesh, set()).update(sharding_dims(weight))
         spans = [_Span(mesh, tuple(sorted(dims))) for mesh, dims in dims_by_mesh.items()]
         spans.sort(key=lambda span: -len(span.ranks))
-        peers: dict[tuple, frozenset[int]] = {}
+        peers: dict[tuple[DeviceMesh, tuple[int, ...]], frozenset[int]] = {}
         members: dict[int, list[int]] = {}
         for index, weight in sharded.items():
-            dims = sharding_dims(weight)
-            key = (weight.device_mesh, dims)
+            key = (weight.device_mesh, sharding_dims(weight))
             if key not in peers:
                 peers[key] = _ranks_along(*key)
-            place = next(place for place, span in enumerate(spans) if peers[key] <= span.ranks)
-            members.setdefault(place, []).append(index)
-            if min(spans[place].ranks) not in peers[key]:
+            chosen = next(i for i, span in enumerate(spans) if peers[key] <= span.ranks)
+            members.setdefault(chosen, []).append(index)
+            if min(spans[chosen].ranks) not in peers[key]:
                 self.shards[index] = self.shards[index].flatten()[:0]
         self._groups = [
-            _Group(spans[place].process_group(), indices) for place, indices in members.items()
+            _Group(spans[chosen].process_group(), indices) for chosen, indices in members.items()
         ]
 
 
 class _Span:
     """The ranks along some dimensions of a mesh, through this rank."""
 
-    def __init__(self, mesh: "DeviceMesh", dims: tuple[int, ...]):
+    def __init__(self, mesh: "DeviceMesh", dims: tuple[int, ...]) -> None:
         self.mesh = mesh
         self.dims = dims
         self.ranks = _ranks_along(mesh, dims)
@@ -202,25 +212,31 @@ class _Span:
         if len(self.dims) == 1:
             return self.mesh.get_group(self.dims[0])
         if len(self.ranks) == dist.get_world_size():
-            return dist.group.WORLD
+            return _world()
         return _new_group(self.ranks)
 
 
 def _ranks_along(mesh: "DeviceMesh", dims: tuple[int, ...]) -> frozenset[int]:
-    where = tuple(
-        slice(None) if dim in dims else place for dim, place in enumerate(mesh.get_coordinate())
-    )
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # check_weight: the mesh has this rank
+    where = tuple(slice(None) if dim in dims else index for dim, index in enumerate(coordinate))
     return frozenset(mesh.mesh[where].flatten().tolist())
+
+
+def _world() -> "dist.ProcessGroup":
+    world = dist.group.WORLD
+    assert world is not None  # a device mesh initializes it
+    return world
 
 
 _groups_made: dict[frozenset[int], tuple["dist.ProcessGroup", "dist.ProcessGroup"]] = {}
 
 
 def _new_group(ranks: frozenset[int]) -> "dist.ProcessGroup":
-    """A group of these ranks, made once for as long as the default group lives."""
-    world, group = _groups_made.get(ranks, (None, None))
-    if world is not dist.group.WORLD:
-        world = dist.group.WORLD
-        group = dist.new_group(sorted(ranks), use_local_synchronization=True)
-        _groups_made[ranks] = (world, group)
-    return group
+    """Return a group of these ranks, made once for as long as the default group lives."""
+    world = _world()
+    made = _groups_made.get(ranks)
+    if made is None or made[0] is not world:
+        made = (world, dist.new_group(sorted(ranks), use_local_synchronization=True))
+        _groups_made[ranks] = made
+    return made[1]

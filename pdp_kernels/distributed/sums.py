@@ -1,11 +1,12 @@
-"""Sums over weights whose parts are on several ranks: norms of channels, and the PQ Index's."""
+"""Sums over sharded weights: the norms of channels, and the power sums of the PQ Index."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from pdp_kernels import ops  # noqa: F401
+from pdp_kernels import ops  # noqa: F401  (defines torch.ops.pdp)
 from pdp_kernels.distributed.shards import (
     ShardedList,
     global_indices,
@@ -16,58 +17,71 @@ from pdp_kernels.distributed.shards import (
 )
 from pdp_kernels.ops.reference import fan_in, threshold_dtype
 
-# Weights that the CPU kernel adds up in one go (kSumTile of csrc/cpu/power_sums.cpp). Sums in
-# floating point depend on their order: tiles cut by a border between ranks are put together first.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+# Weights that the CPU kernel sums as one tile (kSumTile of csrc/cpu/power_sums.cpp). A sum in
+# floating point depends on its order, so tiles cut by a shard's border are put together first.
 _TILE = 16384
 
 
 def channel_norms(weights: Sequence[Tensor], dims: Sequence[int], rms: bool) -> list[Tensor]:
-    """The operator `channel_norms` of each weight of a list: the whole norms, on every rank.
+    """Return the channel norms of each global weight of a list, on every rank.
 
-    One collective for the list. Norms of channels that are not cut are those of the whole weight
-    bit for bit; of those that are, squares are summed in float64 in another order.
+    Takes one collective for the list. Norms of channels that lie in one shard are those of the
+    global weight bit for bit. Of channels cut over several shards the squares are summed in
+    float64, in another order.
     """
-    sharded = [index for index, weight in enumerate(weights) if is_sharded(weight)]
-    norms = {
-        index: torch.ops.pdp.channel_norms(local_shard(weights[index]), dims[index], rms)
-        for index in range(len(weights))
-        if index not in sharded
+    norms: dict[int, Tensor] = {}
+    sharded: dict[int, DTensor] = {}
+    for index, weight in enumerate(weights):
+        if is_sharded(weight):
+            sharded[index] = weight
+        else:
+            norms[index] = torch.ops.pdp.channel_norms(local_shard(weight), dims[index], rms)
+    listed = ShardedList(list(sharded.values()))
+    sums = {
+        position: _channel_sums(weight, shard, dims[index], rms)
+        for position, (shard, (index, weight)) in enumerate(
+            zip(listed.shards, sharded.items(), strict=True)
+        )
     }
-    if sharded:
-        listed = ShardedList([weights[index] for index in sharded])
-        sums = {
-            place: _channel_sums(weights[index], listed.shards[place], dims[index], rms)
-            for place, index in enumerate(sharded)
-        }
-        for place, total in listed.all_reduce(sums).items():
-            weight, dim = weights[sharded[place]], dims[sharded[place]]
-            if _cuts_channels(weight, dim):
-                total = (total / fan_in(weight, dim) if rms else total).sqrt()
-            norms[sharded[place]] = total.to(threshold_dtype([weight]))
+    totals = listed.all_reduce(sums)
+    for position, (index, weight) in enumerate(sharded.items()):
+        total = totals[position]
+        if _cuts_channels(weight, dims[index]):
+            total = (total / fan_in(weight, dims[index]) if rms else total).sqrt()
+        norms[index] = total.to(threshold_dtype([weight]))
     return [norms[index] for index in range(len(weights))]
 
 
-def _cuts_channels(weight: Tensor, dim: int) -> bool:
-    """Whether parts of one channel are on several ranks."""
-    return any(weight.placements[i].dim % weight.dim() != dim for i in sharding_dims(weight))
-
-
 def shard_by_channels(weight: Tensor, dim: int) -> Tensor:
-    """The weight, sharded along dim instead where its channels are cut. Differentiable."""
+    """Return the weight, resharded along dim if its channels are cut. Differentiable."""
     if not is_sharded(weight) or not _cuts_channels(weight, dim):
         return weight
-    return _sharded_along(weight, dim)
+    return _reshard_along(weight, dim)
 
 
-def _channel_sums(weight: Tensor, part: Tensor, dim: int, rms: bool) -> Tensor:
-    """What a part adds to the norms of all channels, (C,); to their squares where they are cut."""
+def _cuts_channels(weight: "DTensor", dim: int) -> bool:
+    """Whether a channel along dim lies on several ranks."""
+    return any(
+        cast(Any, weight.placements[mesh_dim]).dim % weight.dim() != dim
+        for mesh_dim in sharding_dims(weight)
+    )
+
+
+def _channel_sums(weight: "DTensor", shard: Tensor, dim: int, rms: bool) -> Tensor:
+    """Return the shard's summand of the norms of all channels, (C,), float64.
+
+    The sum of the summands is the norms; where channels are cut, the squares of the l2 norms.
+    """
     sums = torch.zeros(weight.shape[dim], dtype=torch.float64, device=weight.device)
-    if part.numel() == 0:
+    if shard.numel() == 0:
         return sums
     if _cuts_channels(weight, dim):
-        values = torch.ops.pdp.power_sums([part.transpose(0, dim)], [None], 1.0, 2.0, True)[:, 2]
+        values = torch.ops.pdp.power_sums([shard.transpose(0, dim)], [None], 1.0, 2.0, True)[:, 2]
     else:
-        values = torch.ops.pdp.channel_norms(part, dim, rms).double()
+        values = torch.ops.pdp.channel_norms(shard, dim, rms).double()
     sums[global_indices(weight, dim)] = values
     return sums
 
@@ -79,33 +93,43 @@ def power_sums(
     q: float,
     per_row: bool,
 ) -> Tensor:
-    """The operator `power_sums` of weights, and masks distributed like them, on every rank.
+    """Return the power sums of global weights on every rank, float64 (groups, 3).
 
-    On a CPU bit for bit that of the whole weights in row-major order. A part that is no range of
-    rows is first exchanged for one, by whatever means DTensor.redistribute has for it.
+    On a CPU they equal those of the full weights in row-major order, bit for bit. A weight that is
+    not sharded into ranges of rows is first redistributed (DTensor.redistribute).
+
+    Args:
+        weights: any of them may be distributed.
+        masks: distributed like their weights; None where nothing is pruned.
+        p: the smaller exponent.
+        q: the larger exponent.
+        per_row: one group for each row of dimension 0, instead of one for each weight.
     """
     sharded = [index for index, weight in enumerate(weights) if is_sharded(weight)]
-    if not sharded:
-        masks = [None if mask is None else local_shard(mask) for mask in masks]
-        return torch.ops.pdp.power_sums(list(map(local_shard, weights)), masks, p, q, per_row)
     sums = {
-        index: power_sums([weight], [masks[index]], p, q, per_row)
+        index: torch.ops.pdp.power_sums(
+            [local_shard(weight)], [_local_mask(masks[index])], p, q, per_row
+        )
         for index, weight in enumerate(weights)
         if index not in sharded
     }
     rows = [_by_rows(weights[index]) for index in sharded]
-    kept = [None if masks[index] is None else _by_rows(masks[index]) for index in sharded]
+    kept = [None if mask is None else _by_rows(mask) for mask in (masks[i] for i in sharded)]
     found = (_sums_of_rows if per_row else _sums_of_tensors)(rows, kept, p, q)
-    sums |= zip(sharded, found, strict=True)
+    sums.update(zip(sharded, found, strict=True))
     return torch.cat([sums[index] for index in range(len(weights))])
 
 
-def _by_rows(weight: Tensor) -> Tensor:
-    """The weight, sharded into ranges of its rows in the order of the mesh."""
-    return _sharded_along(weight.detach(), 0)
+def _local_mask(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else local_shard(mask)
 
 
-def _sharded_along(weight: Tensor, dim: int) -> Tensor:
+def _by_rows(weight: Tensor) -> "DTensor":
+    """Return the weight, sharded into ranges of its rows in the order of the mesh."""
+    return _reshard_along(cast("DTensor", weight.detach()), 0)
+
+
+def _reshard_along(weight: "DTensor", dim: int) -> "DTensor":
     from torch.distributed.tensor import Replicate, Shard
 
     dims = sharding_dims(weight)
@@ -116,36 +140,35 @@ def _sharded_along(weight: Tensor, dim: int) -> Tensor:
 
 
 def _sums_of_rows(
-    weights: list[Tensor], masks: list[Tensor | None], p: float, q: float
+    weights: Sequence["DTensor"], masks: Sequence[Tensor | None], p: float, q: float
 ) -> list[Tensor]:
-    """(rows, 3) of each weight: every row is whole on some rank. One collective."""
-    sharded = ShardedList(weights)
+    """Return (rows, 3) of each weight. Every row lies on one rank. Takes one collective."""
+    listed = ShardedList(weights)
     sums = {}
-    for index, (weight, mask, part) in enumerate(zip(weights, masks, sharded.shards, strict=True)):
+    for index, (weight, mask, shard) in enumerate(zip(weights, masks, listed.shards, strict=True)):
         sums[index] = torch.zeros(weight.shape[0], 3, dtype=torch.float64, device=weight.device)
-        if part.numel():
-            kept = None if mask is None else local_shard(mask)
-            own = torch.ops.pdp.power_sums([part], [kept], p, q, True)
+        if shard.numel():
+            own = torch.ops.pdp.power_sums([shard], [_local_mask(mask)], p, q, True)
             sums[index][global_indices(weight, 0)] = own
-    return list(sharded.all_reduce(sums).values())
+    return list(listed.all_reduce(sums).values())
 
 
 def _sums_of_tensors(
-    weights: list[Tensor], masks: list[Tensor | None], p: float, q: float
+    weights: Sequence["DTensor"], masks: Sequence[Tensor | None], p: float, q: float
 ) -> list[Tensor]:
-    """(1, 3) of each weight, from the sums of its tiles in their order.
+    """Return (1, 3) of each weight, from the sums of its tiles in their order.
 
-    Two collectives: one for the weights in tiles that lie on several ranks, one for all sums.
+    Takes two collectives: one for the weights in tiles that several ranks hold, one for all sums.
     """
-    sharded = ShardedList(weights)
+    listed = ShardedList(weights)
     ranges = {
-        index: _Range(weight, mask, part)
-        for index, (weight, mask, part) in enumerate(
-            zip(weights, masks, sharded.shards, strict=True)
+        index: _Range(weight, mask, shard)
+        for index, (weight, mask, shard) in enumerate(
+            zip(weights, masks, listed.shards, strict=True)
         )
     }
-    cut = sharded.all_reduce({index: each.cut_tiles() for index, each in ranges.items()})
-    sums = sharded.all_reduce({index: each.tile_sums(p, q) for index, each in ranges.items()})
+    cut = listed.all_reduce({index: each.cut_tiles() for index, each in ranges.items()})
+    sums = listed.all_reduce({index: each.tile_sums(p, q) for index, each in ranges.items()})
     for index, each in ranges.items():
         sums[index][each.cut, 1:] = each.sums_of_cut_tiles(cut[index], p, q)
     # One after another, as the kernel adds them up.
@@ -153,28 +176,29 @@ def _sums_of_tensors(
 
 
 class _Range:
-    """The range of a weight's flat indices that this rank adds to sums.
+    """The range of flat indices of a global weight that this rank adds to sums.
 
-    cut: the tiles that lie on several ranks.
+    Attributes:
+        cut: the tiles that lie on several ranks.
     """
 
-    def __init__(self, weight: Tensor, mask: Tensor | None, part: Tensor):
+    def __init__(self, weight: "DTensor", mask: Tensor | None, shard: Tensor) -> None:
         row_size = weight.numel() // max(1, weight.shape[0])
         self.size = weight.numel()
-        self.begin = int(global_indices(weight, 0)[0]) * row_size if part.numel() else 0
-        self.end = self.begin + part.numel()
+        self.begin = int(global_indices(weight, 0)[0]) * row_size if shard.numel() else 0
+        self.end = self.begin + shard.numel()
         borders = (row * row_size for row in shard_starts(weight, 0))
         self.cut = sorted({border // _TILE for border in borders if border % _TILE})
-        self.dtype = part.dtype
-        self.values = part.flatten()
-        self.count = part.numel()
-        if mask is not None and part.numel():
+        self.dtype = shard.dtype
+        self.values = shard.flatten()
+        self.count: int | Tensor = shard.numel()
+        if mask is not None and shard.numel():
             kept = local_shard(mask)
-            self.values = torch.where(kept, part, 0).flatten()
+            self.values = torch.where(kept, shard, 0).flatten()
             self.count = kept.sum()
 
     def cut_tiles(self) -> Tensor:
-        """What this rank has of the tiles that are cut, among zeros; (cut, tile), float64."""
+        """Return this rank's weights in the cut tiles, zeros elsewhere; (cut, tile), float64."""
         tiles = self.values.new_zeros(len(self.cut), min(_TILE, self.size), dtype=torch.float64)
         for row, tile in enumerate(self.cut):
             start = tile * _TILE
@@ -185,7 +209,7 @@ class _Range:
         return tiles
 
     def sums_of_cut_tiles(self, tiles: Tensor, p: float, q: float) -> Tensor:
-        """(cut, 2), from all that ranks have of them."""
+        """Return (cut, 2), from the cut tiles summed over the ranks."""
         rows = [
             row[: self.size - tile * _TILE].to(self.dtype).unsqueeze(0)
             for row, tile in zip(tiles, self.cut, strict=True)
@@ -193,7 +217,7 @@ class _Range:
         return _row_sums(rows, p, q)[:, 1:] if rows else tiles.new_zeros(0, 2)
 
     def tile_sums(self, p: float, q: float) -> Tensor:
-        """(tiles, 3): sums of those tiles this rank has whole; its count stands in the first."""
+        """Return (tiles, 3): the sums of this rank's full tiles, and its count in the first row."""
         sums = self.values.new_zeros(max(1, -(-self.size // _TILE)), 3, dtype=torch.float64)
         first, past = -(-self.begin // _TILE), self.end // _TILE
         start, stop = first * _TILE - self.begin, past * _TILE - self.begin
@@ -208,5 +232,6 @@ class _Range:
         return sums
 
 
-def _row_sums(rows: list[Tensor], p: float, q: float) -> Tensor:
-    return torch.ops.pdp.power_sums(rows, [None] * len(rows), p, q, True)
+def _row_sums(rows: Sequence[Tensor], p: float, q: float) -> Tensor:
+    sums: Tensor = torch.ops.pdp.power_sums(rows, [None] * len(rows), p, q, True)
+    return sums

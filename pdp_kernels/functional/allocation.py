@@ -1,4 +1,4 @@
-"""How much each layer loses under one global budget."""
+"""How many weights of each layer are pruned under one global budget."""
 
 import functools
 import math
@@ -17,26 +17,26 @@ from pdp_kernels.ops.reference import magnitude_keys, threshold_dtype
 def global_prune_counts(
     weights: Sequence[Tensor], sparsity: float, *, max_layer_sparsity: float = 1.0
 ) -> list[int]:
-    """How many weights of each layer fall under one threshold over all layers.
+    """Return how many weights of each layer fall under one threshold over all layers.
 
-    With k = floor(r N + 1/2) of the N weights of all layers together (Algorithm 1, lines 8-9 of
+    With k = floor(r N + 1/2) for the N weights of all layers together (Algorithm 1, lines 8-9 of
     arXiv 2305.11203)::
 
-        k_i = how many of layer i are among the k of least magnitude;  sum k_i = k
+        k_i = the number of weights of layer i among the k of least magnitude;  sum k_i = k
 
-    exactly: of weights tied at the boundary those of the earlier layers are pruned first. Where a
-    layer would lose more than its cap floor(max_layer_sparsity n_i), it loses its cap, and the
-    rest of the budget is shared out again over the layers below theirs.
+    exactly: of weights tied at the boundary those of earlier layers are pruned first. A layer whose
+    k_i exceeds its cap floor(max_layer_sparsity n_i) is pruned up to its cap, and the rest of the
+    budget is allocated again over the layers below theirs.
 
-    The k-th magnitude is found digit by digit, by counting: the weights are never put together in
-    one tensor, nor gathered from the ranks that share one. A few reads of each and a few values
-    read back to the host: meant to be called once.
+    The k-th magnitude is found digit by digit, by counting. The weights are never concatenated,
+    nor gathered from the ranks that share one. This reads each weight a few times and waits for
+    the device; it is meant to be called once.
 
-    Shapes and dtypes:
+    Args:
         weights: L tensors of any shapes and any mix of float64, float32, bfloat16 and float16, on
             any devices; DTensors as in `pdp_thresholds`.
-        sparsity: r, in [0, 1].
-        max_layer_sparsity: in [0, 1].
+        sparsity: r, the fraction of all weights to prune, in [0, 1].
+        max_layer_sparsity: the largest fraction of any one layer to prune, in [0, 1].
 
     Returns:
         The k_i, a list of L ints.
@@ -58,12 +58,12 @@ def global_prune_counts(
     sizes = [weight.numel() for weight in weights]
     budget, caps = check_budget(sizes, sparsity, max_layer_sparsity)
     dtype = threshold_dtype(weights)
-    counts = {}
+    counts: dict[int, int] = {}
     while len(counts) < len(sizes):
         free = [layer for layer in range(len(sizes)) if layer not in counts]
         left = budget - sum(counts.values())
-        shares = _counts_below([weights[layer] for layer in free], left, dtype)
-        found = dict(zip(free, shares, strict=True))
+        allocated = _counts_below([weights[layer] for layer in free], left, dtype)
+        found = dict(zip(free, allocated, strict=True))
         capped = {layer: caps[layer] for layer, count in found.items() if count > caps[layer]}
         counts |= capped or found
     return [counts[layer] for layer in range(len(sizes))]
@@ -72,7 +72,7 @@ def global_prune_counts(
 def check_budget(
     sizes: Sequence[int], sparsity: float, max_layer_sparsity: float
 ) -> tuple[int, list[int]]:
-    """How many are to be pruned in all, and at most of each layer."""
+    """Return how many weights to prune in all, and at most in each layer."""
     budget = math.floor(sparsity * sum(sizes) + 0.5)
     caps = [math.floor(max_layer_sparsity * size) for size in sizes]
     if sum(caps) < budget:
@@ -84,20 +84,18 @@ def check_budget(
 
 
 def _counts_below(weights: Sequence[Tensor], count: int, dtype: torch.dtype) -> list[int]:
-    """How many of each weight are among the `count` of least magnitude of all together."""
+    """Return how many of each weight are among the `count` of least magnitude of all together."""
     if count == 0:
         return [0] * len(weights)
-    sharded = ShardedList(weights)
-    keys = {
-        index: functools.partial(_keys, part, dtype) for index, part in enumerate(sharded.shards)
-    }
-    largest, left = select_key(keys, count, torch.finfo(dtype).bits - 1, sharded)
-    counted = {
-        index: _below_and_tied(part, dtype, largest) for index, part in enumerate(sharded.shards)
-    }
-    counted = sharded.all_reduce(counted)
+    listed = ShardedList(weights)
+    shards = dict(enumerate(listed.shards))
+    keys = {index: functools.partial(_keys, shard, dtype) for index, shard in shards.items()}
+    largest, left = select_key(keys, count, torch.finfo(dtype).bits - 1, listed)
+    counted = listed.all_reduce(
+        {index: _below_and_tied(shard, dtype, largest) for index, shard in shards.items()}
+    )
     counts = []
-    for index in range(len(weights)):
+    for index in shards:
         below, tied = counted[index].tolist()
         taken = min(tied, left)
         left -= taken
@@ -105,11 +103,11 @@ def _counts_below(weights: Sequence[Tensor], count: int, dtype: torch.dtype) -> 
     return counts
 
 
-def _keys(part: Tensor, dtype: torch.dtype) -> Tensor:
-    return magnitude_keys(part.to(dtype))
+def _keys(shard: Tensor, dtype: torch.dtype) -> Tensor:
+    return magnitude_keys(shard.to(dtype))
 
 
-def _below_and_tied(part: Tensor, dtype: torch.dtype, key: int) -> Tensor:
-    """How many keys are below a given one, and how many are equal to it."""
-    keys = _keys(part, dtype)
+def _below_and_tied(shard: Tensor, dtype: torch.dtype, key: int) -> Tensor:
+    """Count the keys below a given one, and those equal to it, (2,)."""
+    keys = _keys(shard, dtype)
     return torch.stack([(keys < key).sum(), (keys == key).sum()])

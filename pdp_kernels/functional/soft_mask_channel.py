@@ -1,12 +1,15 @@
 """Channel pruning: whole channels are masked, by their norms."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from pdp_kernels.distributed.sums import channel_norms as norms_of_channels
+from pdp_kernels.distributed import sums
+from pdp_kernels.distributed.shards import is_distributed
 from pdp_kernels.functional.hard_mask import hard_mask
 from pdp_kernels.functional.soft_mask import autocast_dtype, temperature_of
-from pdp_kernels.functional.threshold import pdp_threshold
+from pdp_kernels.functional.threshold import threshold_of
 from pdp_kernels.functional.validation import (
     check_dim,
     check_norm,
@@ -17,7 +20,38 @@ from pdp_kernels.functional.validation import (
     check_weight,
 )
 from pdp_kernels.ops.autograd import MaskedChannels
-from pdp_kernels.ops.reference import threshold_dtype
+
+Norm = Literal["l2", "rms"]
+
+
+@overload
+def pdp_mask_channel(
+    weight: Tensor,
+    sparsity: float | Tensor | None = None,
+    *,
+    threshold: Tensor | None = None,
+    dim: int = 0,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    norm: Norm = "l2",
+    out_dtype: torch.dtype | None = None,
+    return_mask: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def pdp_mask_channel(
+    weight: Tensor,
+    sparsity: float | Tensor | None = None,
+    *,
+    threshold: Tensor | None = None,
+    dim: int = 0,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    norm: Norm = "l2",
+    out_dtype: torch.dtype | None = None,
+    return_mask: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def pdp_mask_channel(
@@ -28,14 +62,14 @@ def pdp_mask_channel(
     dim: int = 0,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
-    norm: str = "l2",
+    norm: Norm = "l2",
     out_dtype: torch.dtype | None = None,
     return_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The weight with whole channels masked, and the analytic gradient through their norms.
+    """Return the weight with whole channels masked, with the analytic gradient through their norms.
 
-    `pdp_mask` with the norm s_c of a channel W_c in the place of |w| (arXiv 2305.11203, section
-    3.4): t is the midpoint between the k-th and k+1-th of the C norms, k = floor(r C + 1/2), and::
+    `pdp_mask` with the norm s_c of a channel W_c in place of |w| (arXiv 2305.11203, section 3.4):
+    t is the midpoint between the k-th and k+1-th of the C norms, k = floor(r C + 1/2), and::
 
         m_c = sigmoid((s_c^2 - t^2) / tau)                                     (Eq. 1)
         w_hat_c = m_c W_c
@@ -43,32 +77,33 @@ def pdp_mask_channel(
 
     (the second term over the fan-in for norm="rms"). t is a constant. The weight is read once for
     the norms and once for w_hat; the backward reads gradient and weight at most twice. Only the
-    weight, its C norms and two scalars are kept between.
+    weight, its C norms and two scalars are saved for backward.
 
     Where batch norm follows a layer, mask the inputs of the layer after it (dim=1): batch norm
     would scale a masked output up again.
 
-    Shapes and dtypes:
+    Args:
         weight: any shape with at least one dimension; float64, float32, bfloat16 or float16. Dense
-            layouts are walked in place whatever dim is, others copied once.
-        sparsity: the share of channels to prune, a number in [0, 1] or a 0-d tensor.
+            layouts are read in place for any dim, others are copied once.
+        sparsity: the fraction of channels to prune, a number in [0, 1] or a 0-d tensor.
         threshold: t, shape (), in units of the norm: `pdp_threshold(channel_norms(weight), r)`, or
             an element of `pdp_thresholds` of the norms of many layers.
-        dim: the dimension the channels are along: 0 for outputs, 1 for inputs of Linear and
-            convolution layers.
-        tau, relative_tau: as in `pdp_mask`, tau in units of the norm squared.
+        dim: the dimension of the channels: 0 for outputs, 1 for inputs of Linear and convolution
+            layers.
+        tau: the temperature, as in `pdp_mask`, in units of the norm squared.
+        relative_tau: the relative temperature, as in `pdp_mask`.
         norm: "l2", or "rms", which is l2 / sqrt(fan-in), so that one tau suits layers of any size.
-        out_dtype: the dtype of w_hat (and mask), as in `pdp_mask`.
+        out_dtype: the dtype of w_hat (and of the mask), as in `pdp_mask`.
         return_mask: also return m, (C,).
 
     Returns:
-        w_hat, of the weight's shape and (for dense layouts) strides; with return_mask
+        w_hat, of the weight's shape and (for dense layouts) strides. With return_mask
         (w_hat, m), differentiable through both. It cannot be differentiated twice. A channel of
         zeros gets no gradient through its norm. A NaN or inf makes its whole channel NaN or inf.
 
     Raises:
-        TypeError: a weight, threshold, ratio, temperature or out_dtype of the wrong type or dtype;
-            dim no int.
+        TypeError: a weight, threshold, sparsity, temperature or out_dtype of the wrong type or
+            dtype; dim no int.
         ValueError: as `pdp_mask`; no such dim; an unknown norm.
 
     Example:
@@ -84,42 +119,41 @@ def pdp_mask_channel(
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     temperature, relative = temperature_of(weight, tau, relative_tau)
-    if threshold is not None:
-        check_threshold(threshold, threshold_dtype([weight]), weight.device)
-    norms = channel_norms(weight, dim, norm)
-    if threshold is None:
-        threshold = pdp_threshold(norms, sparsity)
+    if sparsity is None:
+        check_threshold(threshold, temperature.dtype, weight.device)
+    dim, rms = dim % weight.dim(), norm == "rms"
+    norms: Tensor = torch.ops.pdp.channel_norms(weight.detach(), dim, rms)
+    if sparsity is not None:
+        threshold = threshold_of(norms, sparsity)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
+    w_hat: Tensor
+    mask: Tensor
     w_hat, mask = MaskedChannels.apply(
-        weight,
-        norms,
-        threshold,
-        temperature,
-        dim % weight.dim(),
-        relative,
-        norm == "rms",
-        out_dtype,
+        weight, norms, threshold, temperature, dim, relative, rms, out_dtype
     )
     return (w_hat, mask) if return_mask else w_hat
 
 
-def channel_norms(weight: Tensor, dim: int = 0, norm: str = "l2") -> Tensor:
-    """The norm of every channel along dim, in one read of the weight.
+def channel_norms(weight: Tensor, dim: int = 0, norm: Norm = "l2") -> Tensor:
+    """Return the norm of every channel along dim, in one read of the weight.
 
     s_c = sqrt(sum of w^2 over the channel), divided by sqrt(fan-in) for "rms". Squares are summed
     in float64, so that no float32 weight over- or underflows (arXiv 2305.11203, section 3.4).
 
-    Shapes and dtypes:
-        weight, dim, norm: as in `pdp_mask_channel`; or a DTensor as in `pdp_thresholds`.
+    Args:
+        weight: as in `pdp_mask_channel`; or a DTensor as in `pdp_thresholds`.
+        dim: the dimension of the channels.
+        norm: "l2" or "rms".
 
     Returns:
-        (C,), float64 for float64 weights, else float32; constants for autograd. Of a DTensor those
-        of the whole weight, on every rank: bit for bit, but where channels themselves are cut
-        (sharded along another dimension than dim), whose squares are added up in another order.
+        (C,), float64 for float64 weights, else float32; constants for autograd. For a DTensor
+        those of the global weight, on every rank: bit for bit, except where shards cut channels
+        (along another dimension than dim), whose squares are summed in another order.
 
     Raises:
-        TypeError, ValueError: as `pdp_mask_channel`.
+        TypeError: as `pdp_mask_channel`.
+        ValueError: as `pdp_mask_channel`.
 
     Example:
         >>> channel_norms(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
@@ -128,25 +162,34 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: str = "l2") -> Tensor:
     check_weight("weight", weight)
     check_dim("weight", weight, dim)
     check_norm(norm)
-    return norms_of_channels([weight.detach()], [dim % weight.dim()], norm == "rms")[0]
+    weight = weight.detach()
+    dim, rms = dim % weight.dim(), norm == "rms"
+    if is_distributed(weight):
+        return sums.channel_norms([weight], [dim], rms)[0]
+    norms: Tensor = torch.ops.pdp.channel_norms(weight, dim, rms)
+    return norms
 
 
 def hard_mask_channel(
-    weight: Tensor, sparsity: float | Tensor, dim: int = 0, norm: str = "l2"
+    weight: Tensor, sparsity: float | Tensor, dim: int = 0, norm: Norm = "l2"
 ) -> Tensor:
-    """The mask that keeps all but exactly k = floor(r C + 1/2) channels of least norm.
+    """Return the mask that prunes exactly the k = floor(r C + 1/2) channels of least norm.
 
     Of equal norms the lowest index is pruned first; NaN counts as the largest norm. The masked
     weight is ``weight * mask.view(-1, 1, 1, 1)`` for a convolution's output channels.
 
-    Shapes and dtypes:
-        weight, sparsity, dim, norm: as in `pdp_mask_channel`.
+    Args:
+        weight: as in `channel_norms`.
+        sparsity: the fraction of channels to prune, a number in [0, 1] or a 0-d tensor.
+        dim: the dimension of the channels.
+        norm: "l2" or "rms".
 
     Returns:
         mask: bool, (C,); True where the channel is kept.
 
     Raises:
-        TypeError, ValueError: as `pdp_mask_channel`.
+        TypeError: as `pdp_mask_channel`.
+        ValueError: as `pdp_mask_channel`.
 
     Example:
         >>> hard_mask_channel(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 5.0]]), 2 / 3)

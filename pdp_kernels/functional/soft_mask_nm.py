@@ -1,10 +1,12 @@
 """N:M masks: every group of M consecutive weights is a layer of its own and keeps N."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from pdp_kernels.distributed.shards import map_shards
-from pdp_kernels.functional.soft_mask import autocast_dtype, temperature_of
+from pdp_kernels.distributed.shards import is_distributed, map_shards
+from pdp_kernels.functional.soft_mask import autocast_dtype, masked_weight, temperature_of
 from pdp_kernels.functional.validation import (
     check_divisible,
     check_out_dtype,
@@ -12,7 +14,36 @@ from pdp_kernels.functional.validation import (
     check_pruned,
     check_weight,
 )
-from pdp_kernels.ops.autograd import MaskedWeight
+
+
+@overload
+def pdp_mask_nm(
+    weight: Tensor,
+    n: int = 2,
+    m: int = 4,
+    *,
+    dim: int = -1,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    pruned: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_mask: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def pdp_mask_nm(
+    weight: Tensor,
+    n: int = 2,
+    m: int = 4,
+    *,
+    dim: int = -1,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    pruned: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_mask: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def pdp_mask_nm(
@@ -27,29 +58,33 @@ def pdp_mask_nm(
     out_dtype: torch.dtype | None = None,
     return_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The N:M masked weight, with the analytic gradient of the paper.
+    """Return the N:M masked weight, with the paper's analytic gradient.
 
     `pdp_mask` (Eq. 1 and 2 of arXiv 2305.11203) where every group of M consecutive weights along
-    ``dim`` is a layer of its own (section 3.4): N are KEPT of every M, so t is the midpoint between
-    the M-N-th and the next magnitude of the group. Thresholds never reach memory: forward and
-    backward are one pass over the weight each, and only the weight and tau are kept between.
+    ``dim`` is a layer of its own (section 3.4). N weights are KEPT of every M, so t is the midpoint
+    between the group's magnitudes of rank M - N and M - N + 1. Thresholds never reach memory:
+    forward and backward are one pass over the weight each. Only the weight and tau are saved for
+    backward.
 
-    Sparse tensor cores multiply along the input features, which are dim -1 of a Linear weight and
-    dim 1 of a convolution's: prune a convolution with dim=1.
+    Sparse tensor cores multiply along the input features: dim -1 of a Linear weight, dim 1 of a
+    convolution's. Prune a convolution with dim=1.
 
-    Shapes and dtypes:
+    Args:
         weight: any shape whose size along dim is divisible by m; float64, float32, bfloat16 or
-            float16. Dense layouts are walked in place whatever dim is, others copied once. A
-            DTensor must not be sharded through groups.
-        n, m: 1 <= n < m <= 32; 2:4 is what sparse tensor cores run.
+            float16. Dense layouts are read in place for any dim, others are copied once. Or a
+            DTensor whose shards do not cut groups.
+        n: how many weights of a group are kept, 1 <= n < m.
+        m: the size of a group, at most 32. Sparse tensor cores run 2:4.
         dim: the dimension that is cut into groups.
-        tau, relative_tau: as in `pdp_mask`; a relative temperature follows each group's own t.
-        pruned: how many of a group are pruned now, 0 to m - n (default), so that a schedule can
-            ramp up; 0 is the identity.
-        out_dtype, return_mask: as in `pdp_mask`.
+        tau: the temperature, as in `pdp_mask`.
+        relative_tau: the relative temperature, as in `pdp_mask`; it follows each group's own t.
+        pruned: how many weights of a group are pruned now, 0 to m - n (default), so that a
+            schedule can ramp up. 0 is the identity.
+        out_dtype: the dtype of w_hat (and of the mask), as in `pdp_mask`.
+        return_mask: also return m(w).
 
     Returns:
-        w_hat, of the weight's shape and (for dense layouts) strides; with return_mask
+        w_hat, of the weight's shape and (for dense layouts) strides. With return_mask
         (w_hat, m), differentiable through both. It cannot be differentiated twice.
 
     Raises:
@@ -74,29 +109,30 @@ def pdp_mask_nm(
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
     group = (m, pruned, dim % weight.dim())
-    w_hat, mask = map_shards(
-        lambda part: MaskedWeight.apply(
-            part, None, temperature, group, relative, out_dtype, return_mask
-        ),
-        weight,
-    )
+    constants = (None, temperature, group, relative, out_dtype, return_mask)
+    w_hat, mask = masked_weight(weight, constants)
     return (w_hat, mask) if return_mask else w_hat
 
 
 def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
-    """The mask that keeps exactly the N largest of every M consecutive weights along dim.
+    """Return the mask that keeps exactly the N largest of every M consecutive weights along dim.
 
-    Of equal magnitudes the lowest index is pruned first; NaN counts as the largest. It is where
-    `pdp_mask_nm`'s mask exceeds 1/2, but for ties at the boundary (arXiv 2305.11203, section 3.4).
+    Of equal magnitudes the lowest index is pruned first; NaN counts as the largest. The mask is
+    True where the mask of `pdp_mask_nm` exceeds 1/2, except for ties at the boundary (arXiv
+    2305.11203, section 3.4).
 
-    Shapes and dtypes:
-        weight, n, m, dim: as in `pdp_mask_nm`.
+    Args:
+        weight: as in `pdp_mask_nm`.
+        n: how many weights of a group are kept, 1 <= n < m.
+        m: the size of a group, at most 32.
+        dim: the dimension that is cut into groups.
 
     Returns:
         mask: bool, of the weight's shape and (for dense layouts) strides; True where kept.
 
     Raises:
-        TypeError, ValueError: as `pdp_mask_nm`.
+        TypeError: as `pdp_mask_nm`.
+        ValueError: as `pdp_mask_nm`.
 
     Example:
         >>> hard_mask_nm(torch.tensor([1.0, -1.0, 3.0, 0.5]), 2, 4)
@@ -105,7 +141,11 @@ def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tenso
     check_weight("weight", weight)
     check_pattern(n, m, dim)
     check_divisible("weight", weight, m, dim)
-    return map_shards(
-        lambda part: torch.ops.pdp.hard_mask_nm(part, m, m - n, dim % weight.dim()),
-        weight.detach(),
-    )
+    group = (m, m - n, dim % weight.dim())
+    weight = weight.detach()
+    mask: Tensor
+    if is_distributed(weight):
+        mask = map_shards(lambda shard: torch.ops.pdp.hard_mask_nm(shard, *group), weight)
+    else:
+        mask = torch.ops.pdp.hard_mask_nm(weight, *group)
+    return mask

@@ -1,4 +1,4 @@
-"""The checks at the public door: below it, arguments are trusted."""
+"""Checks of arguments. Every public function calls them first; the code below trusts them."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
 
-def check_weight(name: str, weight: Tensor) -> None:
+def check_weight(name: str, weight: object) -> None:
     """Accept a dense floating point tensor; a DTensor too."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
@@ -33,7 +33,7 @@ def check_weight(name: str, weight: Tensor) -> None:
         _check_placements(name, weight)
 
 
-def check_plain_weight(name: str, weight: Tensor) -> None:
+def check_plain_weight(name: str, weight: object) -> None:
     """Accept a dense floating point tensor that is no DTensor."""
     if isinstance(weight, Tensor) and is_distributed(weight):
         raise TypeError(f"{name} must be a plain tensor, got a DTensor: take its full_tensor()")
@@ -67,12 +67,12 @@ def check_weights(name: str, weights: Sequence[Tensor], one_device: bool = True)
             )
 
 
-def check_ratio(name: str, ratio: float) -> None:
+def check_ratio(name: str, ratio: object) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, Real):
         raise TypeError(
             f"{name} must be a number in [0, 1] or a tensor of them, got {type(ratio).__name__}"
         )
-    if not 0 <= ratio <= 1:
+    if not 0 <= float(ratio) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {ratio}")
 
 
@@ -86,7 +86,7 @@ def check_ratio_tensor(
 
 
 def check_constant(name: str, value: Tensor, device: torch.device) -> None:
-    """A floating point tensor on the weights' device that takes no gradient."""
+    """Accept a floating point tensor on the weights' device that requires no gradient."""
     if not value.is_floating_point():
         raise TypeError(f"{name} must have a floating point dtype, got {value.dtype}")
     if value.device != device:
@@ -101,7 +101,7 @@ def check_one_given(sparsity: float | Tensor | None, threshold: Tensor | None) -
         raise ValueError(f"exactly one of sparsity and threshold must be given, got {given}")
 
 
-def check_threshold(threshold: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def check_threshold(threshold: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(threshold, Tensor):
         raise TypeError(f"threshold must be a 0-d torch.Tensor, got {type(threshold).__name__}")
     check_constant("threshold", threshold, device)
@@ -219,7 +219,7 @@ def check_has_rows(name: str, weight: Tensor) -> None:
 
 
 def check_kept(name: str, mask: Tensor | None, weight: Tensor) -> None:
-    """A mask of what is unpruned, or None."""
+    """Accept a mask of the unpruned weights, or None."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -252,7 +252,7 @@ def check_index(index: Tensor) -> None:
 
 
 def check_kept_counts(kept: int | Tensor, index: Tensor) -> None:
-    """How many weights are kept in each group of an index; tensors are not looked into."""
+    """Accept the number of kept weights of each group. The values of a tensor are not read."""
     if isinstance(kept, int) and not isinstance(kept, bool):
         if kept < 0:
             raise ValueError(f"kept must be at least 0, got {kept}")
