@@ -10,16 +10,18 @@ from pdp_kernels import hard_mask, pdp_mask, pdp_threshold
 class PrunedLinear(nn.Linear):
     """A linear layer that computes with its masked weight."""
 
+    threshold: Tensor
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
         # A buffer moves with the layer to another device. The threshold -inf prunes nothing.
         self.register_buffer("threshold", torch.tensor(-torch.inf))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # One pass over the weight here, and one in backward. The temperature follows the
         # threshold, so that it fits a layer of any scale.
         w_hat = pdp_mask(self.weight, threshold=self.threshold, relative_tau=0.1)
-        return functional.linear(x, w_hat, self.bias)
+        return functional.linear(input, w_hat, self.bias)
 
 
 torch.manual_seed(0)

@@ -10,9 +10,8 @@ torch.manual_seed(0)
 inputs = torch.randn(2048, 64)
 labels = (inputs @ torch.randn(64, 10)).argmax(1)
 
-model = nn.Sequential(
-    nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
-)
+layers = [nn.Linear(64, 256), nn.Linear(256, 256), nn.Linear(256, 10)]
+model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 # 90% of the weights of all layers together; the last layer stays dense. Warm-up, ramp and
@@ -36,7 +35,7 @@ print(pruner.report())
 
 # Now the weights themselves are pruned, and the layers are what they were before.
 pruner.finalize()
-pruned = [model[0].weight, model[2].weight]
+pruned = [layer.weight for layer in layers[:2]]
 zeros = sum(int((weight == 0).sum()) for weight in pruned)
 accuracy = (model.eval()(inputs).argmax(1) == labels).float().mean()
 print(f"{zeros / sum(w.numel() for w in pruned):.1%} zeros, accuracy {accuracy:.1%}")
