@@ -1,4 +1,4 @@
-"""Sparsity-informed Adaptive Pruning (SAP): the PQ Index says how much to prune in each round."""
+"""Sparsity-informed Adaptive Pruning (SAP): the PQ Index sets how much each round prunes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pdp_kernels.functional.pq_index import pq_index
+from pdp_kernels.functional.pq_index import Scope, pq_index
 from pdp_kernels.functional.sap_counts import sap_prune_counts
 from pdp_kernels.functional.validation import (
     check_optimizer,
@@ -25,10 +25,15 @@ from pdp_kernels.pruning.layers import layer_weights
 class SAPRound(NamedTuple):
     """One round of `SAPPruner`.
 
-    The PQ Index is that of the weights unpruned before the round: `pq_index` of all of them
-    together, `pq_indices` by scope: {"global": ...}, or that of each weight by its name, where
-    scope "neuron" gives the mean over rows. `pruned` counts the weights pruned in this round, by
-    name; the sparsities are shares of all prunable weights.
+    Attributes:
+        round: the number of the round, from 1.
+        pq_index: the PQ Index, before the round, of all unpruned weights together.
+        pq_indices: the PQ Index, before the round, of each group: {"global": ...} for scope
+            "global", else the index of each weight by name (for "neuron" the mean over its rows).
+        pruned: how many weights the round pruned in each tensor, by name.
+        sparsity_before: the fraction of all prunable weights that was pruned before the round.
+        sparsity_after: the fraction of them that is pruned after it.
+        accuracy: the accuracy given to `SAPPruner.step`.
     """
 
     round: int
@@ -40,34 +45,55 @@ class SAPRound(NamedTuple):
     accuracy: float | None
 
 
+class _Settings(NamedTuple):
+    p: float
+    q: float
+    eta: float
+    gamma: float
+    beta: float
+    scope: Scope
+    rewind: bool
+
+    def prune_counts(self, index: Tensor, kept: int | Tensor) -> Tensor:
+        return sap_prune_counts(
+            index, kept, self.p, self.q, eta=self.eta, gamma=self.gamma, beta=self.beta
+        )
+
+
 class SAPPruner:
-    """Prunes a model in rounds, each by as much as its PQ Index allows.
+    """Prune a model in rounds, each by the fraction that its PQ Index allows.
 
-    Algorithm 1 of arXiv 2302.05601: train, `step`, train again, and so on. A round takes the PQ
-    Index of the unpruned weights (`pq_index`), prunes `sap_prune_counts` of them, those of least
-    magnitude in each group, and rewinds the others to where they started. The method prunes less
-    and less once the index says that little can be spared; it does not stop by itself.
+    The algorithm (Algorithm 1 of arXiv 2302.05601) is: train, `step`, train again, and so on. A
+    round computes the PQ Index of the unpruned weights (`pq_index`), prunes the `sap_prune_counts`
+    smallest magnitudes of each group, and rewinds the other weights to their initial values. Rounds
+    prune less and less as the index falls. The method has no stopping rule of its own.
 
-    Of weights tied at the boundary those met first are pruned first: by layer in the order of
+    Weights tied at the boundary are pruned in order: by layer in the order of
     model.named_modules(), then by row-major index. A pruned weight stays pruned.
 
-    Arguments:
-        model: the weights of its Linear and Conv1d/2d/3d layers are pruned, shared ones once.
-            It must be on its device, with its dtypes, already.
-        p, q, eta, gamma, beta: as for `sap_prune_counts`.
-        scope: what one group is: "neuron" (each row of dim 0), "layer", or "global", all together.
-        rewind: after each round, set all parameters and buffers of the model to their values at
-            construction, of which a copy is kept, and the pruned weights to 0.
+    Args:
+        model: the pruner prunes the weights of its Linear and Conv1d/2d/3d layers. Move the model
+            to its device and dtypes first.
+        p: the smaller exponent of the PQ Index, 0 < p < q.
+        q: the larger exponent of the PQ Index.
+        eta: as for `sap_prune_counts`.
+        gamma: as for `sap_prune_counts`.
+        beta: as for `sap_prune_counts`.
+        scope: the weights of one group: "neuron" (a row of dimension 0), "layer", or "global" (all
+            weights).
+        rewind: True resets all parameters and buffers of the model after each round to their values
+            at construction, and then sets the pruned weights to 0. The pruner keeps a copy of them.
 
     Attributes:
-        masks: by weight name, bool of the weight's shape; True where kept.
-        sparsity: the share of the prunable weights that is pruned.
+        masks: a bool mask of each weight's shape, by weight name; True where kept.
+        sparsity: the fraction of the prunable weights that is pruned.
         history: a list of `SAPRound`.
 
     Raises:
-        TypeError, ValueError: as `sap_prune_counts`; another scope; a weight that `pq_index` does
-            not take or that is computed from other parameters; weights on several devices; a model
-            with nothing to prune.
+        TypeError: as `sap_prune_counts`; rewind is no bool; model is no module; `pq_index` does not
+            accept the dtype of a weight.
+        ValueError: as `sap_prune_counts`; another scope; a weight is computed from other
+            parameters; weights are on several devices; the model has no weight to prune.
 
     Example:
         >>> model = torch.nn.Linear(6, 1, bias=False)
@@ -88,18 +114,17 @@ class SAPPruner:
         eta: float = 0.0,
         gamma: float = 1.0,
         beta: float = 0.9,
-        scope: str = "global",
+        scope: Scope = "global",
         rewind: bool = True,
-    ):
+    ) -> None:
         check_sap_settings(p, q, eta, gamma, beta)
         check_scope(scope)
         if not isinstance(rewind, bool):
             raise TypeError(f"rewind must be a bool, got {type(rewind).__name__}")
         self._weights = _prunable_weights(model)
-        self._settings = {
-            "p": float(p), "q": float(q), "eta": float(eta), "gamma": float(gamma),
-            "beta": float(beta), "scope": scope, "rewind": rewind,
-        }  # fmt: skip
+        self._settings = _Settings(
+            float(p), float(q), float(eta), float(gamma), float(beta), scope, rewind
+        )
         self._masks = [
             torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
             for weight in self._weights.values()
@@ -119,35 +144,32 @@ class SAPPruner:
 
     @torch.no_grad()
     def step(self, accuracy: float | None = None) -> SAPRound:
-        """One round: prunes the trained model, and rewinds what is left.
+        """Prune the trained model by one round, and rewind the other weights.
 
-        The state of an optimizer is not rewound: make a new one for the next round.
+        The state of an optimizer is not rewound: make a new optimizer for the next round.
 
-        Arguments:
-            accuracy: what the model reached before this round, for the history.
+        Args:
+            accuracy: the accuracy of the model before this round, for the history.
 
         Returns:
-            The `SAPRound`, which the history has too.
+            The `SAPRound` of this round, which `history` holds too.
 
         Raises:
             TypeError: accuracy is no number.
-            ValueError: an unpruned weight is NaN or infinite. The model is left as it is.
+            ValueError: an unpruned weight is NaN or infinite. The model does not change.
         """
         if accuracy is not None and (isinstance(accuracy, bool) or not isinstance(accuracy, Real)):
             raise TypeError(f"accuracy must be a number or None, got {type(accuracy).__name__}")
         weights = [weight.detach() for weight in self._weights.values()]
-        p, q = self._settings["p"], self._settings["q"]
+        p, q = self._settings.p, self._settings.q
         together = pq_index(weights, p, q, mask=self._masks, scope="global")
         overall = float(together)
         if not math.isfinite(overall):
             raise ValueError(f"model must have finite weights, got a PQ Index of {overall}")
-        scope = self._settings["scope"]
-        indices = together
-        if scope != "global":
-            indices = pq_index(weights, p, q, mask=self._masks, scope=scope)
+        indices = self._indices(weights, together)
         kept_before, sparsity_before = _kept_counts(self._masks), self.sparsity
 
-        self._masks = self._pruned(weights, indices)
+        self._masks = self._masks_after(weights, indices)
         pruned = [
             before - after
             for before, after in zip(kept_before, _kept_counts(self._masks), strict=True)
@@ -169,12 +191,18 @@ class SAPPruner:
 
     @torch.no_grad()
     def mask_weights(self) -> None:
-        """Sets the pruned weights to 0: to be called after each optimizer step, or see `attach`."""
+        """Set the pruned weights to 0: call it after each optimizer step, or use `attach`."""
         for weight, mask in zip(self._weights.values(), self._masks, strict=True):
             weight.masked_fill_(~mask, 0)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Calls `mask_weights` after each step of the optimizer, until handle.remove().
+        """Call `mask_weights` after each step of the optimizer.
+
+        Args:
+            optimizer: an optimizer of the model's parameters.
+
+        Returns:
+            The handle of the hook, whose remove() ends it.
 
         Raises:
             TypeError: optimizer is no torch.optim.Optimizer.
@@ -183,20 +211,24 @@ class SAPPruner:
         return optimizer.register_step_post_hook(lambda *_: self.mask_weights())
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, initial values, settings and history; the model has a state_dict of its own."""
+        """Return masks, initial values, settings and history, without the model's own state."""
         return {
-            "settings": dict(self._settings),
+            "settings": self._settings._asdict(),
             "masks": self.masks,
             "initial": dict(self._initial),
             "history": [done._asdict() for done in self.history],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a state; the weights stay as they are until `mask_weights` or `step`.
+        """Load a state. The model's weights do not change before `mask_weights` or `step`.
+
+        Args:
+            state_dict: a `state_dict` of a pruner with the same settings, for the same model.
 
         Raises:
             TypeError: state_dict is no mapping.
-            ValueError: it is of a pruner with other settings or of another model. Nothing changes.
+            ValueError: it belongs to a pruner with other settings or for another model. The pruner
+                does not change.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
@@ -208,13 +240,13 @@ class SAPPruner:
                 f"state_dict must be of a pruner with settings {own['settings']}, "
                 f"got {state_dict['settings']}"
             )
-        for part in ("masks", "initial"):
+        for key in ("masks", "initial"):
             expected, got = (
-                {name: tuple(value.shape) for name, value in state[part].items()}
+                {name: tuple(value.shape) for name, value in state[key].items()}
                 for state in (own, state_dict)
             )
             if got != expected:
-                raise ValueError(f"state_dict must have {part} of shapes {expected}, got {got}")
+                raise ValueError(f"state_dict must have {key} of shapes {expected}, got {got}")
         history = [SAPRound(**done) for done in state_dict["history"]]
         self._masks = [
             state_dict["masks"][name].to(weight.device, torch.bool)
@@ -226,11 +258,14 @@ class SAPPruner:
         self.history = history
 
     def plot(self, path: str | Path) -> None:
-        """Draws PQ Index, sparsity and accuracy, all as each round found them. Needs matplotlib.
+        """Plot the PQ Index, the sparsity and the accuracy before each round. Needs matplotlib.
+
+        Args:
+            path: the file to write; its suffix selects the format.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: there was no round yet.
+            ValueError: no round has run yet.
         """
         if not self.history:
             raise ValueError("history must hold at least one round to plot, got none: call step")
@@ -239,7 +274,7 @@ class SAPPruner:
         except ImportError as error:
             raise ImportError("SAPPruner.plot needs matplotlib: pip install matplotlib") from error
         rounds = [done.round for done in self.history]
-        curves = {
+        curves: dict[str, Sequence[float | None]] = {
             "PQ Index": [done.pq_index for done in self.history],
             "sparsity": [done.sparsity_before for done in self.history],
             "accuracy": [done.accuracy for done in self.history],
@@ -256,37 +291,45 @@ class SAPPruner:
             axes.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
 
-    def _pruned(self, weights: list[Tensor], indices: Tensor | list[Tensor]) -> list[Tensor]:
-        """The masks after a round."""
-        settings = {name: self._settings[name] for name in ("p", "q", "eta", "gamma", "beta")}
+    def _indices(self, weights: list[Tensor], together: Tensor) -> list[Tensor]:
+        """Return the PQ Indices: together's, one () per layer, or one (rows,) per layer."""
+        p, q, masks = self._settings.p, self._settings.q, self._masks
+        if self._settings.scope == "global":
+            return [together]
+        if self._settings.scope == "layer":
+            return list(pq_index(weights, p, q, mask=masks, scope="layer"))
+        return pq_index(weights, p, q, mask=masks, scope="neuron")
+
+    def _masks_after(self, weights: list[Tensor], indices: list[Tensor]) -> list[Tensor]:
+        """Return the masks after a round, given the `_indices` before it."""
         masks = self._masks
-        scope = self._settings["scope"]
-        if scope == "global":
-            count = sap_prune_counts(indices, sum(_kept_counts(masks)), **settings)
+        if self._settings.scope == "global":
+            count = self._settings.prune_counts(indices[0], sum(_kept_counts(masks)))
             return _prune_group(weights, masks, count)
-        if scope == "layer":
+        if self._settings.scope == "layer":
             kept = torch.stack([mask.sum() for mask in masks])
-            counts = sap_prune_counts(indices, kept, **settings)
+            counts = self._settings.prune_counts(torch.stack(indices), kept)
             return [
                 _prune_group([weight], [mask], count)[0]
                 for weight, mask, count in zip(weights, masks, counts, strict=True)
             ]
         pruned = []
         for weight, mask, index in zip(weights, masks, indices, strict=True):
-            counts = sap_prune_counts(index, mask.flatten(1).sum(1), **settings)
+            counts = self._settings.prune_counts(index, mask.flatten(1).sum(1))
             rows = zip(weight, mask, counts, strict=True)
             pruned.append(torch.stack([_prune_group([w], [m], count)[0] for w, m, count in rows]))
         return pruned
 
-    def _summary(self, indices: Tensor | list[Tensor]) -> dict[str, float]:
-        if self._settings["scope"] == "global":
-            return {"global": float(indices)}
+    def _summary(self, indices: list[Tensor]) -> dict[str, float]:
+        """Return the mean of each layer's indices by weight name, or the global one."""
+        if self._settings.scope == "global":
+            return {"global": float(indices[0])}
         means = [float(index.mean()) for index in indices]
         return dict(zip(self._weights, means, strict=True))
 
 
 def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of Linear and convolution layers by their first name, each once."""
+    """Return the weights of Linear and convolution layers, each once, by their first name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     weights = {names[0]: weight for names, weight, _ in layer_weights(model)}
@@ -311,14 +354,11 @@ def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _prune_group(weights: Sequence[Tensor], masks: Sequence[Tensor], count: Tensor) -> list[Tensor]:
-    """The masks after `count` more of the kept weights are pruned, the least of all together.
-
-    Only kept weights are selected from, so that none comes back.
-    """
+    """Return the masks without the `count` smallest kept weights of all tensors together."""
     candidates = [weight[mask] for weight, mask in zip(weights, masks, strict=True)]
     kept = torch.ops.pdp.hard_mask(torch.cat(candidates), count.view(1))
-    parts = kept.split([len(candidate) for candidate in candidates])
-    return [mask.masked_scatter(mask, part) for mask, part in zip(masks, parts, strict=True)]
+    pieces = kept.split([len(candidate) for candidate in candidates])
+    return [mask.masked_scatter(mask, piece) for mask, piece in zip(masks, pieces, strict=True)]
 
 
 def _kept_counts(masks: Sequence[Tensor]) -> list[int]:
