@@ -48,7 +48,7 @@ class MaskedLayer(nn.Module):
         module: Any = super()  # torch leaves _apply without annotations
         module._apply(fn, recurse)
         for name, mask in self.pdp_masks.items():
-            mask.to(_parameter(self, name))
+            mask.to(cast(Tensor, self._parameters[name]))
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -112,17 +112,14 @@ def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
 
 def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     """Return the weight for a forward: softly masked in training, else with exact zeros."""
-    weight = _parameter(layer, name)
+    parameters: dict[str, Any] = layer._parameters
+    weight: Tensor = parameters[name]
     if layer.training:
         return mask.soft(weight)
     kept = mask.kept(weight)
     if is_distributed(weight):
         return map_shards(lambda shard: torch.where(kept, shard, 0), weight)
     return torch.where(kept, weight, 0)
-
-
-def _parameter(layer: MaskedLayer, name: str) -> Tensor:
-    return cast(Tensor, layer._parameters[name])
 
 
 @functools.cache
@@ -134,9 +131,9 @@ def _masked_class(cls: type, names: tuple[str, ...]) -> type:
 
 
 def _shown_or_parameter(name: str) -> property:
-    def get(layer: MaskedLayer) -> Tensor:
+    def get(layer: MaskedLayer) -> Tensor | None:
         shown = layer.pdp_shown[name]
-        return _parameter(layer, name) if shown is None else shown
+        return layer._parameters[name] if shown is None else shown
 
     return property(get)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from pdp_kernels.distributed import sums
 from pdp_kernels.distributed.order_statistics import hard_mask_of_shard
 from pdp_kernels.distributed.shards import (
     global_indices,
@@ -20,7 +21,6 @@ from pdp_kernels.distributed.shards import (
     local_shard,
     map_shards,
 )
-from pdp_kernels.distributed.sums import channel_norms, shard_by_channels
 from pdp_kernels.functional.soft_mask import autocast_dtype, masked_weight
 from pdp_kernels.functional.validation import check_divisible
 from pdp_kernels.ops.autograd import MaskedChannels
@@ -119,7 +119,7 @@ class ChannelMask(SelectedMask):
         self.rms = rms
 
     def selection_values(self, weight: Tensor) -> Tensor:
-        return channel_norms([weight.detach()], [self.dim], self.rms)[0]
+        return _channel_norms([weight.detach()], [self.dim], self.rms)[0]
 
     def soft(self, weight: Tensor) -> Tensor:
         out_dtype = autocast_dtype(weight)
@@ -132,7 +132,7 @@ class ChannelMask(SelectedMask):
 
         if not is_distributed(weight):
             return masked(weight)
-        by_channels = cast("DTensor", shard_by_channels(weight, self.dim))
+        by_channels = cast("DTensor", sums.shard_by_channels(weight, self.dim))
         w_hat: DTensor = map_shards(masked, by_channels)
         return w_hat if by_channels is weight else w_hat.redistribute(placements=weight.placements)
 
@@ -197,7 +197,7 @@ def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -
     values = [weight.detach() for weight in weights]
     channels = {index: mask for index, mask in enumerate(masks) if isinstance(mask, ChannelMask)}
     if channels:
-        norms = channel_norms(
+        norms = _channel_norms(
             [values[index] for index in channels],
             [mask.dim for mask in channels.values()],
             next(iter(channels.values())).rms,  # one setting for the whole configuration
@@ -205,3 +205,13 @@ def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -
         for index, of_weight in zip(channels, norms, strict=True):
             values[index] = of_weight
     return values
+
+
+def _channel_norms(weights: Sequence[Tensor], dims: Sequence[int], rms: bool) -> list[Tensor]:
+    """Return the channel norms of each detached weight, of the global one if it is sharded."""
+    if any(map(is_distributed, weights)):
+        return sums.channel_norms(weights, dims, rms)
+    return [
+        torch.ops.pdp.channel_norms(weight, dim, rms)
+        for weight, dim in zip(weights, dims, strict=True)
+    ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -64,7 +64,8 @@ class Target:
     def weight(self) -> Tensor:
         """The Parameter as it is now; others may replace it at any time."""
         holder = self.holders[0]
-        return cast(Tensor, holder.layer._parameters[holder.slot.name])
+        parameters: dict[str, Any] = holder.layer._parameters
+        return parameters[holder.slot.name]
 
     @property
     def units(self) -> int:
