@@ -150,7 +150,7 @@ class ShardedList:
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.shards = [local_shard(weight) for weight in weights]
+        self.shards: list[Tensor] = [local_shard(weight) for weight in weights]
         self._groups: list[_Group] = []
         sharded = {index: weight for index, weight in enumerate(weights) if is_sharded(weight)}
         if sharded:

@@ -81,7 +81,8 @@ class DeviceTable:
         targets: Sequence[Target],
         masks: Sequence[WeightMask],
     ) -> None:
-        device, dtype = self.place = place
+        device, dtype = place
+        self.place: _Place = place
         self.members = members
         self._taus: dict[tuple[float, float], Tensor] = {}
         self._targets: list[Target] = []  # those that have a threshold

@@ -95,7 +95,7 @@ class PDPPruner:
         self._history = ReportHistory()
         self.model = model
         self.config = config
-        self.progress = 0.0
+        self.progress: float = 0.0
         self.prune_counts: dict[str, int] | None = None
         self._mask(model, self._targets)
         self.step(0.0)
