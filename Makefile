@@ -2,7 +2,7 @@
 # make test       the tests, and the extension against a CPU-only torch, in minutes
 # make test-full  the slow tests too, as continuous integration runs them
 # make coverage   the lines of the package that `make test` does not run
-# make lint       ruff and clang-format; make format mends
+# make lint       ruff, clang-format, mypy and pyright; make format mends what the first two find
 # make gpu        on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS=right,
 #                 fast or tuned is one call of it, PARTS="smoke ncu" those parts; DEADLINE in seconds
 #
@@ -40,10 +40,17 @@ coverage: export OMP_NUM_THREADS = 1
 coverage: $(VENV)/built
 	$(VENV)/bin/python $(PYTEST) -m "not slow" --cov --cov-report term-missing:skip-covered
 
+# pyright follows no editable install: it verifies the Python files that a wheel would hold.
+TYPED := build/typed
 lint: $(VENV)/tools
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
+	rm -rf $(TYPED)
+	$(VENV)/bin/python -c "import setuptools; setuptools.setup()" --quiet build_py --build-lib $(TYPED)
+	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=$(TYPED) $(VENV)/bin/pyright \
+		--verifytypes pdp_kernels --ignoreexternal
 
 format: $(VENV)/tools
 	$(VENV)/bin/ruff check --fix .
