@@ -1,4 +1,4 @@
-"""Masks of weights: the soft mask of the training, and the exact hard mask of the evaluation.
+"""Masks of weights: soft masks for training, exact hard masks for evaluation.
 
 The constants of a mask are tensors that a `DeviceTable` writes in place, so that a compiled or
 captured training step follows the schedule.
@@ -57,7 +57,7 @@ class WeightMask(ABC):
 
     @abstractmethod
     def set_ramp(self, fraction: float) -> None:
-        """Prune this fraction of the final number, if the mask holds the number itself."""
+        """Prune this fraction of the number to prune in the end."""
 
     def to(self, weight: Tensor) -> None:
         """Move the constants to the weight's device and threshold dtype."""
@@ -65,7 +65,7 @@ class WeightMask(ABC):
 
 
 class SelectedMask(WeightMask):
-    """A mask with one threshold, found by selection among the values of the global weight.
+    """A mask with one threshold, selected among the weights or channel norms of a global weight.
 
     Attributes:
         threshold: t, ().
@@ -75,12 +75,8 @@ class SelectedMask(WeightMask):
     threshold: Tensor
     prune_count: Tensor
 
-    @abstractmethod
-    def selection_values(self, weight: Tensor) -> Tensor:
-        """Return the values whose magnitudes the threshold is selected from."""
-
     def set_ramp(self, fraction: float) -> None:
-        """Do nothing: a `DeviceTable` writes the prune counts of all masks at once."""
+        """Do nothing: a `DeviceTable` writes prune_count, for all masks at once."""
 
     def to(self, weight: Tensor) -> None:
         super().to(weight)
@@ -95,9 +91,6 @@ class SelectedMask(WeightMask):
 
 class UnstructuredMask(SelectedMask):
     """A mask with one value for each weight."""
-
-    def selection_values(self, weight: Tensor) -> Tensor:
-        return weight
 
     def soft(self, weight: Tensor) -> Tensor:
         constants = (self.threshold, self.tau, None, self.relative, autocast_dtype(weight), False)
@@ -118,9 +111,6 @@ class ChannelMask(SelectedMask):
         self.dim = dim
         self.rms = rms
 
-    def selection_values(self, weight: Tensor) -> Tensor:
-        return _channel_norms([weight.detach()], [self.dim], self.rms)[0]
-
     def soft(self, weight: Tensor) -> Tensor:
         out_dtype = autocast_dtype(weight)
 
@@ -137,12 +127,15 @@ class ChannelMask(SelectedMask):
         return w_hat if by_channels is weight else w_hat.redistribute(placements=weight.placements)
 
     def values(self, weight: Tensor) -> Tensor:
-        return self._soft_mask(self._of_shard(weight, self.selection_values(weight)))
+        return self._soft_mask(self._of_shard(weight, self._norms(weight)))
 
     def kept(self, weight: Tensor) -> Tensor:
-        kept = torch.ops.pdp.hard_mask(self.selection_values(weight), self.prune_count)
+        kept = torch.ops.pdp.hard_mask(self._norms(weight), self.prune_count)
         kept = self._of_shard(weight, kept)
         return kept.view([-1 if dim == self.dim else 1 for dim in range(weight.dim())])
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        return _channel_norms([weight.detach()], [self.dim], self.rms)[0]
 
     def _of_shard(self, weight: Tensor, of_channels: Tensor) -> Tensor:
         """Return the values of the local shard's channels, given those of all channels."""
@@ -163,7 +156,7 @@ class GroupMask(WeightMask):
         self.n = n
         self.m = m
         self.dim = dim
-        self.pruned = 0
+        self.pruned: int = 0
 
     def set_ramp(self, fraction: float) -> None:
         """Prune round(fraction (M - N)) weights of each group."""
@@ -193,7 +186,15 @@ class GroupMask(WeightMask):
 
 
 def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return what each threshold is selected from. Takes one collective for all channel norms."""
+    """Return the values among which each mask's threshold is selected, in one collective at most.
+
+    Args:
+        masks: the masks.
+        weights: the weight of each mask.
+
+    Returns:
+        For each mask the weight itself, detached, or the norms of all its channels.
+    """
     values = [weight.detach() for weight in weights]
     channels = {index: mask for index, mask in enumerate(masks) if isinstance(mask, ChannelMask)}
     if channels:

@@ -56,8 +56,8 @@ class PDPPruner:
     pruned layer.
 
     Args:
-        model: any torch.nn.Module. If it has the masks of another pruner (as a copy or a loaded
-            model may), they are replaced.
+        model: any torch.nn.Module. If it has the masks of another pruner (a copy or a loaded model
+            may), they are replaced.
         config: what to prune, how far and when: `PDPConfig`.
 
     Attributes:
@@ -120,7 +120,7 @@ class PDPPruner:
                 weight's shape has changed.
         """
         check_non_negative("progress", progress)
-        self._check_in_charge()
+        self._check_owns_model()
         reshard(self.model)
         if self._allocates_at(progress):
             self.prune_counts = self._allocate()
@@ -189,7 +189,7 @@ class PDPPruner:
         Raises:
             RuntimeError: as `step`.
         """
-        self._check_in_charge()
+        self._check_owns_model()
         models = ((self.model, self._targets), *self._followers)
         for model, _ in models:
             reshard(model)
@@ -296,7 +296,7 @@ class PDPPruner:
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
-        self._check_in_charge()
+        self._check_owns_model()
         _check_state(state_dict, self.state_dict())
         counts = state_dict["prune_counts"].tolist()
         is_allocated = _NOT_ALLOCATED not in counts
@@ -315,7 +315,7 @@ class PDPPruner:
         unmask_model(model)
         mask_model(model, masks)
 
-    def _check_in_charge(self) -> None:
+    def _check_owns_model(self) -> None:
         """Raise a RuntimeError if the model no longer has these masks on these weights."""
         if self._finalized:
             raise RuntimeError("the pruner is finalized: make a new one to prune on")

@@ -35,7 +35,7 @@ class Holder:
         return f"{self.layer_name}.{self.slot.name}" if self.layer_name else self.slot.name
 
     def matches(self, entry: str | type) -> bool:
-        """Whether an entry of a configuration means this layer or its weight."""
+        """Whether an entry of a configuration matches this layer or its weight."""
         layers = [self.layer] if self.attention is None else [self.layer, self.attention]
         if isinstance(entry, type):
             return any(isinstance(layer, entry) for layer in layers)
@@ -105,7 +105,7 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
 
 
 def _candidates(model: nn.Module) -> list[list[Holder]]:
-    """Return the holders of each weight of the model that has a matrix's dimensions or more."""
+    """Return the holders of each weight that a configuration may select."""
     attentions = {
         id(layer.out_proj): layer
         for layer in model.modules()
