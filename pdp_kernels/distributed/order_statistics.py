@@ -72,8 +72,7 @@ def hard_mask_of_shard(weight: Tensor, prune_count: Tensor) -> Tensor:
     """
     local = local_shard(weight)
     if not is_sharded(weight):
-        kept: Tensor = torch.ops.pdp.hard_mask(local, prune_count)
-        return kept
+        return torch.ops.pdp.hard_mask(local, prune_count)
     count = int(prune_count)
     if not 0 < count < weight.numel():
         return torch.full_like(local, count <= 0, dtype=torch.bool)

@@ -233,5 +233,4 @@ class _Range:
 
 
 def _row_sums(rows: Sequence[Tensor], p: float, q: float) -> Tensor:
-    sums: Tensor = torch.ops.pdp.power_sums(rows, [None] * len(rows), p, q, True)
-    return sums
+    return torch.ops.pdp.power_sums(rows, [None] * len(rows), p, q, True)

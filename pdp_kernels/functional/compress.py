@@ -60,10 +60,7 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
             "weight must have shape (rows, cols), rows a positive multiple of "
             f"{COMPRESSED_ROWS} and cols of {COMPRESSED_COLUMNS}, got {tuple(weight.shape)}"
         )
-    values: Tensor
-    metadata: Tensor
-    values, metadata = torch.ops.pdp.compress_2to4(weight.detach())
-    return values, metadata
+    return torch.ops.pdp.compress_2to4(weight.detach())
 
 
 def has_compressed_shape(weight: Tensor) -> bool:

@@ -40,5 +40,4 @@ def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
     count = prune_count(weight, sparsity)
     if is_distributed(weight):
         return order_statistics.hard_mask(weight, count)
-    mask: Tensor = torch.ops.pdp.hard_mask(weight.detach(), count)
-    return mask
+    return torch.ops.pdp.hard_mask(weight.detach(), count)

@@ -141,8 +141,7 @@ def _power_sums(
 ) -> Tensor:
     if any(map(is_distributed, weights)):
         return distributed_sums.power_sums(weights, masks, p, q, per_row)
-    sums: Tensor = torch.ops.pdp.power_sums(weights, masks, p, q, per_row)
-    return sums
+    return torch.ops.pdp.power_sums(weights, masks, p, q, per_row)
 
 
 def index_of(sums: Tensor, p: float, q: float) -> Tensor:

@@ -123,12 +123,9 @@ def pdp_mask(
 
 def masked_weight(weight: Tensor, constants: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Return (w_hat, mask): `MaskedWeight` of a weight, or of each shard of a DTensor."""
-    results: tuple[Tensor, Tensor]
     if is_distributed(weight):
-        results = map_shards(lambda shard: MaskedWeight.apply(shard, *constants), weight)
-    else:
-        results = MaskedWeight.apply(weight, *constants)
-    return results
+        return map_shards(lambda shard: MaskedWeight.apply(shard, *constants), weight)
+    return MaskedWeight.apply(weight, *constants)
 
 
 def temperature_of(

@@ -122,13 +122,11 @@ def pdp_mask_channel(
     if sparsity is None:
         check_threshold(threshold, temperature.dtype, weight.device)
     dim, rms = dim % weight.dim(), norm == "rms"
-    norms: Tensor = torch.ops.pdp.channel_norms(weight.detach(), dim, rms)
+    norms = torch.ops.pdp.channel_norms(weight.detach(), dim, rms)
     if sparsity is not None:
         threshold = threshold_of(norms, sparsity)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
-    w_hat: Tensor
-    mask: Tensor
     w_hat, mask = MaskedChannels.apply(
         weight, norms, threshold, temperature, dim, relative, rms, out_dtype
     )
@@ -166,8 +164,7 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: Norm = "l2") -> Tensor:
     dim, rms = dim % weight.dim(), norm == "rms"
     if is_distributed(weight):
         return sums.channel_norms([weight], [dim], rms)[0]
-    norms: Tensor = torch.ops.pdp.channel_norms(weight, dim, rms)
-    return norms
+    return torch.ops.pdp.channel_norms(weight, dim, rms)
 
 
 def hard_mask_channel(

@@ -143,9 +143,6 @@ def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tenso
     check_divisible("weight", weight, m, dim)
     group = (m, m - n, dim % weight.dim())
     weight = weight.detach()
-    mask: Tensor
     if is_distributed(weight):
-        mask = map_shards(lambda shard: torch.ops.pdp.hard_mask_nm(shard, *group), weight)
-    else:
-        mask = torch.ops.pdp.hard_mask_nm(weight, *group)
-    return mask
+        return map_shards(lambda shard: torch.ops.pdp.hard_mask_nm(shard, *group), weight)
+    return torch.ops.pdp.hard_mask_nm(weight, *group)

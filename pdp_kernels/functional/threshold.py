@@ -108,8 +108,7 @@ def find_thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
     """Return the threshold of each detached weight, (L,), for counts on the weights' device."""
     if any(map(is_distributed, weights)):
         return order_statistics.thresholds(weights, prune_counts)
-    thresholds: Tensor = torch.ops.pdp.thresholds(weights, prune_counts)
-    return thresholds
+    return torch.ops.pdp.thresholds(weights, prune_counts)
 
 
 def prune_count(weight: Tensor, sparsity: float | Tensor) -> Tensor:
@@ -126,8 +125,7 @@ def _prune_counts(weights: Sequence[Tensor], sparsities: list[float]) -> Tensor:
     """Return k = floor(r n + 1/2) of each weight; n is the size of the global weight."""
     if any(map(is_distributed, weights)):
         return reference.prune_counts(weights, sparsities)
-    counts: Tensor = torch.ops.pdp.prune_counts(weights, sparsities)
-    return counts
+    return torch.ops.pdp.prune_counts(weights, sparsities)
 
 
 def _counts_of_tensor(weights: Sequence[Tensor], sparsities: Tensor) -> Tensor:

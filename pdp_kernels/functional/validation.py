@@ -15,6 +15,7 @@ from pdp_kernels.ops.arguments import DTYPES, MAX_GROUP
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+NUMBERS = (float, int, Real)  # those of every call first: Real is asked in Python
 NORMS = ("l2", "rms")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SCOPES = ("neuron", "layer", "global")
@@ -68,7 +69,7 @@ def check_weights(name: str, weights: Sequence[Tensor], one_device: bool = True)
 
 
 def check_ratio(name: str, ratio: object) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+    if isinstance(ratio, bool) or not isinstance(ratio, NUMBERS):
         raise TypeError(
             f"{name} must be a number in [0, 1] or a tensor of them, got {type(ratio).__name__}"
         )
@@ -122,7 +123,7 @@ def check_temperature(
         if tau.dim() != 0:
             raise ValueError(f"{name} must be a number or have shape (), got {tuple(tau.shape)}")
         return
-    if isinstance(tau, bool) or not isinstance(tau, Real):
+    if isinstance(tau, bool) or not isinstance(tau, NUMBERS):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(tau).__name__}")
     tiny = torch.finfo(dtype).tiny
     if not tiny <= tau < math.inf:
@@ -178,7 +179,7 @@ def check_pruned(pruned: int, n: int, m: int) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
