@@ -1,1 +1,1 @@
-"""Triton kernels, one file per operator. Triton is imported by those files alone."""
+"""Triton kernels, one file per group of operators. Only these files import Triton."""

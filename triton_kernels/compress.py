@@ -1,6 +1,6 @@
-"""2:4 compression on GPUs: prunes and packs a matrix in one pass, 3.125 bytes a weight.
+"""2:4 compression on GPUs: one pass prunes and packs a matrix, and moves 3.125 bytes per weight.
 
-Layout as in pdp_kernels/ops/reference.py.
+The layout is that of pdp_kernels/ops/reference.py.
 """
 
 import torch
@@ -8,21 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program takes 32 rows x 64 columns: whole metadata blocks, and 16 bytes a load. Not yet measured
-# on a GPU.
+# A program packs 32 rows x 64 columns: complete metadata blocks, and loads of 16 bytes. Not yet
+# measured on a GPU.
 ROWS = 32
 COLUMNS = 64
 NUM_WARPS = 4
 
-# The bits above infinity's: what every NaN counts as.
+# The key of every NaN: the bits of infinity plus 1.
 NAN = {torch.bfloat16: 0x7F81, torch.float16: 0x7C01}
 
 
 @triton.jit
 def _key(bits, INDEX: tl.constexpr, NAN: tl.constexpr):
-    """The magnitude above three bits that break ties, so that the highest index is kept.
+    """Return the magnitude above three bits that break ties, so that the highest index is kept.
 
-    A zero at index 2 goes before one at 3: a single nonzero at 0 or 1 is named with 2, as in torch.
+    A zero at index 2 beats one at 3: torch, too, pairs a single nonzero at 0 or 1 with index 2.
     """
     key = (tl.minimum(bits.to(tl.int32) & 0x7FFF, NAN) << 3) | INDEX
     return tl.maximum(key, 6) if INDEX == 2 else key
@@ -52,7 +52,7 @@ def _compress_2to4_kernel(
     a, b, c, d = _key(w0, 0, NAN), _key(w1, 1, NAN), _key(w2, 2, NAN), _key(w3, 3, NAN)
     high_ab, high_cd = tl.maximum(a, b), tl.maximum(c, d)
     largest = tl.maximum(high_ab, high_cd) & 3
-    # The second largest lost to the largest: within a pair, or between the pairs.
+    # The second largest was compared with the largest: within a pair, or between the pairs.
     losers = tl.maximum(tl.minimum(a, b), tl.minimum(c, d))
     runner_up = tl.maximum(tl.minimum(high_ab, high_cd), losers) & 3
     first, second = tl.minimum(largest, runner_up), tl.maximum(largest, runner_up)
@@ -62,7 +62,7 @@ def _compress_2to4_kernel(
     column = column_tile * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
     tl.store(values_ptr + row * (cols // 2) + column, values)
 
-    # Rows are (half, quarter, lane); the words of one pair of columns become 64 consecutive ones.
+    # Rows are (half, quarter, lane). The 64 words of one pair of columns become contiguous.
     places = tl.reshape(first | (second << 2), (ROWS, COLUMNS // 16, 4))
     words = tl.sum(places << (4 * tl.arange(0, 4))[None, None, :], axis=2)
     words = tl.reshape(words, (2, 2, 8, COLUMNS // 32, 2))
@@ -73,7 +73,7 @@ def _compress_2to4_kernel(
 
 
 def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Implements pdp::compress_2to4; arguments as reference.compress_2to4."""
+    """Implement pdp::compress_2to4; arguments as reference.compress_2to4."""
     weight = weight.contiguous()
     rows, cols = weight.shape
     values = weight.new_empty(rows, cols // 2)

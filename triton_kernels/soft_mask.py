@@ -1,7 +1,7 @@
-"""Soft mask on GPUs: w_hat = sigmoid(z) w and its backward, one pass over the weight each.
+"""Soft mask on GPUs: w_hat = sigmoid(z) w and its backward, each in one pass over the weight.
 
-Equations as in pdp_kernels/ops/reference.py. Bytes moved per float32 weight: 8 forward, 12
-backward.
+The equations are those of pdp_kernels/ops/reference.py. The forward moves 8 bytes per float32
+weight, the backward 12.
 """
 
 import torch
@@ -9,14 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements per program: 16 bytes a load for float32 and 4 loads a thread. Not yet measured on a GPU.
+# Elements per program: for float32, loads of 16 bytes and 4 loads per thread. Not yet measured on a
+# GPU.
 BLOCK = 2048
 NUM_WARPS = 4
 
 
 @triton.jit
 def scale_and_temperature(t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
-    """(q, tau') of reference.scale_and_temperature."""
+    """Return (q, tau') of reference.scale_and_temperature."""
     scale = 1.0
     if RELATIVE:
         magnitude = tl.abs(t)
@@ -27,7 +28,7 @@ def scale_and_temperature(t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
 
 @triton.jit
 def mask_exponent(w, t, scale, tau, RELATIVE: tl.constexpr):
-    """z = ((|w| - t) / q) ((|w| + |t|) / q) / tau'"""
+    """Return z = ((|w| - t) / q) ((|w| + |t|) / q) / tau'."""
     magnitude = tl.abs(w)
     difference = magnitude - t
     total = magnitude + tl.abs(t)
@@ -39,14 +40,14 @@ def mask_exponent(w, t, scale, tau, RELATIVE: tl.constexpr):
 
 @triton.jit
 def mask_and_slope(z):
-    """m = sigmoid(z), and m (1 - m) without the cancellation of m - m^2"""
+    """Return m = sigmoid(z), and m (1 - m) without the cancellation of m - m^2."""
     decay = tl.exp(-tl.abs(z))
     return tl.where(z >= 0, 1.0, decay) / (1 + decay), decay / ((1 + decay) * (1 + decay))
 
 
 @triton.jit
 def soft_mask_value(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
-    """m = sigmoid(z)"""
+    """Return m = sigmoid(z)."""
     scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
     z = mask_exponent(w, t, scale, tau, RELATIVE)
     decay = tl.exp(-tl.abs(z))
@@ -55,20 +56,20 @@ def soft_mask_value(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
 
 @triton.jit
 def soft_mask_slopes(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
-    """(m + 2 w^2/tau m(1-m), 2 w/tau m(1-m)): the derivatives of w_hat and of m."""
+    """Return m + 2 w^2/tau m(1-m) and 2 w/tau m(1-m): the derivatives of w_hat and of m."""
     scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
     z = mask_exponent(w, t, scale, tau, RELATIVE)
     m, slope = mask_and_slope(z)
     scaled = w / scale if RELATIVE else w
     factor = scaled / scale if RELATIVE else w
-    # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
+    # Where the slope underflows to 0 its factor may overflow, and 0 * inf is NaN.
     boost = tl.where(slope == 0, 0.0, 2 * scaled * scaled / tau * slope)
     return m + boost, tl.where(slope == 0, 0.0, 2 * factor / tau * slope)
 
 
 @triton.jit
 def store(ptr, value, inside):
-    """Through float32 on the way from float64 to 16 bits, for which there is no instruction."""
+    """Store a value; float64 goes to 16 bits through float32, as no instruction does both."""
     dtype = ptr.dtype.element_ty
     if dtype.primitive_bitwidth == 16:
         value = value.to(tl.float32)
@@ -134,7 +135,7 @@ def soft_mask(
     out_dtype: torch.dtype | None,
     return_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Implements pdp::soft_mask; arguments as reference.soft_mask."""
+    """Implement pdp::soft_mask; arguments as reference.soft_mask."""
     w_hat = torch.empty_like(weight, dtype=out_dtype, requires_grad=False)
     mask = torch.empty_like(w_hat) if return_mask else w_hat.new_empty(0)
     numel = weight.numel()
@@ -164,7 +165,7 @@ def soft_mask_backward(
     tau: Tensor,
     relative: bool,
 ) -> Tensor:
-    """Implements pdp::soft_mask_backward; arguments as reference.soft_mask_backward."""
+    """Implement pdp::soft_mask_backward; arguments as reference.soft_mask_backward."""
     grad = torch.empty_like(weight, requires_grad=False)
     numel = weight.numel()
     if numel > 0:
@@ -188,8 +189,10 @@ def soft_mask_backward(
 
 
 def in_order_of(layout: Tensor, values: Tensor) -> Tensor:
-    """The values in the memory order of `layout`, which empty_like made: a copy only where they
-    lie otherwise (no dense layout does)."""
+    """Return the values in the memory order of `layout`, a result of empty_like.
+
+    They are copied only if their strides differ, which those of a dense layout do not.
+    """
     if values.stride() == layout.stride():
         return values
     return torch.empty_like(layout, dtype=values.dtype).copy_(values)

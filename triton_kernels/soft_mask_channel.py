@@ -1,10 +1,13 @@
-"""Channel masks on GPUs: norms in one read, w_hat in one read and one write, the backward in one
-read of gradient and weight where a channel fits a program's registers, else in two.
+"""Channel masks on GPUs.
 
-Equations as in pdp_kernels/ops/reference.py. A dense weight in storage order is outer x channels x
-inner: the dimensions whose strides are above that of the channels', the channels, and the
-dimensions below. A tile is CHANNELS of them times INNER neighbours in one outer row; the tiles of
-the same channels are numbered along the inner, then the outer dimension.
+The norms take one read of the weight, and w_hat one read and one write. The backward reads gradient
+and weight once if a channel fits into the registers of a program, else twice. The equations are
+those of pdp_kernels/ops/reference.py.
+
+In storage order a dense weight is outer x channels x inner: the dimensions with a larger stride
+than the channels', the channels, and the dimensions with a smaller one. A tile has CHANNELS
+channels and INNER neighbours in one outer row. The tiles of the same channels are numbered along
+the inner dimension, then the outer one.
 """
 
 from typing import NamedTuple
@@ -24,18 +27,18 @@ from torch import Tensor
 
 from pdp_kernels.ops import reference
 
-# Elements per tile, and the most a channel may have to be kept in a program's registers. Not yet
-# measured on a GPU.
+# Elements per tile, and the largest channel that a program keeps in registers. Not yet measured on
+# a GPU.
 BLOCK = 1024
 WHOLE_CHANNEL = 8192
 ELEMENTS_PER_WARP = 512
 
-# Tiles that one program sums: few partial sums, and programs enough to fill a GPU.
+# Tiles that one program sums: few partial sums, and enough programs to fill a GPU.
 TILES_PER_PIECE = 16
 
 
 class Layout(NamedTuple):
-    """How a dense weight lies in memory, and how it is cut into tiles."""
+    """The memory layout of a dense weight, and its tiles."""
 
     outer: int
     channels: int
@@ -47,7 +50,7 @@ class Layout(NamedTuple):
     def of(cls, ordered: Tensor, dim: int, block: int | None = None) -> "Layout":
         block = block or BLOCK
         numel, channels = ordered.numel(), ordered.shape[dim]
-        # The stride of a dimension of size 1 says nothing.
+        # The stride of a dimension of size 1 is arbitrary.
         inner = ordered.stride(dim) if channels > 1 else numel
         tile_inner = min(block, triton.next_power_of_2(inner))
         tile_channels = min(block // tile_inner, triton.next_power_of_2(channels))
@@ -67,7 +70,7 @@ class Layout(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, int]:
-        """What every kernel over tiles takes."""
+        """The arguments that every kernel over tiles takes."""
         return {
             "channels": self.channels,
             "inner": self.inner,
@@ -79,7 +82,7 @@ class Layout(NamedTuple):
 
 @triton.jit
 def _place(channels, CHANNELS: tl.constexpr):
-    """The number of this program's tile or piece; its channels, and which of them exist."""
+    """Return the index of this program's tile or piece, its channels, and which of them exist."""
     blocks = tl.cdiv(channels, CHANNELS)
     channel = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
     return tl.program_id(0) // blocks, channel.to(tl.int64), channel < channels
@@ -87,7 +90,7 @@ def _place(channels, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _offsets(tile, channel, exists, channels, inner, INNER: tl.constexpr):
-    """Where the elements of a tile lie, (CHANNELS, INNER), and which of them exist."""
+    """Return the offsets of a tile's elements, (CHANNELS, INNER), and which of them exist."""
     inner_tiles = tl.cdiv(inner, INNER)
     tile = tile.to(tl.int64)
     column = (tile % inner_tiles) * INNER + tl.arange(0, INNER)
@@ -108,8 +111,10 @@ def _products_kernel(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """sums[piece, channel] of left * right, in float64: products of two float32 numbers are exact
-    in it, and no square leaves its range."""
+    """Write sums[piece, channel] of left * right, in float64.
+
+    float64 holds the product of two float32 numbers exactly, and no square leaves its range.
+    """
     piece, channel, exists = _place(channels, CHANNELS)
     sums = tl.zeros((CHANNELS, INNER), tl.float64)
     for index in range(TILES):
@@ -169,7 +174,7 @@ def _soft_mask_channel_bwd_kernel(
     CHANNELS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """dW = m g + pull W. WHOLE: a tile holds whole channels, and <g, W> is found here."""
+    """Write dW = m g + pull W. WHOLE: a tile holds whole channels, and this kernel sums <g, W>."""
     tile, channel, exists = _place(channels, CHANNELS)
     offsets, inside = _offsets(tile, channel, exists, channels, inner, INNER)
     t, tau = tl.load(threshold_ptr), tl.load(tau_ptr)
@@ -178,7 +183,7 @@ def _soft_mask_channel_bwd_kernel(
     scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
     z = mask_exponent(norm, t, scale, tau, RELATIVE)
     m, slope = mask_and_slope(z)
-    # Where the slope has underflowed to 0 its factor may have overflowed: 0 * inf is no number.
+    # Where the slope underflows to 0 its factor may overflow, and 0 * inf is NaN.
     ratio = norm / scale if RELATIVE else norm
     factor = tl.where(slope == 0, 0.0, 2 * ratio / tau * slope).to(tl.float64)
 
@@ -193,13 +198,13 @@ def _soft_mask_channel_bwd_kernel(
             through_mask += tl.load(products_ptr + channel, mask=exists, other=0)
     if FROM_MASK:
         through_mask += tl.load(grad_mask_ptr + channel, mask=exists, other=0).to(tl.float64)
-    # A channel of zeros, whose norm has no derivative, gets none through its norm.
+    # The norm of a channel of zeros has no derivative: no gradient flows through it.
     pull = tl.where(norm == 0, 0.0, factor * through_mask / scale / norm / divisor).to(t.dtype)
     store(grad_ptr + offsets, grad + pull[:, None] * w, inside)
 
 
 def _products(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
-    """The sum of left * right over every channel, (C,) of float64."""
+    """Return the sum of left * right over each channel, float64 (C,)."""
     tiles = min(TILES_PER_PIECE, triton.next_power_of_2(layout.tiles))
     pieces = triton.cdiv(layout.tiles, tiles)
     sums = left.new_empty(pieces, layout.channels, dtype=torch.float64)
@@ -210,7 +215,7 @@ def _products(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
 
 
 def channel_norms(weight: Tensor, dim: int, rms: bool) -> Tensor:
-    """Implements pdp::channel_norms; arguments as reference.channel_norms."""
+    """Implement pdp::channel_norms; arguments as reference.channel_norms."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if weight.numel() == 0:
         return weight.new_zeros(weight.shape[dim], dtype=dtype)
@@ -231,10 +236,10 @@ def soft_mask_channel(
     relative: bool,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Implements pdp::soft_mask_channel; arguments as reference.soft_mask_channel."""
+    """Implement pdp::soft_mask_channel; arguments as reference.soft_mask_channel."""
     w_hat = torch.empty_like(weight, dtype=out_dtype, requires_grad=False)
     mask = w_hat.new_empty(weight.shape[dim])
-    if weight.numel() == 0:  # channels without weights have a mask all the same
+    if weight.numel() == 0:  # channels without weights have a mask too
         return reference.soft_mask_channel(weight, norms, threshold, tau, dim, relative, out_dtype)
     layout = Layout.of(w_hat, dim)
     with torch.cuda.device_of(weight):
@@ -263,7 +268,7 @@ def soft_mask_channel_backward(
     relative: bool,
     rms: bool,
 ) -> Tensor:
-    """Implements pdp::soft_mask_channel_backward; arguments as in the reference."""
+    """Implement pdp::soft_mask_channel_backward; arguments as in the reference."""
     grad = torch.empty_like(weight, requires_grad=False)
     if weight.numel() == 0:
         return grad

@@ -1,8 +1,8 @@
 """N:M masks on GPUs: every group of M weights is a layer of its own, held in registers.
 
-Equations as in pdp_kernels/ops/reference.py. Thresholds are found again in the backward rather than
-written to memory, so the bytes moved are those of the plain soft mask. Members of a group lie
-`stride` elements apart: whatever the dimension, dense layouts are walked in place.
+The equations are those of pdp_kernels/ops/reference.py. The backward computes the thresholds again
+instead of reading them, so that N:M masks move as many bytes as plain soft masks. The members of a
+group are `stride` elements apart: the kernels read any dimension of a dense layout in place.
 """
 
 import torch
@@ -23,19 +23,22 @@ NUM_WARPS = 4
 
 @triton.jit
 def _offsets(stride, M: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr):
-    """Where the members of this program's groups lie, (GROUPS, PADDED), and which are members."""
+    """Return the offsets of this program's groups, (GROUPS, PADDED), and which are members."""
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = group % stride
     first = (group - inside) * M + inside
     member = tl.arange(0, PADDED)[None, :]
-    # In int64: the last member may lie more than 2^31 elements behind the first.
+    # int64, because the last member may be more than 2^31 elements behind the first.
     return first[:, None] + member.to(tl.int64) * stride, member < M
 
 
 @triton.jit
 def _magnitude_keys(w, is_member):
-    """|w| as integers of the same order; every NaN is the one key above infinity's, and what fills
-    a group up to a power of two is above that."""
+    """Return integers that sort as |w| does.
+
+    The key of every NaN is infinity's plus 1. Padding, which fills a group up to a power of two,
+    has a key above that.
+    """
     if w.dtype == tl.float64:
         keys = tl.abs(w).to(tl.int64, bitcast=True)
         keys = tl.minimum(keys, 0x7FF0000000000001)
@@ -48,14 +51,14 @@ def _magnitude_keys(w, is_member):
 
 @triton.jit
 def _column(sorted_keys, index):
-    """Column `index` of the sorted keys, (GROUPS, 1)."""
+    """Return column `index` of the sorted keys, (GROUPS, 1)."""
     columns = tl.arange(0, sorted_keys.shape[1])[None, :]
     return tl.sum(tl.where(columns == index, sorted_keys, 0), axis=1, keep_dims=True)
 
 
 @triton.jit
 def _group_thresholds(w, is_member, PRUNED: tl.constexpr):
-    """t of each group, (GROUPS, 1): the midpoint of the PRUNED-th and the next magnitude."""
+    """Return t of each group, (GROUPS, 1): the midpoint of the PRUNED-th and next magnitude."""
     if PRUNED == 0:
         return tl.full((w.shape[0], 1), float("-inf"), w.dtype)
     else:
@@ -147,13 +150,13 @@ def _hard_mask_nm_kernel(
         kth = _column(tl.sort(keys, dim=1), PRUNED - 1)
         below = tl.sum((keys < kth).to(tl.int32), axis=1, keep_dims=True)
         tied = (keys == kth).to(tl.int32)
-        # Ties are pruned from the lowest index on, until PRUNED are.
+        # Ties are pruned in order of index, until PRUNED members are pruned.
         kept = (keys > kth) | ((tied > 0) & (tl.cumsum(tied, axis=1) > PRUNED - below))
     tl.store(kept_ptr + offsets, kept, mask=inside)
 
 
-def _grid(numel: int, m: int) -> tuple[tuple[int], dict]:
-    """The launch grid, and how many groups of how many columns a program has."""
+def _grid(numel: int, m: int) -> tuple[tuple[int], dict[str, int]]:
+    """Return the launch grid, and the numbers of groups and columns per program."""
     padded = triton.next_power_of_2(m)
     groups = BLOCK // padded
     return (triton.cdiv(numel // m, groups),), {"PADDED": padded, "GROUPS": groups}
@@ -169,7 +172,7 @@ def soft_mask_nm(
     out_dtype: torch.dtype | None,
     return_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Implements pdp::soft_mask_nm; arguments as reference.soft_mask_nm."""
+    """Implement pdp::soft_mask_nm; arguments as reference.soft_mask_nm."""
     w_hat = torch.empty_like(weight, dtype=out_dtype, requires_grad=False)
     mask = torch.empty_like(w_hat) if return_mask else w_hat.new_empty(0)
     if weight.numel() > 0:
@@ -203,7 +206,7 @@ def soft_mask_nm_backward(
     dim: int,
     relative: bool,
 ) -> Tensor:
-    """Implements pdp::soft_mask_nm_backward; arguments as reference.soft_mask_nm_backward."""
+    """Implement pdp::soft_mask_nm_backward; arguments as reference.soft_mask_nm_backward."""
     grad = torch.empty_like(weight, requires_grad=False)
     if weight.numel() > 0:
         grid, sizes = _grid(weight.numel(), m)
@@ -229,7 +232,7 @@ def soft_mask_nm_backward(
 
 
 def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
-    """Implements pdp::hard_mask_nm; arguments as reference.hard_mask_nm."""
+    """Implement pdp::hard_mask_nm; arguments as reference.hard_mask_nm."""
     kept = torch.empty_like(weight, dtype=torch.bool, requires_grad=False)
     if weight.numel() > 0:
         grid, sizes = _grid(weight.numel(), m)
