@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/version.h>
 
-#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -18,6 +17,7 @@
 #include "cpu/soft_mask.h"
 #include "cpu/soft_mask_channel.h"
 #include "cpu/soft_mask_nm.h"
+#include "prune_count.h"
 #include "tensors.h"
 
 namespace {
@@ -63,7 +63,7 @@ Tensor prune_counts(std::vector<Tensor> weights, std::vector<double> sparsities)
   Tensor counts = torch::stable::empty({count}, ScalarType::Long);
   int64_t* k = counts.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < count; ++i) {
-    k[i] = static_cast<int64_t>(std::floor(sparsities[i] * weights[i].numel() + 0.5));
+    k[i] = pdp::prune_count(sparsities[i], weights[i].numel());
   }
   return counts;
 }

@@ -21,6 +21,7 @@
 #include "cuda/power_sums.cuh"
 #include "cuda/prune_counts.cuh"
 #include "cuda/thresholds.cuh"
+#include "prune_count.h"
 #include "tensors.h"
 
 namespace {

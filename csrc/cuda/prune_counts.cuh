@@ -1,10 +1,8 @@
-// prune_counts: how many weights of each tensor to prune. The host computes it from the sparsities.
+// prune_counts: writes how many weights of each tensor to prune, which the host has computed.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -12,12 +10,6 @@
 #include "upload.cuh"
 
 namespace pdp {
-
-// k = floor(r * n + 1/2)
-inline int64_t prune_count(double sparsity, int64_t size) {
-  const double rounded = std::floor(sparsity * static_cast<double>(size) + 0.5);
-  return std::max<int64_t>(0, std::min(static_cast<int64_t>(rounded), size));
-}
 
 constexpr int kSmallCountChunk = 32;
 constexpr int kLargeCountChunk = 2048;

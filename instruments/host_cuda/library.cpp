@@ -13,6 +13,7 @@
 #include "../../csrc/cuda/prune_counts.cuh"
 #include "../../csrc/cuda/thresholds.cuh"
 #include "../../csrc/cuda/workspace.cuh"
+#include "../../csrc/prune_count.h"
 #include "report.h"
 
 namespace {

@@ -32,6 +32,7 @@
 #include "../../csrc/cuda/power_sums.cuh"
 #include "../../csrc/cuda/prune_counts.cuh"
 #include "../../csrc/cuda/thresholds.cuh"
+#include "../../csrc/prune_count.h"
 
 namespace {
 
