@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = f"import torch\nfrom pdp_kernels import {', '.join(pdp_kernels.__all__)}\n"
 
 OVERLOADS = """
-from typing import assert_type
+from typing_extensions import assert_type
 
 from torch import Tensor, nn
 
