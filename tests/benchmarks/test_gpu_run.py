@@ -275,5 +275,6 @@ def test_a_misspelt_part_is_refused_before_anything_runs(gpu_run):
 def test_pytest_understands_how_the_run_calls_it(gpu_run, tmp_path):
     _, _, calls = gpu_run("tests")
     (words,) = (words[2:] for words in calls if words[1] == "pytest")
+    words[words.index("-n") + 1] = "0"  # saves the start of the workers
     tests = "import pytest\n@pytest.mark.gpu\ndef test_it():\n    pass\n"
     assert "1 passed" in run_pytest(tmp_path, tests, *words)

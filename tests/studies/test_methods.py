@@ -1,0 +1,180 @@
+"""Every method trains, resumes and ends with the exact sparsity, on scikit-learn's digits."""
+
+import math
+
+import pytest
+import torch
+
+from studies import data, train_image, train_text
+from studies.command_line import budget_of
+from studies.methods import METHODS, NM_METHODS, make_method
+from studies.methods.base import Mask
+from studies.methods.learned import ScoredMask, Shrink, StraightThrough
+from studies.methods.magnitude import ACDC
+from studies.train_image import ImageTask, load_images
+from studies.train_text import SIZES, TextTask
+from studies.training import Recipe, train
+from tests.support.studies import digits_mlp, read_csv
+
+RECIPE = Recipe(epochs=4, batch=64, lr=0.1, weight_decay=5e-4)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return ImageTask(load_images("mlp", None), RECIPE.batch, augment=False)
+
+
+def train_digits(task, name, sparsity=0.9, pattern="unstructured", options=None, **arguments):
+    torch.manual_seed(0)
+    model = train_image.make_network("mlp", task)
+    budget = budget_of(sparsity, pattern, RECIPE.epochs)
+    method = make_method(name, model, budget, **(options or {}))
+    outcome = train(task, model, method, RECIPE, seed=0, show_progress=False, **arguments)
+    return model, outcome
+
+
+def weights_of(model):
+    return [weight.detach() for weight in model.parameters() if weight.dim() > 1]
+
+
+def zeros_of(model):
+    return sum(int((weight == 0).sum()) for weight in weights_of(model))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "sr-ste"}))
+def test_method_meets_the_sparsity_exactly_in_plain_weights(digits, name):
+    model, outcome = train_digits(digits, name)
+    total = sum(weight.numel() for weight in weights_of(model))
+    assert zeros_of(model) == math.floor(0.9 * total + 0.5)
+    assert model.state_dict().keys() == digits_mlp().state_dict().keys()
+    assert all(type(layer) in (torch.nn.Linear, torch.nn.ReLU, torch.nn.Flatten) for layer in model)
+    assert outcome.sparsity == zeros_of(model) / total
+    # OptG's ramp is a sigmoid in epochs, and is far from its end after four.
+    assert outcome.score > (0.3 if name == "optg" else 0.7)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "sr-ste", "pdp", "pdp-paper"}))
+def test_finalize_prunes_what_the_method_has_not(name):
+    model = digits_mlp()
+    method = make_method(name, model, budget_of(0.9, "unstructured", 10))
+    assert method.sparsity() < 0.05 or name == "dnw"  # which prunes from the start
+    method.finalize()
+    total = sum(weight.numel() for weight in weights_of(model))
+    assert zeros_of(model) == math.floor(0.9 * total + 0.5)
+
+
+def test_dense_prunes_nothing(digits):
+    model, outcome = train_digits(digits, "dense")
+    assert zeros_of(model) == 0
+    assert outcome.sparsity == 0
+    assert outcome.score > 0.9
+
+
+@pytest.mark.parametrize("name", sorted(set(NM_METHODS) - {"dense"}))
+def test_method_keeps_n_of_m(digits, name):
+    model, outcome = train_digits(digits, name, pattern="2:4")
+    assert outcome.sparsity == 0.5
+    for weight in weights_of(model):
+        assert ((weight.view(len(weight), -1, 4) != 0).sum(2) == 2).all()
+    assert outcome.score > 0.8
+
+
+def test_str_brings_weights_back_where_thresholds_pruned_too_many(digits):
+    model, outcome = train_digits(digits, "str", options={"decay": 0.5})
+    assert outcome.own_sparsity > 0.95
+    assert outcome.sparsity == pytest.approx(0.9, abs=1e-4)
+    assert zeros_of(model) == math.floor(0.9 * sum(w.numel() for w in weights_of(model)) + 0.5)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_resumed_training_equals_the_uninterrupted_one(digits, name, tmp_path):
+    pattern = "2:4" if name == "sr-ste" else "unstructured"
+    expected, outcome = train_digits(digits, name, pattern=pattern)
+    _, nothing = train_digits(digits, name, pattern=pattern, folder=tmp_path, stop_after=2)
+    assert nothing is None
+    resumed, again = train_digits(digits, name, pattern=pattern, folder=tmp_path, resume=True)
+    for parameter, other in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+    assert again[:4] == outcome[:4]
+    assert [int(row["epoch"]) for row in read_csv(tmp_path / "log.csv")] == [1, 2, 3, 4]
+
+
+def test_resumed_training_repeats_dropout(tmp_path):
+    size = SIZES["tiny"]._replace(layers=1, dropout=0.2)
+    recipe = size.recipe._replace(epochs=2)
+    task = TextTask(data.help_text(), size.context, recipe.batch, steps_per_epoch=3)
+
+    def train_gpt(**arguments):
+        torch.manual_seed(0)
+        model = train_text.make_network(size, task)
+        budget = budget_of(0.75, "unstructured", recipe.epochs, exclude=("head",))
+        method = make_method("pdp", model, budget)
+        train(task, model, method, recipe, seed=0, show_progress=False, **arguments)
+        return model
+
+    expected = train_gpt()
+    train_gpt(folder=tmp_path, stop_after=1)
+    resumed = train_gpt(folder=tmp_path, resume=True)
+    for parameter, other in zip(expected.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+    assert not (expected.head.weight == 0).any()
+
+
+def gradients(function, *inputs):
+    """The output, and its gradients for a random gradient of the output."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    output = function(*inputs)
+    upstream = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape)
+    return output.detach(), upstream, torch.autograd.grad(output, inputs, upstream)
+
+
+def test_transforms_and_their_gradients():
+    weight = torch.tensor([0.5, -0.1, 0.3, -0.9, 0.0], dtype=torch.float64)
+    kept = torch.tensor([True, False, True, False, False])
+    pruned = weight.masked_fill(~kept, 0)
+
+    for transform in (Mask(weight), ScoredMask(weight)):
+        transform.mask.copy_(kept)
+        w_hat, upstream, (gradient,) = gradients(transform, weight)
+        assert torch.equal(w_hat, pruned)
+        assert torch.equal(gradient, upstream * kept)
+    transform(weight).backward(upstream)
+    assert torch.equal(transform.scores.grad, upstream * weight)
+
+    w_hat, upstream, (gradient,) = gradients(lambda w: StraightThrough.apply(w, kept, 0.25), weight)
+    assert torch.equal(w_hat, pruned)
+    assert torch.equal(gradient, upstream + 0.25 * (weight - pruned))
+
+    threshold = torch.tensor(0.2, dtype=torch.float64)
+    w_hat, _, got = gradients(Shrink.apply, weight, threshold)
+    expected, _, reference = gradients(
+        lambda w, t: w.sign() * (w.abs() - t).relu(), weight, threshold
+    )
+    torch.testing.assert_close((w_hat, *got), (expected, *reference))
+
+
+def test_acdc_phases():
+    method = make_method("acdc", digits_mlp(), budget_of(0.9, "unstructured", 100))
+    assert isinstance(method, ACDC)
+    sparse = [epoch for epoch in range(100) if method.is_sparse(epoch)]
+    assert sparse == [e for e in range(10, 75) if e // 5 % 2 == 0] + [*range(85, 100)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.0, "unstructured", 10), "sparsity"),
+        ((0.5, "4:2", 10), "pattern"),
+        ((0.5, "unstructured", 0), "epochs"),
+        ((0.5, "unstructured", 10, 5, 6), "warmup and ramp"),
+    ],
+)
+def test_budget_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        budget_of(*arguments)
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("gmp", "2:4"), ("sr-ste", "unstructured")])
+def test_method_of_another_pattern(name, pattern):
+    with pytest.raises(ValueError, match="method"):
+        make_method(name, digits_mlp(), budget_of(0.5, pattern, 4))

@@ -1,0 +1,158 @@
+"""The studies' programs run, in a short form on data that needs no download."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from studies import grid, sap_mnist, train_image, train_text
+from studies.command_line import budget_of
+from studies.methods import make_method
+from studies.tables import Row, plot_by_setting, plot_by_sparsity, write_table
+from tests.support.studies import digits_mlp, read_csv
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "network", ["mlp", "lenet", pytest.param("resnet20", marks=pytest.mark.slow)]
+)
+def test_train_image(network, call_main, tmp_path):
+    common = ("--network", network, "--epochs", 2, "--sparsity", 0.8, "--out", tmp_path)
+    stopped = call_main(train_image, *common, "--stop-after", 1)
+    assert "stopped after epoch 1 of 2" in stopped
+    assert "pdp: test accuracy" in call_main(train_image, *common, "--resume")
+    assert len(read_csv(tmp_path / "log.csv")) == 2
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    model = torch.load(tmp_path / "model.pt")
+    weights = [weight for weight in model.values() if weight.dim() > 1]
+    total = sum(weight.numel() for weight in weights)
+    assert sum(int((w == 0).sum()) for w in weights) == math.floor(0.8 * total + 0.5)
+
+
+def test_train_text(call_main, tmp_path):
+    short = ("--size", "tiny", "--epochs", 2, "--steps-per-epoch", 5, "--out", tmp_path)
+    output = call_main(train_text, *short, "--method", "str", "--str-decay", 100)
+    assert "str: test loss" in output
+    losses = [float(row["loss"]) for row in read_csv(tmp_path / "log.csv")]
+    assert losses[1] < losses[0] < 5  # ln 103 = 4.63 by chance
+
+
+def test_setting_of_another_method(call_main, tmp_path):
+    with pytest.raises(ValueError, match=r"tau must be left out with method gmp, got 0\.1"):
+        call_main(train_image, "--method", "gmp", "--tau", 0.1, "--out", tmp_path)
+
+
+PRESENT = "mlp,gmp,unstructured,0.9,0,1,0.125,,0.9,1.0"
+
+
+@pytest.fixture
+def grid_folder(tmp_path):
+    """A folder in which one row of the grid of methods exists."""
+    (tmp_path / "methods.csv").write_text(",".join(Row._fields) + f"\n{PRESENT}\n")
+    return tmp_path
+
+
+def check_grid(folder, output, count):
+    """The row that existed is as it was, and no row stands twice."""
+    assert (folder / "methods.csv").read_text().splitlines()[1] == PRESENT
+    rows = read_csv(folder / "methods.csv")
+    assert len({tuple(row.values())[:6] for row in rows}) == len(rows) == count
+    assert output == (folder / "methods.md").read_text()
+    assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_grid_runs_what_is_missing(call_main, grid_folder):
+    arguments = ("--epochs", 1, "--seeds", 1, "--workers", 1, "--out", grid_folder)
+    settings = ("--settings", "dense", "pdp", "gmp", "--sparsities", 0.9)
+    check_grid(grid_folder, call_main(grid, "methods", *arguments, *settings), count=3)
+
+
+@pytest.mark.slow
+def test_grid_runs_on_several_workers(grid_folder):
+    """In a process of its own, as its workers import the main module."""
+    command = [sys.executable, "-m", "studies.grid", "methods", "--epochs", "1", "--seeds", "2"]
+    command += ["--workers", "2", "--out", str(grid_folder)]
+    command += ["--settings", "dense", "pdp", "gmp", "--sparsities", "0.5", "0.9"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    check_grid(grid_folder, done.stdout, count=2 * (1 + 2 + 2))  # dense once per seed
+
+
+@pytest.mark.parametrize("name", sorted(grid.STUDIES))
+def test_settings_of_studies_are_valid(name, tmp_path):
+    for setting in grid.STUDIES[name]():
+        budget = budget_of(0.9, "2:4" if name == "nm" else "unstructured", 20)
+        make_method(setting.method, digits_mlp(), budget, **setting.options)
+
+
+def test_study_table_and_plot(tmp_path):
+    def row(setting, pattern, sparsity, seed, accuracy, soft, own):
+        return Row("mlp", setting, pattern, sparsity, seed, "20", accuracy, soft, own, 10.0)
+
+    rows = [
+        row("dense", "unstructured", "0", "0", 0.98, None, 0.0),
+        row("pdp", "unstructured", "0.9", "0", 0.97, 0.975, 0.9),
+        row("pdp", "unstructured", "0.9", "1", 0.96, 0.965, 0.9),
+        row("str", "unstructured", "0.95", "0", 0.9, None, 0.91),
+    ]
+    write_table(rows, tmp_path / "table.md", "python -m studies.grid")
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert "    python -m studies.grid" in table
+    assert table[4:] == [
+        "| | 90% | 95% | soft, 90% | soft, 95% | time |",
+        "|---|---|---|---|---|---|",
+        "| dense | 98.00 | 98.00 |  |  | 10 s |",
+        "| pdp | 96.50 ± 0.71 |  | 97.00 ± 0.71 |  | 10 s |",
+        "| str |  | 90.00 |  |  | 10 s |",
+        "",
+        "Sparsity before the final pruning, where it missed the budget: str at 95%: 91.00%.",
+    ]
+    for plot in (plot_by_sparsity, plot_by_setting):
+        plot(rows, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
+
+
+def test_sap_mnist(call_main, tmp_path):
+    arguments = ("--rounds", 2, "--epochs", 1, "--seeds", 1, "--out", tmp_path)
+    output = call_main(sap_mnist, *arguments)
+    rows = read_csv(tmp_path / "rounds.csv")
+    assert len(rows) == 4 * 3  # methods, rounds and the dense network
+    remaining = {row["method"]: float(row["remaining"]) for row in rows if row["round"] == "2"}
+    assert set(remaining) == {"SAP, neuron", "SAP, global", "one-shot", "lottery ticket"}
+    assert remaining["lottery ticket"] == pytest.approx(0.64, abs=1e-3)
+    assert all(0 < fraction < 0.9 for fraction in remaining.values())
+    for picture in ("accuracy.png", "pq_index.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert "accuracy at equal remaining weights" in output
+
+
+def test_remove_dead_channels(call_main):
+    pytest.importorskip("torch_pruning")
+    from studies import remove_dead_channels
+
+    output = call_main(remove_dead_channels, "--epochs", 1, "--sparsity", 0.5)
+    masked, smaller, difference = output.strip().splitlines()[-3:]
+    weights = [int(line.split()[1].replace(",", "")) for line in (masked, smaller)]
+    # Half of the channels between two convolutions of 32 x 64 x 9 weights, in each of 3 blocks.
+    assert weights[0] - weights[1] == 3 * (2 * 32 * 32 * 9 + 2 * 32)
+    assert masked.split("accuracy")[1] == smaller.split("accuracy")[1]
+    assert float(difference.split(":")[1]) < 1e-4

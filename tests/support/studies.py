@@ -1,0 +1,16 @@
+"""What the tests of studies share."""
+
+import csv
+
+from studies.networks import mlp
+
+
+def digits_mlp():
+    """The MLP of the studies for scikit-learn's digits."""
+    return mlp(64, 300, 100, 10)
+
+
+def read_csv(path):
+    """The rows of a CSV file as dictionaries."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
