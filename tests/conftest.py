@@ -7,8 +7,6 @@ import os
 # other spin, and beside other work take several times the time of one. OpenMP reads this on import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -21,12 +19,9 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from pdp_kernels import ops
+from tests.support.backends import GPU, dispatched, interpreted
 
 torch.set_num_threads(1)
-
-GPU = pytest.param("gpu", marks=pytest.mark.gpu)
-
 
 # Files whose tests take longest: first, so that no process is left with one of them at the end.
 LONGEST = (
@@ -86,7 +81,7 @@ def device(request):
 def selection(request):
     """thresholds, hard_mask and prune_counts of a backend, and the device it serves.
 
-    The host build of the CUDA kernels is tested in test_cuda_host_build.py.
+    Host builds of the kernels are tested in tests/backends.
     """
     return dispatched(request.param)
 
@@ -99,10 +94,7 @@ def masking(request):
     if torch.cuda.is_available():
         pytest.skip("with a GPU, Triton compiles")
     request.getfixturevalue("rounding_interpreter")
-    from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
-
-    operators = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
-    return SimpleNamespace(device="cpu", **operators)
+    return interpreted()
 
 
 @pytest.fixture
@@ -153,10 +145,3 @@ def rounding_interpreter(monkeypatch, quick_interpreter):
         return convert(values, from_dtype, to_dtype, rounding_mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_as_a_gpu_does)
-
-
-def dispatched(name):
-    device = "cuda" if name == "gpu" else "cpu"
-    return SimpleNamespace(
-        device=device, **{name: getattr(torch.ops.pdp, name) for name in ops.schemas.SCHEMAS}
-    )

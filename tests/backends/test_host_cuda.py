@@ -3,14 +3,14 @@
 import pytest
 
 from instruments.build import CXX
-from instruments.host_build import CountingBuild, HostBuild, KernelError
+from instruments.host_build import CountingBuild, KernelError
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
 
-@pytest.fixture(scope="session")
-def host():
-    return HostBuild()
+@pytest.fixture
+def host(cuda):
+    return cuda.host
 
 
 @pytest.fixture(scope="session")

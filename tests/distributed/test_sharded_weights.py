@@ -18,9 +18,9 @@ from pdp_kernels import (
     pq_index,
 )
 from pdp_kernels.ops.reference import threshold_dtype
-from tests.support.cases import DISTRIBUTIONS, DTYPES, denormals, weight_of, with_special_values
 from tests.support.ranks import BACKENDS, device_of, results_on_ranks
 from tests.support.sharded import assert_same_bits, global_tensor, with_collectives
+from tests.support.weights import DISTRIBUTIONS, DTYPES, weight_of
 
 RATIOS = (0.0, 0.01, 0.5, 0.9, 1.0)
 
@@ -35,8 +35,8 @@ def weights_of(dtype, layout):
     """Matrices of every distribution, whose rows ranks share unevenly; some have too few rows."""
     torch.manual_seed(0)
     weights = [weight_of(name, 37 * 12, dtype).view(37, 12) for name in DISTRIBUTIONS]
-    weights += [with_special_values(444, dtype).view(12, 37), denormals(60, dtype).view(5, 12)]
     weights += [
+        weight_of("inf and NaN", 60, dtype).view(5, 12),
         torch.randn(2, 64).to(dtype),
         torch.randn(64, 1).to(dtype),
         torch.zeros(0, 8).to(dtype),

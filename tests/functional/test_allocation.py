@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pdp_kernels import global_prune_counts
-from tests.support.cases import DTYPES
+from tests.support.weights import DTYPES
 
 RATIOS = (0, 1e-4, 0.3, 0.5, 0.9, 0.999, 1)
 

@@ -1,6 +1,5 @@
 """2:4 compression is bit for bit PyTorch's CUTLASS conversion of the hard 2:4 matrix."""
 
-import itertools
 import json
 import os
 import re
@@ -16,11 +15,15 @@ from torch.sparse._semi_structured_conversions import (
 
 from pdp_kernels import compress_2to4, hard_mask
 from pdp_kernels.ops import reference
-from tests.support.cases import DISTRIBUTIONS, denormals, weight_of, with_special_values
+from tests.support.compression import (
+    assert_same_compression,
+    check_compression,
+    every_group,
+    pruned_to_2to4,
+)
+from tests.support.weights import DISTRIBUTIONS, HALVES, weight_of
 
-COMPRESSED_DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = [(32, 64), (64, 128), (96, 192), (160, 64), (32, 1088)]
-SPECIAL = (0.0, -0.0, 1.0, -1.0, 2.0, -3.0, torch.inf, -torch.inf, torch.nan, -torch.nan)
 
 
 @pytest.fixture(
@@ -47,76 +50,41 @@ def compress(request):
     return compress_2to4
 
 
-def pruned_to_2to4(weight):
-    """The hard 2:4 form; a weight pruned leaves a zero of its sign, as weight * mask does, and
-    unlike it where the weight is infinite."""
-    groups = weight.unflatten(-1, (-1, 4))
-    order = groups.abs().sort(dim=-1, stable=True).indices
-    pruned = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :2], True)
-    return torch.where(pruned, torch.zeros_like(groups).copysign(groups), groups).flatten(-2)
-
-
-def assert_same(compressed, expected):
-    """Bit for bit, but for a NaN any NaN: torch.gather on a CPU rewrites their payloads."""
-    for actual, part in zip(compressed, expected, strict=True):
-        assert actual.dtype == part.dtype
-        assert actual.is_contiguous()
-        assert torch.equal(actual.isnan(), part.isnan())
-        number = ~part.isnan()
-        assert torch.equal(actual[number].view(torch.int16), part[number].view(torch.int16))
-
-
-def assert_equals_torch(compress, weight):
-    expected = sparse_semi_structured_from_dense_cutlass(pruned_to_2to4(weight.contiguous()))
-    assert_same(compress(weight), expected)
-
-
-def every_group(dtype):
-    """All groups of 4 from ten values: every order, every tie, zeros and NaNs of both signs."""
-    groups = torch.tensor(list(itertools.product(SPECIAL, repeat=4)), dtype=dtype)
-    rows = -(-groups.numel() // (64 * 32)) * 32
-    return groups.flatten().repeat(2)[: rows * 64].view(rows, 64).contiguous()
-
-
-@pytest.mark.parametrize("dtype", COMPRESSED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_equals_torch(compress, distribution, dtype):
     for shape in SHAPES:
         rows, cols = shape
-        assert_equals_torch(compress, weight_of(distribution, rows * cols, dtype).view(shape))
+        check_compression(compress, weight_of(distribution, rows * cols, dtype).view(shape))
 
 
-@pytest.mark.parametrize("dtype", COMPRESSED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_equals_torch_on_every_order_and_tie_of_a_group(compress, dtype):
-    assert_equals_torch(compress, every_group(dtype))
+    check_compression(compress, every_group(dtype))
 
 
-@pytest.mark.parametrize("dtype", COMPRESSED_DTYPES, ids=str)
-@pytest.mark.parametrize("make", [denormals, with_special_values])
-def test_equals_torch_on_denormals_inf_and_nan(compress, make, dtype):
-    assert_equals_torch(compress, make(96 * 192, dtype).view(96, 192))
-
-
-@pytest.mark.parametrize("dtype", COMPRESSED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("kept", [0, 0.05, 0.3])
 def test_equals_torch_on_mostly_zero_matrices(compress, kept, dtype):
     weight = torch.randn(96, 192) * (torch.rand(96, 192) < kept)
-    assert_equals_torch(compress, weight.to(dtype))
+    check_compression(compress, weight.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", COMPRESSED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_matrix_already_2to4_is_packed_as_it_is(compress, dtype):
     weight = pruned_to_2to4(torch.randn(96, 192).to(dtype))
-    assert_same(compress(weight), sparse_semi_structured_from_dense_cutlass(weight))
+    assert_same_compression(compress(weight), sparse_semi_structured_from_dense_cutlass(weight))
 
 
 def test_equals_torch_on_weight_times_mask(compress):
     weight = torch.randn(64, 128).bfloat16()
     mask = torch.stack([hard_mask(group, 0.5) for group in weight.view(-1, 4)]).view_as(weight)
-    assert_same(compress(weight), sparse_semi_structured_from_dense_cutlass(weight * mask))
+    assert_same_compression(
+        compress(weight), sparse_semi_structured_from_dense_cutlass(weight * mask)
+    )
 
 
-@pytest.mark.parametrize("dtype", COMPRESSED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_unpacks_to_the_hard_2to4_matrix(compress, dtype):
     weight = torch.randn(160, 320).to(dtype)
     unpacked = sparse_semi_structured_to_dense_cutlass(*compress(weight))
@@ -147,7 +115,7 @@ def test_hand_computed_groups(compress):
     ids=["transposed", "columns", "rows", "odd columns", "misaligned", "expanded"],
 )
 def test_any_layout_gives_the_numbers_of_its_contiguous_copy(compress, view):
-    assert_equals_torch(compress, view(torch.randn(192, 256).half()))
+    check_compression(compress, view(torch.randn(192, 256).half()))
 
 
 def test_takes_no_gradient(device):

@@ -15,93 +15,39 @@ from pdp_kernels import (
     pdp_threshold,
     pdp_thresholds,
 )
-from pdp_kernels.ops import reference
-from tests.support.cases import (
-    DTYPES,
-    Losses,
-    assert_within_budget,
-    doubled,
-    largest,
-    on_device,
-    weight_of,
-    with_special_values,
+from tests.support.backends import on_device
+from tests.support.masks import (
+    CHANNEL_SHAPES,
+    LARGE_CHANNEL_SHAPES,
+    REAL,
+    check_soft_mask_channel,
 )
+from tests.support.parameters import by_turns
+from tests.support.weights import DTYPES, weight_of, with_special_values
 
-# (shape, dim): rows, columns, the inside of a kernel.
-SHAPES = [((33, 70), 0), ((9, 70), 1), ((4, 20, 3, 3), 1)]
 # One channel, one weight a channel; channels too long for a program's registers; more channels than
 # a tile has.
 UNUSUAL_SHAPES = [((5, 4, 7), 2), ((1, 50), 0), ((50, 1), 1), ((1300,), 0), ((2, 17_001), 0)]
-# For backends that are not interpreted: several pieces of runs, of rows, and threads to share them.
-LARGE_SHAPES = [((70, 40_001), 0), ((3, 200_003), 0), ((300, 1100), 1), ((500, 40, 3, 3), 1)]
-REAL = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES}
 
 
-def scalar(value, dtype):
-    return torch.tensor(value, dtype=REAL[dtype])
-
-
-def check(masking, weight, dim, relative, rms, out_dtype=None, tau=0.1):
-    """Norms, forward with mask and backward through both results, against the reference."""
-    out_dtype = out_dtype or weight.dtype
-    norms = masking.channel_norms(weight.to(masking.device), dim, rms).cpu()
-    exact = reference.channel_norms(weight.double(), dim, rms)
-    assert_within_budget(norms, exact, reference.channel_norms(weight, dim, rms))
-
-    t = pdp_threshold(norms, 0.5)
-    if not t.isfinite():
-        t = norms.max()  # of one channel
-    size = norms.square().mean().item() or 1.0
-    rest = (norms, t, scalar(tau if relative else tau * size, weight.dtype), dim, relative)
-    actual = masking.soft_mask_channel(*on_device(masking, weight, *rest), out_dtype)
-    exact = reference.soft_mask_channel(*doubled(weight, *rest), None)
-    rounded = reference.soft_mask_channel(weight, *rest, out_dtype)
-    losses = Losses(masking, norms, t, rest[2], relative)
-    lost = reference.along(losses.mask, weight, dim)
-    for result, factor in enumerate((weight, torch.ones_like(weight))):
-        assert_within_budget(actual[result], exact[result], rounded[result], largest(factor * lost))
-
-    grads = torch.randn(weight.shape).to(out_dtype), torch.randn(len(norms)).to(out_dtype)
-    for chosen in ([grads[0], None], [None, grads[1]], grads):
-        assert_within_budget(
-            masking.soft_mask_channel_backward(*on_device(masking, *chosen, weight, *rest), rms),
-            reference.soft_mask_channel_backward(*doubled(*chosen, weight, *rest), rms),
-            reference.soft_mask_channel_backward(*chosen, weight, *rest, rms),
-            lost_of_channels(losses, *chosen, weight, dim, rms),
-        )
-
-
-def lost_of_channels(losses, grad_w_hat, grad_mask, weight, dim, rms):
-    """Of dW = m g + pull W, where <g, W>, summed in float64, is exact in what comes through m."""
-    through_mask = 0 if grad_mask is None else grad_mask.double()
-    lost = 0.0
-    if grad_w_hat is not None:
-        products = reference.channels(grad_w_hat.double() * weight.double(), dim)
-        through_mask = through_mask + products.sum(1)
-        lost = largest(reference.along(losses.mask, weight, dim) * grad_w_hat)
-    pull = 2 / losses.scale / losses.scale / losses.tau * losses.slope * through_mask
-    if rms:
-        pull = pull / reference.fan_in(weight, dim)
-    return lost + largest(reference.along(pull, weight, dim) * weight)
-
-
-@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, dim", SHAPES, ids=str)
-def test_within_budget(masking, shape, dim, dtype, relative):
-    check(masking, torch.randn(shape).to(dtype), dim, relative, rms=relative)
+@pytest.mark.parametrize(
+    "shape_and_dim, dtype, relative", by_turns(CHANNEL_SHAPES, DTYPES, [False, True]), ids=str
+)
+def test_within_budget(masking, shape_and_dim, dtype, relative):
+    shape, dim = shape_and_dim
+    check_soft_mask_channel(masking, torch.randn(shape).to(dtype), dim, relative, rms=relative)
 
 
 @pytest.mark.parametrize("shape, dim", UNUSUAL_SHAPES, ids=str)
 def test_unusual_shapes(masking, shape, dim):
-    check(masking, torch.randn(shape), dim, True, True)
+    check_soft_mask_channel(masking, torch.randn(shape), dim, True, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, dim", LARGE_SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dim", LARGE_CHANNEL_SHAPES, ids=str)
 def test_large_weights_on_several_threads(selection, shape, dim, dtype, set_threads):
     set_threads(3)
-    check(selection, torch.randn(shape).to(dtype), dim, True, True)
+    check_soft_mask_channel(selection, torch.randn(shape).to(dtype), dim, True, True)
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["l2", "rms"])
@@ -109,13 +55,13 @@ def test_large_weights_on_several_threads(selection, shape, dim, dtype, set_thre
 def test_distributions(masking, distribution, rms):
     for dim in (0, 1):
         weight = weight_of(distribution, 12 * 35, torch.float32).view(12, 35)
-        check(masking, weight, dim, True, rms)
+        check_soft_mask_channel(masking, weight, dim, True, rms)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_norms_do_not_leave_the_range_of_float32(masking, scale):
     """Squares would: 1e-30 squared is 0, 1e30 squared is inf."""
-    check(masking, torch.randn(20, 31) * scale, 0, True, False)
+    check_soft_mask_channel(masking, torch.randn(20, 31) * scale, 0, True, False)
     norms = masking.channel_norms(torch.full((2, 4), scale).to(masking.device), 0, False)
     assert norms.tolist() == pytest.approx([2 * scale] * 2, rel=1e-7)
 
@@ -130,9 +76,9 @@ def test_layouts_are_walked_in_place_or_copied(masking, dtype):
         base[:, ::2],
         base[:1].expand(4, -1, -1, -1),
     ]
-    for weight in layouts:
-        for dim in (0, 1):
-            check(masking, weight, dim, False, False)
+    for i, weight in enumerate(layouts):
+        dim = (i + DTYPES.index(dtype)) % 2
+        check_soft_mask_channel(masking, weight, dim, False, False)
     for weight in layouts[:3]:
         shapes = (weight.shape[1], (), ())  # of norms, threshold and temperature
         ones = [torch.ones(shape, dtype=REAL[dtype]) for shape in shapes]
@@ -147,7 +93,7 @@ def test_layouts_are_walked_in_place_or_copied(masking, dtype):
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_out_dtype(masking, dtype, out_dtype):
-    check(masking, torch.randn(9, 30).to(dtype), 0, True, False, out_dtype)
+    check_soft_mask_channel(masking, torch.randn(9, 30).to(dtype), 0, True, False, out_dtype)
 
 
 def test_results_are_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):

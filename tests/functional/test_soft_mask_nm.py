@@ -8,86 +8,37 @@ from torch.func import grad, vmap
 
 from pdp_kernels import hard_mask_nm, pdp_mask, pdp_mask_nm
 from pdp_kernels.ops import reference
-from tests.support.cases import (
-    DTYPES,
-    Losses,
-    assert_within_budget,
-    denormals,
-    doubled,
-    largest,
-    on_device,
-    with_special_values,
-)
+from tests.support.backends import on_device
+from tests.support.masks import check_hard_mask_nm, check_soft_mask_nm, scalar, shape_of_groups
+from tests.support.parameters import by_turns
+from tests.support.weights import DTYPES, SPECIAL, weight_of
 
 TABLE_6 = [(2, 4), (4, 8), (1, 4), (2, 8)]
 UNUSUAL = [(1, 2), (3, 5), (6, 7), (5, 32), (31, 32)]
 
 
-def shape_for(m, dim):
-    """More groups than fit a block of the native kernel, and none a power of two."""
-    other = 3 if m > 8 else 37
-    return (other, 3 * m) if dim in (-1, 1) else (3 * m, other)
-
-
-def temperature(weight, value):
-    return torch.tensor(value, dtype=reference.threshold_dtype([weight]))
-
-
-def check(masking, weight, m, pruned, dim, relative, out_dtype=None):
-    """Forward with mask and backward through both results, against the reference."""
-    dim = dim % weight.dim()
-    out_dtype = out_dtype or weight.dtype
-    given = (weight, temperature(weight, 0.1), m, pruned, dim, relative)
-    actual = masking.soft_mask_nm(*on_device(masking, *given), out_dtype, True)
-    exact = reference.soft_mask_nm(*doubled(*given), None, True)
-    rounded = reference.soft_mask_nm(*given, out_dtype, True)
-    grouped = reference.groups(weight, m, dim)
-    thresholds = reference.group_thresholds(weight, m, pruned, dim)
-    losses = Losses(masking, grouped, thresholds, temperature(weight, 0.1), relative)
-    for result, factor in enumerate((grouped, torch.ones_like(grouped))):
-        lost = largest(factor * losses.mask)
-        assert_within_budget(actual[result], exact[result], rounded[result], lost)
-
-    grads = [torch.randn(weight.shape).to(out_dtype) for _ in range(2)]
-    for chosen in ([grads[0], None], [None, grads[1]], grads):
-        given = (*chosen, weight, temperature(weight, 0.1), m, pruned, dim, relative)
-        by_group = [None if grad is None else reference.groups(grad, m, dim) for grad in chosen]
-        assert_within_budget(
-            masking.soft_mask_nm_backward(*on_device(masking, *given)),
-            reference.soft_mask_nm_backward(*doubled(*given)),
-            reference.soft_mask_nm_backward(*given),
-            losses.of_gradient(*by_group),
-        )
-
-
-def check_hard(masking, weight, m, pruned, dim):
-    kept = masking.hard_mask_nm(weight.to(masking.device), m, pruned, dim % weight.dim()).cpu()
-    expected = reference.hard_mask_nm(weight.double(), m, pruned, dim)
-    assert torch.equal(kept, expected)
-    assert (reference.groups(kept, m, dim).sum(-1) == m - pruned).all()
-
-
-@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("n, m", TABLE_6)
-def test_within_budget(masking, n, m, dim, dtype, relative):
-    check(masking, torch.randn(shape_for(m, dim)).to(dtype), m, m - n, dim, relative)
+@pytest.mark.parametrize(
+    "pattern, dtype, dim, relative", by_turns(TABLE_6, DTYPES, [0, -1], [False, True]), ids=str
+)
+def test_within_budget(masking, pattern, dtype, dim, relative):
+    n, m = pattern
+    weight = torch.randn(shape_of_groups(m, dim)).to(dtype)
+    check_soft_mask_nm(masking, weight, m, m - n, dim, relative)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("n, m", UNUSUAL)
 def test_unusual_patterns(masking, n, m, dim):
-    weight = torch.randn(shape_for(m, dim))
-    check(masking, weight, m, m - n, dim, True)
-    check_hard(masking, weight.round(), m, m - n, dim)
+    weight = torch.randn(shape_of_groups(m, dim))
+    check_soft_mask_nm(masking, weight, m, m - n, dim, True)
+    check_hard_mask_nm(masking, weight.round(), m, m - n, dim)
 
 
 @pytest.mark.parametrize("pruned", [0, 1, 2, 3])
 def test_ramp(masking, pruned):
     weight = torch.randn(21, 8)
-    check(masking, weight, 4, pruned, 1, False)
-    check_hard(masking, weight, 4, pruned, 1)
+    check_soft_mask_nm(masking, weight, 4, pruned, 1, False)
+    check_hard_mask_nm(masking, weight, 4, pruned, 1)
 
 
 def test_nothing_pruned_is_the_identity(device):
@@ -103,14 +54,18 @@ def test_nothing_pruned_is_the_identity(device):
 @pytest.mark.parametrize("n, m", TABLE_6)
 def test_hard_mask_prunes_ties_by_lowest_index(masking, n, m, dtype):
     for dim in (0, 1):
-        check_hard(masking, torch.randint(-2, 3, shape_for(m, dim)).to(dtype), m, m - n, dim)
-        check_hard(masking, torch.full(shape_for(m, dim), 0.3).to(dtype), m, m - n, dim)
+        check_hard_mask_nm(
+            masking, torch.randint(-2, 3, shape_of_groups(m, dim)).to(dtype), m, m - n, dim
+        )
+        check_hard_mask_nm(
+            masking, torch.full(shape_of_groups(m, dim), 0.3).to(dtype), m, m - n, dim
+        )
 
 
-@pytest.mark.parametrize("make", [denormals, with_special_values])
+@pytest.mark.parametrize("distribution", SPECIAL)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_mask_of_denormals_inf_and_nan(masking, make, dtype):
-    check_hard(masking, make(480, dtype).view(20, 24), 4, 2, 1)
+def test_hard_mask_of_special_values(masking, distribution, dtype):
+    check_hard_mask_nm(masking, weight_of(distribution, 480, dtype).view(20, 24), 4, 2, 1)
 
 
 def test_hard_mask_is_where_the_soft_mask_exceeds_one_half(device):
@@ -145,7 +100,7 @@ def test_nan_and_inf_stay_in_their_own_groups(masking):
     others[0, 0] = others[3, 1] = others[9, 1] = False
     results = []
     for weight in (clean, dirty):
-        given = on_device(masking, weight, temperature(weight, 0.1), 4, 2, 1, True)
+        given = on_device(masking, weight, scalar(weight, 0.1), 4, 2, 1, True)
         w_hat = masking.soft_mask_nm(*given, None, False)[0]
         back = masking.soft_mask_nm_backward(*on_device(masking, clean, None), *given)
         results.append([reference.groups(r.cpu(), 4, 1)[others] for r in (w_hat, back)])
@@ -155,7 +110,7 @@ def test_nan_and_inf_stay_in_their_own_groups(masking):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking, dtype):
     base = torch.randn(4, 8, 3, 5).to(dtype)
-    tau = temperature(base, 0.1)
+    tau = scalar(base, 0.1)
     dense = [base.to(memory_format=torch.channels_last), base.transpose(1, 2).contiguous().mT]
     dense[1] = dense[1].permute(0, 3, 2, 1)  # sizes 4, 3, 5, 8 become 4, 5, 8, 3
     copied = [base[:, :, :, ::2], base[:1].expand(4, -1, -1, -1)]
@@ -179,12 +134,12 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
 
 def test_out_dtype(masking):
     for dtype in DTYPES:
-        check(masking, torch.randn(9, 8).to(dtype), 4, 2, 1, True, torch.bfloat16)
+        check_soft_mask_nm(masking, torch.randn(9, 8).to(dtype), 4, 2, 1, True, torch.bfloat16)
 
 
 def test_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
     weight = torch.randn(1000, 40)  # more than two threads' grains of weights
-    given = on_device(masking, weight, temperature(weight, 0.1), 4, 2, 1, False)
+    given = on_device(masking, weight, scalar(weight, 0.1), 4, 2, 1, False)
     first = masking.soft_mask_nm(*given, None, False)[0]
     for threads in (1, 1, 2, 3):
         set_threads(threads)

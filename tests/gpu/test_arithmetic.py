@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.cases import APPROXIMATE_ULPS
+from tests.support.allowances import APPROXIMATE_ULPS
 
 pytestmark = pytest.mark.gpu
 

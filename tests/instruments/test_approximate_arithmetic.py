@@ -11,25 +11,29 @@ import torch
 
 from instruments.approximate_gpu import MODES, approximate_arithmetic, moved
 from pdp_kernels import pdp_threshold
-from tests.functional import test_soft_mask, test_soft_mask_channel, test_soft_mask_nm
-from tests.support.cases import weight_of
+from tests.support.backends import interpreted
+from tests.support.masks import (
+    CHANNEL_SHAPES,
+    check_soft_mask,
+    check_soft_mask_channel,
+    check_soft_mask_nm,
+    shape_of_groups,
+)
+from tests.support.weights import weight_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles")
 
 
 @pytest.fixture
-def interpreted(rounding_interpreter):
+def exact(rounding_interpreter):
     """The mask operators as Triton's interpreter runs them."""
-    from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
-
-    operators = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
-    return SimpleNamespace(device="cpu", **operators)
+    return interpreted()
 
 
 @pytest.fixture(params=MODES)
-def approximate(request, interpreted):
+def approximate(request, exact):
     with approximate_arithmetic(request.param):
-        yield SimpleNamespace(approximates=True, **vars(interpreted))
+        yield SimpleNamespace(approximates=True, **vars(exact))
 
 
 def check_soft_masks(masking, relative):
@@ -37,7 +41,7 @@ def check_soft_masks(masking, relative):
         weight = weight_of(distribution, 1033, torch.float32)
         threshold = pdp_threshold(weight, 0.7).item()
         for tau in (1e-4, 0.3):
-            test_soft_mask.check(masking, weight, threshold, tau, relative)
+            check_soft_mask(masking, weight, threshold, tau, relative)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
@@ -48,29 +52,29 @@ def test_soft_masks(approximate, relative):
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
 def test_n_m_masks(approximate, relative):
     for dim in (0, 1):
-        weight = torch.randn(test_soft_mask_nm.shape_for(4, dim))
-        test_soft_mask_nm.check(approximate, weight, 4, 2, dim, relative)
+        weight = torch.randn(shape_of_groups(4, dim))
+        check_soft_mask_nm(approximate, weight, 4, 2, dim, relative)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
 def test_channel_masks(approximate, relative):
-    for shape, dim in test_soft_mask_channel.SHAPES:
+    for shape, dim in CHANNEL_SHAPES:
         weight = torch.randn(shape)
-        test_soft_mask_channel.check(approximate, weight, dim, relative, rms=relative)
+        check_soft_mask_channel(approximate, weight, dim, relative, rms=relative)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits(approximate, dtype):
     weight = torch.randn(1033).to(dtype)
-    test_soft_mask.check(approximate, weight, 0.7, 0.1, True)
-    test_soft_mask.check(approximate, weight, 0.7, 0.1, False, torch.float32)
+    check_soft_mask(approximate, weight, 0.7, 0.1, True)
+    check_soft_mask(approximate, weight, 0.7, 0.1, False, torch.float32)
 
 
-def test_the_budget_of_exact_arithmetic_is_exceeded(interpreted):
+def test_the_budget_of_exact_arithmetic_is_exceeded(exact):
     """So the modes above are felt, and what the budget allows for them is needed."""
     with approximate_arithmetic("up"), pytest.raises(AssertionError, match="exceeds the budget"):
-        check_soft_masks(interpreted, relative=True)
-    check_soft_masks(interpreted, relative=True)
+        check_soft_masks(exact, relative=True)
+    check_soft_masks(exact, relative=True)
 
 
 def test_numbers_move_by_ulps_and_the_exact_ones_stay():

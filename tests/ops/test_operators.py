@@ -14,7 +14,7 @@ from pdp_kernels import (
     pdp_thresholds,
     pq_index,
 )
-from tests.support.cases import DTYPES
+from tests.support.weights import DTYPES
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -19,7 +19,7 @@ from pdp_kernels import (
     pdp_mask_channel,
     pdp_mask_nm,
 )
-from tests.support.cases import DTYPES
+from tests.support.weights import DTYPES
 
 AT_ONCE = {"warmup": 0, "ramp": 0}
 

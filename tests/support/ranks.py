@@ -22,7 +22,9 @@ TIMEOUT = 300
 
 # A server that has imported these once starts every process.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pdp_kernels", "torch.distributed.tensor.parallel"])
+_context.set_forkserver_preload(
+    ["pdp_kernels", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+)
 
 BACKENDS = ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]
 
