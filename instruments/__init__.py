@@ -1,1 +1,1 @@
-"""What a GPU would do with the kernels, seen on a machine without one."""
+"""Instruments that show, on a machine without a GPU, what a GPU would do with the kernels."""

@@ -1,10 +1,10 @@
-"""Triton's interpreter with a GPU's arithmetic: division and exponential as inexact as they may be.
+"""Triton's interpreter with divisions and exponentials as inexact as a GPU's may be.
 
-Compiled for NVIDIA, a float32 division is div.full and an exponential ex2.approx of the argument
-times log2 e. The PTX manual promises both to 2 ulp ("Floating Point Instructions"), while NumPy,
-which the interpreter calls, rounds both correctly. Here each result is up to 2 ulp off, in one of
-the modes below. What GPUs do exactly stays exact: division by a power of two, 2^n for a whole n,
-and results that are 0, infinite or NaN. By how much a result is off depends on mantissas alone.
+On NVIDIA GPUs a float32 division compiles to div.full, and an exponential to ex2.approx of the
+argument times log2 e. The PTX manual bounds both errors by 2 ulp ("Floating Point Instructions").
+The interpreter calls NumPy, which rounds both correctly. This module adds an error of up to 2 ulp,
+in one of the modes below. Results that GPUs compute exactly stay exact: division by a power of two,
+2^n for an integer n, and results that are 0, infinite or NaN. The error depends on mantissas only.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ def constant(ulps: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def scattered(seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """From -2 to 2 ulp, as a hash of the mantissa decides."""
+    """Return a function from bits to errors of -2 to 2 ulp: a hash of the mantissa."""
 
-    def ulps(bits):
+    def ulps(bits: np.ndarray) -> np.ndarray:
         mixed = (bits & MANTISSA).astype(np.uint64) + np.uint64(seed << 32)
         with np.errstate(over="ignore"):
-            for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # of splitmix64
+            for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):  # splitmix64
                 mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(factor)
         return (mixed >> np.uint64(33)).astype(np.int64) % (2 * ULPS + 1) - ULPS
 
     return ulps
 
 
-# By mode: how far division and exponential are off.
+# The errors of division and exponential in ulp, by mode.
 MODES = {
     "up": (constant(ULPS), constant(ULPS)),
     "down": (constant(-ULPS), constant(-ULPS)),
@@ -45,7 +45,7 @@ MODES = {
 
 
 def moved(exact: np.ndarray, ulps: np.ndarray, exactly: np.ndarray) -> np.ndarray:
-    """Float32 numbers a few ulp away from those given, but where `exactly`."""
+    """Return float32 numbers moved by some ulp, except where `exactly`."""
     bits = exact.view(np.int32).astype(np.int64)
     magnitude = bits & 0x7FFFFFFF
     stays = exactly | (magnitude == 0) | (magnitude >= 0x7F800000)
@@ -55,13 +55,13 @@ def moved(exact: np.ndarray, ulps: np.ndarray, exactly: np.ndarray) -> np.ndarra
 
 @contextlib.contextmanager
 def approximate_arithmetic(mode: str) -> Iterator[None]:
-    """Within, kernels that the interpreter runs compute in a mode, of `MODES`."""
+    """Run the interpreter's kernels in this mode of `MODES` within the context."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     division_error, exponential_error = MODES[mode]
 
     @np.errstate(all="ignore")
-    def divide(numerator, denominator):
+    def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         if numerator.dtype != np.float32:
             return np.divide(numerator, denominator)
         numerator, denominator = np.broadcast_arrays(numerator, denominator)
@@ -70,7 +70,7 @@ def approximate_arithmetic(mode: str) -> Iterator[None]:
         return moved(quotient, division_error(bits), bits & MANTISSA == 0)
 
     @np.errstate(all="ignore")
-    def exponential(argument):
+    def exponential(argument: np.ndarray) -> np.ndarray:
         if argument.dtype != np.float32:
             return np.exp(argument)
         power = np.asarray(argument * LOG2_E, dtype=np.float32)

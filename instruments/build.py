@@ -1,4 +1,4 @@
-"""Builds of the kernels' sources, kept under build/instruments as long as nothing changes."""
+"""Builds of the kernels' sources, cached under build/instruments by content."""
 
 import fcntl
 import hashlib
@@ -30,13 +30,19 @@ def content_digest(texts: Iterable[str]) -> str:
 
 
 def build(name: str, sources: Iterable[Path], *commands: Sequence[object]) -> Path:
-    """Return the file `name` that the commands make, which run one after another.
+    """Run the commands one after another, and return the file `name` that they make.
 
-    They run in an empty folder, with absolute paths of their inputs, and leave `name` there. A file
-    made earlier is returned if commands, `sources` and compilers' versions are still the same.
+    Args:
+        name: the file that the commands write in their working folder.
+        sources: the files on which the result depends.
+        commands: they run in an empty folder, with absolute paths of their inputs.
+
+    Returns:
+        The path of the file. An earlier file is reused if the commands, the `sources` and the
+        versions of the programs are the same.
 
     Raises:
-        RuntimeError: a command fails; the message ends with what it printed.
+        RuntimeError: a command fails. The message ends with its output.
     """
     lines = [[str(word) for word in command] for command in commands]
     versions = [
@@ -47,7 +53,7 @@ def build(name: str, sources: Iterable[Path], *commands: Sequence[object]) -> Pa
     kept = KEPT / content_digest([repr(lines), *versions, *inputs]) / name
     kept.parent.mkdir(parents=True, exist_ok=True)
     with open(kept.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, those beside it wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait
         if not kept.exists():
             with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
                 for line in lines:

@@ -1,8 +1,8 @@
-"""Cards, what instructions cost their multiprocessors, and the bandwidth that this leaves room for.
+"""GPUs, the cost of instructions on their multiprocessors, and the bandwidth that it allows.
 
-Every instruction takes an issue slot of its warp's scheduler: 4 schedulers x 32 lanes a clock. Some
-also take a unit that has fewer lanes. A kernel cannot be faster than the slowest of these allows,
-nor than a copy of the bytes it moves. Stalls, latency and bank conflicts make it slower.
+Every instruction takes an issue slot of its warp's scheduler: 4 schedulers x 32 lanes per clock.
+Some also take a unit that has fewer lanes. A kernel is no faster than the slowest of these, and no
+faster than a copy of the bytes that it moves. Stalls, latency and bank conflicts make it slower.
 """
 
 from collections import Counter
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from instruments.sass import Instruction
 
-# Lanes a clock and multiprocessor of compute capability 9.0. CUDA C++ Best Practices Guide,
+# Lanes per clock and multiprocessor, compute capability 9.0. CUDA C++ Best Practices Guide,
 # "Throughput of Native Arithmetic Instructions": float32 arithmetic 128; float64 arithmetic, and
 # integer addition, logic, shifts, comparisons and minima 64; exponentials, reciprocals, square
 # roots, population counts and conversions from and to 64 bits 16.
 LANES = {"issue": 128, "ALU": 64, "FP64": 64, "XU": 16}
 
-# Integers but for IMAD, which float32's unit multiplies, and comparisons of any type.
+# Integer instructions except IMAD, which runs on float32's unit, and comparisons of any type.
 ALU = frozenset(("BMSK", "IABS", "IADD3", "LEA", "LOP3", "MOV", "PLOP3", "PRMT", "SGXT", "SHF"))
 ALU |= frozenset(("FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "IMNMX", "ISETP", "SEL", "VIADD"))
 ALU |= frozenset(("VIADDMNMX", "VIMNMX", "VIMNMX3"))
@@ -27,9 +27,9 @@ XU = frozenset(("FLO", "MUFU", "POPC"))
 
 
 def cost(instructions: Iterable[Instruction]) -> Counter[str]:
-    """Return how many instructions there are, and how many of them each unit takes.
+    """Return the number of instructions, and how many of them each unit executes.
 
-    "MUFU" and "conversions" (from or to 64 bits) are parts of "XU", the unit for both.
+    "MUFU" and "conversions" (from or to 64 bits) are included in "XU", the unit for both.
     """
     counts: Counter[str] = Counter()
     for instruction in instructions:
@@ -45,11 +45,21 @@ def cost(instructions: Iterable[Instruction]) -> Counter[str]:
 
 
 class Card(NamedTuple):
+    """A GPU.
+
+    Attributes:
+        name: the name of the model.
+        architecture: the architecture that its code is compiled for.
+        multiprocessors: the number that the device reports.
+        clock: Hz, an assumption for a loaded card; the maximum of both cards is 1.98 GHz.
+        copy: bytes per second, read and written, of a large copy on the device; measured.
+    """
+
     name: str
     architecture: str
-    multiprocessors: int  # as the device reports
-    clock: float  # assumed under load; the maximum of both cards is 1.98 GHz
-    copy: float  # bytes a second, read and written: a large copy on the device, measured
+    multiprocessors: int
+    clock: float
+    copy: float
 
     @property
     def description(self) -> str:
@@ -66,14 +76,20 @@ CARDS = {
 
 
 def room(card: Card, unit: str, bytes_moved: float) -> float:
-    """Return how many instructions of a unit fit into the time the card copies these bytes in."""
+    """Return how many instructions of a unit run in the time in which the card copies the bytes."""
     return LANES[unit] * card.multiprocessors * card.clock * bytes_moved / card.copy
 
 
 def fractions(card: Card, per_element: dict[str, float], bytes_moved: float) -> dict[str, float]:
-    """Return the fraction of the copy's bandwidth that each unit allows, the tightest first.
+    """Return the fraction of the copy bandwidth that each unit allows, the lowest first.
 
-    `per_element`: instructions, as `cost` counts them; `bytes_moved`: of one element.
+    Args:
+        card: the GPU.
+        per_element: instructions per element, as `cost` counts them.
+        bytes_moved: bytes per element.
+
+    Returns:
+        The fraction by unit; above 1 if the unit is faster than the copy.
     """
     allowed = {
         unit: room(card, unit, bytes_moved) / per_element[unit]

@@ -1,18 +1,22 @@
-"""What the compilers made of the kernels: registers, widths, instructions per element, and the
-fraction of a card's copy bandwidth that they leave room for. Needs nvcc or Triton, no GPU.
+"""Reports on the compiled kernels. It needs nvcc or Triton, but no GPU.
 
-    python -m instruments.compiled                                what ships, for sm_90, on an H200
+The report shows registers, widths of accesses, instructions per element, and the fraction of a
+card's copy bandwidth that they allow.
+
+    python -m instruments.compiled                                released kernels, sm_90, H200
     python -m instruments.compiled --kernels "*backward bf16*" --card H100
     python -m instruments.compiled --arch sm_100                  counts only: no card is known
     python -m instruments.compiled --update                       rewrite compiled_figures.json
 
-CUDA kernels are counted in the loop that reads the weights (cuda_loops.py), Triton's from end to
-end (triton_code.py), both for one element (measured.py), and compared with what a multiprocessor
-can issue (cards.py). Counts are static: they know nothing of stalls, latency, occupancy, bank
-conflicts, and how often a branch is taken or an atomic meets another. So "of copy" is a ceiling:
-below 100% it is not memory that bounds the kernel; at 100% a measurement has to tell.
+cuda_loops.py counts instructions of CUDA kernels in the loop that reads the weights, triton_code.py
+those of Triton kernels from end to end. measured.py divides both by the number of elements, and
+cards.py compares them with the issue rate of a multiprocessor. Counts are static: they ignore
+stalls, latency, occupancy, bank conflicts, and how often a branch is taken or atomics collide. So
+"of copy" is an upper bound: below 100% the kernel is not bound by memory; at 100% only a
+measurement can tell.
 
-tests/instruments/test_compiled_kernels.py keeps the instructions per element at or below the committed figures.
+tests/instruments/test_compiled_kernels.py keeps the instructions per element at or below the
+committed figures.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from instruments import cuda_loops, triton_code
 from instruments.build import ROOT, build
@@ -37,7 +42,7 @@ MODULES = {"nvcc": "cuda_loops", "triton": "triton_code"}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the compilers that are there."""
+    """Return the versions of the installed compilers."""
     found = {}
     for compiler, version in COMPILERS.items():
         try:
@@ -48,42 +53,42 @@ def versions() -> dict[str, str]:
 
 
 def compile_and_measure(jobs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Compiled]:
-    """Return what (compiler, architecture) makes, for each of them; side by side, and kept."""
+    """Compile for each (compiler, architecture) in parallel, and return the cached results."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(jobs, pool.map(lambda job: _measure(*job), jobs), strict=True))
 
 
 def _measure(compiler: str, architecture: str) -> Compiled:
     module = MODULES[compiler]
-    name = f"{module}_{architecture}.json"
-    parts = ("cards", "cubin", "measured", "sass", "triton_launches", module)
-    sources = [ROOT / "instruments" / f"{part}.py" for part in parts]
+    result = f"{module}_{architecture}.json"
+    modules = ("cards", "cubin", "measured", "sass", "triton_launches", module)
+    sources = [ROOT / "instruments" / f"{name}.py" for name in modules]
     if compiler == "nvcc":
         sources += cuda_loops.sources()
     else:
         sources += (ROOT / "triton_kernels").glob("*.py")
-    # As a variable nobody reads, the compiler's version is part of what the build is kept by.
+    # Nobody reads the variable VERSION: it makes the compiler's version part of the cache's key.
     environment = ["env", f"PYTHONPATH={ROOT}", f"VERSION={COMPILERS[compiler]()}"]
-    program = [sys.executable, "-m", f"instruments.{module}", architecture, name]
-    return Compiled.read(build(name, sorted(sources), [*environment, *program]))
+    program = [sys.executable, "-m", f"instruments.{module}", architecture, result]
+    return Compiled.read(build(result, sorted(sources), [*environment, *program]))
 
 
-# Widths of the report's columns; the units' counts are of cards.cost.
+# Widths of the report's columns. cards.cost counts the units.
 COLUMNS = {"kernel": 48, "regs": 4, "spill": 5, "loads": 8, "stores": 7, "bytes": 5}
 COLUMNS |= {"instr": 6, "most": 5, "MUFU": 5, "FP64": 5, "cvt64": 5, "of copy": 7}
 UNITS = ("MUFU", "FP64", "conversions")
 
 LEGEND = """\
-per element: bytes moved; instructions; most, with subroutines for rare operands; those of MUFU
-(exponential, reciprocal, root), float64 arithmetic, conversions from or to 64 bits; shared atomics.
-loads, stores: bits of one access, those that move a quarter or more; g: by generic addresses.
-of copy: the ceiling that the units set, issue slots among them; XU has MUFU and conversions.
+per element: bytes moved; instructions; most: with the subroutines for rare operands; MUFU
+(exponential, reciprocal, root); float64 arithmetic; conversions from or to 64 bits; shared atomics.
+loads, stores: bits per access, for accesses that move a quarter or more; g: generic addresses.
+of copy: the bound by the units, which include issue slots; XU executes MUFU and conversions.
 f32>bf16: float32 weights to bfloat16 w_hat. odd: 16 does not divide the number of elements. linear:
 4096 x 4096, conv: 512 x 512 x 3 x 3."""
 
 
 def table(results: Iterable[Measured], card: Card | None) -> Iterator[str]:
-    """Yield the lines of the report on kernels of one architecture."""
+    """Yield the table of the kernels of one architecture, line by line."""
     yield _line([*COLUMNS][: None if card else -1], "bound by" if card else "", "shared atomics")
     previous = ""
     for measured in results:
@@ -120,23 +125,26 @@ def _line(cells: Sequence[object], bound: str, atomics: str) -> str:
 
 
 def _widths(accesses: dict[str, float]) -> str:
-    """The widths that move at least a quarter of the bytes, the first the most."""
+    """Return the widths that move at least a quarter of the bytes, most bytes first."""
     moved = {width: int(width.rstrip("g")) * count for width, count in accesses.items()}
     chosen = [width for width in moved if moved[width] >= sum(moved.values()) / 4]
     return "+".join(sorted(chosen, key=moved.__getitem__, reverse=True)) or "-"
 
 
 def _bound(allowed: dict[str, float]) -> str:
-    """The units that allow less than the copy, or what the tightest allows."""
+    """Return the units that allow less than the copy, or else the slowest unit's fraction."""
     below = [f"{unit} {fraction:.0%}" for unit, fraction in allowed.items() if fraction < 1]
     unit, fraction = next(iter(allowed.items()))
     return ", ".join(below) or f"memory ({unit} {fraction:.1f}x)"
 
 
-def figures(results: dict[tuple[str, str], Compiled]) -> dict:
-    """Return what compiled_figures.json holds, for each compiler: its version, and by architecture
-    the instructions per element of every kernel measured."""
-    found: dict = {}
+def figures(results: dict[tuple[str, str], Compiled]) -> dict[str, dict[str, Any]]:
+    """Return the content of compiled_figures.json.
+
+    For each compiler it has the version, and for each architecture the instructions per element of
+    every measured kernel.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for (compiler, architecture), compiled in results.items():
         entry = found.setdefault(compiler, {"version": COMPILERS[compiler]()})
         entry[architecture] = {each.name: each.instructions for each in shipped(compiled)}
@@ -144,12 +152,12 @@ def figures(results: dict[tuple[str, str], Compiled]) -> dict:
 
 
 def shipped(compiled: Compiled) -> list[Measured]:
-    """Return what the report is on; what is left was compiled for the tests."""
+    """Return the released kernels, without those compiled only for the tests."""
     return [each for each in compiled.measured if not each.name.endswith("(all outputs)")]
 
 
 def rises(committed: dict[str, float], measured: dict[str, float]) -> list[str]:
-    """Return what is wrong with the figures of one compiler and architecture, a line each."""
+    """Return the errors in the figures of one compiler and architecture, one line each."""
     wrong = [f"{name}: no committed figure" for name in measured if name not in committed]
     wrong += [f"{name}: committed, but not measured" for name in committed if name not in measured]
     return wrong + [
@@ -167,14 +175,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=FIGURES_ARCHITECTURES)
-    parser.add_argument("--kernels", metavar="GLOB", default="*", help="only those with such names")
+    parser.add_argument("--kernels", metavar="GLOB", default="*", help="only these kernels")
     parser.add_argument("--card", choices=CARDS, default="H200", help="default: H200")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything there, too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write everything there")
     parser.add_argument("--update", action="store_true", help=f"rewrite {FIGURES.name}")
     options = parser.parse_args()
     found = versions()
     if not found:
-        sys.exit("neither nvcc nor Triton is there")
+        sys.exit("neither nvcc nor Triton is installed")
     architectures = FIGURES_ARCHITECTURES if options.update else options.arch
     jobs = [(compiler, architecture) for architecture in architectures for compiler in found]
     results = compile_and_measure(jobs)
@@ -195,12 +203,12 @@ def main() -> None:
 
 
 def card_for(architecture: str, name: str) -> Card | None:
-    """Return the card of that name if the code is for it."""
+    """Return the card of that name if the architecture is its own."""
     return CARDS[name] if CARDS[name].architecture == architecture else None
 
 
 def report(made: Sequence[Compiled], card: Card | None, names: str) -> Iterator[str]:
-    """Yield the lines of the report on one architecture."""
+    """Yield the report on one architecture, line by line."""
     every = [measured for each in made for measured in shipped(each)]
     resources = {name: each for compiled in made for name, each in compiled.resources.items()}
     stacks = {name: each["stack"] for name, each in resources.items() if each["stack"] > 0}
@@ -213,7 +221,7 @@ def report(made: Sequence[Compiled], card: Card | None, names: str) -> Iterator[
     yield from (f"{name}: {stack} bytes" for name, stack in stacks.items())
 
 
-def _fields(measured: Measured, card_name: str) -> dict:
+def _fields(measured: Measured, card_name: str) -> dict[str, Any]:
     card = card_for(measured.architecture, card_name)
     allowed = card and fractions(card, measured.per_element, measured.bytes_moved)
     return measured._asdict() | {"fractions_of_copy": allowed}

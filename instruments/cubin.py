@@ -1,9 +1,9 @@
-"""Cubins, the ELF files that ptxas writes: each kernel's code, subroutines, registers and stack."""
+"""Cubins, the ELF files of ptxas: code, subroutines, registers and stack of each kernel."""
 
 import struct
 from typing import NamedTuple
 
-# Attributes of the section .nv.info that name a function and give a number for it.
+# Attributes in the section .nv.info that hold a function's symbol and a number.
 FRAME_SIZE = 0x11
 REGISTER_COUNT = 0x2F
 
@@ -17,11 +17,21 @@ class Section(NamedTuple):
 
 
 class Kernel(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        name: its mangled name.
+        code: its machine code.
+        subroutines: their names, by offset in the code.
+        registers: registers per thread.
+        stack: bytes of local memory per thread: a frame, or spilled registers.
+    """
+
     name: str
     code: bytes
-    subroutines: dict[int, str]  # where they begin in the code
+    subroutines: dict[int, str]
     registers: int
-    stack: int  # bytes of local memory: a frame, or registers spilled
+    stack: int
 
 
 def read_cubin(data: bytes) -> list[Kernel]:
@@ -70,12 +80,12 @@ def _sections(data: bytes) -> list[Section]:
 
 
 def _function_numbers(info: bytes) -> dict[tuple[int, int], int]:
-    """The attributes that are (function's symbol, number), by attribute and symbol."""
+    """Return the numbers of functions, by attribute and symbol."""
     numbers, place = {}, 0
     while place < len(info):
         form, attribute, size = struct.unpack_from("<BBH", info, place)
         place += 4
-        if form == 4:  # `size` bytes follow; in the other forms `size` is the value
+        if form == 4:  # `size` bytes follow; in other forms `size` is the value
             if size == 8:
                 symbol, number = struct.unpack_from("<II", info, place)
                 numbers[attribute, symbol] = number

@@ -1,10 +1,10 @@
-"""What a compiled kernel costs for each element, counted in its instructions.
+"""Instructions per element of a compiled kernel.
 
-Counts are static. An instruction in the counted code counts once each time the code is run through,
-whether its predicate holds or not (it takes an issue slot all the same), and on both sides of a
-branch (threads of a warp may take both): a bound from above for code without loops. Subroutines
-for rare operands (denormals, divisors beyond 32 bits) are left out of `issue` and the units, and
-counted, once for every call, in `with_subroutines`; others, such as pow, are in both.
+Counts are static. An instruction counts once per run of the code that holds it, whatever its
+predicate (it takes an issue slot anyway), and on both sides of a branch (threads of a warp may take
+both): an upper bound for code without loops. `issue` and the units leave out subroutines for rare
+operands (subnormals, divisors beyond 32 bits). `with_subroutines` counts them once per call. Other
+subroutines, such as pow, count in both.
 """
 
 import json
@@ -18,26 +18,41 @@ from instruments.cards import cost
 from instruments.cubin import Kernel
 from instruments.sass import Function, Instruction
 
-LOADS = frozenset(("LD", "LDG"))  # LD: from an address that might be shared memory's
+LOADS = frozenset(("LD", "LDG"))  # LD: generic address, which may be in shared memory
 STORES = frozenset(("ST", "STG"))
 
 RARE = re.compile(r"slowpath|mediumpath|div_rn_f64_full|(div|rem)_[su]64")
 
 
 class Measured(NamedTuple):
-    """A kernel, or one loop of it."""
+    """A kernel, or one loop of it.
+
+    Attributes:
+        name: the title of the kernel or loop.
+        architecture: the architecture that it is compiled for.
+        registers: registers per thread.
+        stack: bytes of local memory per thread.
+        elements: elements that a thread handles in the counted code.
+        bytes_moved: bytes per element that the operator has to move.
+        per_element: instructions by unit (see cards.cost), and "with_subroutines".
+        loads: loads from global memory per element, by width in bits. A "g" after the width marks a
+            generic address, whose memory space the thread has to find out first.
+        stores: stores to global memory per element, likewise.
+        atomics: atomics in shared memory per element, by kind.
+        fraction_wide: the fraction of the bytes that accesses of 16 bytes move.
+    """
 
     name: str
     architecture: str
     registers: int
     stack: int
-    elements: float  # that a thread handles in the counted code
-    bytes_moved: float  # of one element, as the operator needs it
-    per_element: dict[str, float]  # instructions by unit, see cards.cost, and "with_subroutines"
-    loads: dict[str, float]  # from global memory, per element, by their width in bits; "32g": by
-    stores: dict[str, float]  # generic addresses, which a thread has to look at first
-    atomics: dict[str, float]  # in shared memory, per element, by kind
-    fraction_wide: float  # of the bytes moved, in accesses of 16 bytes
+    elements: float
+    bytes_moved: float
+    per_element: dict[str, float]
+    loads: dict[str, float]
+    stores: dict[str, float]
+    atomics: dict[str, float]
+    fraction_wide: float
 
     @property
     def instructions(self) -> float:
@@ -45,7 +60,7 @@ class Measured(NamedTuple):
 
 
 def width(access: Instruction) -> int:
-    """Return how many bits of a thread a load or store moves."""
+    """Return how many bits per thread a load or store moves."""
     for part in access.opcode.split("."):
         if part in ("U8", "S8", "U16", "S16", "64", "128", "256"):
             return int(part.lstrip("US"))
@@ -53,7 +68,7 @@ def width(access: Instruction) -> int:
 
 
 def bits(accesses: Iterable[Instruction]) -> int:
-    """Return how many bits of a thread they move together."""
+    """Return how many bits per thread the accesses move together."""
     return sum(map(width, accesses))
 
 
@@ -66,10 +81,16 @@ def measure(
     moved: float,
     needed: float,
 ) -> Measured:
-    """Return what each of the `elements` costs that a thread handles in the `runs`.
+    """Return the cost per element of the code that a thread runs.
 
-    runs: instructions, and how often they are run through. moved: bytes of one element, as the
-    operator needs it. needed: bytes that the runs move for all elements, padding included.
+    Args:
+        name: the title of the code.
+        architecture: the architecture that it is compiled for.
+        function: the kernel that it belongs to.
+        runs: lists of instructions, and how many times each list runs.
+        elements: elements that a thread handles in the runs.
+        moved: bytes per element that the operator has to move.
+        needed: bytes that the runs move for all elements, including padding.
     """
     total: Counter[str] = Counter()
     loads: Counter[str] = Counter()
@@ -94,7 +115,7 @@ def measure(
             elif instruction.name == "ATOMS":
                 atomics[instruction.opcode.removeprefix("ATOMS.")] += times
 
-    def each(counts: Counter) -> dict[str, float]:
+    def each(counts: Counter[str]) -> dict[str, float]:
         return {key: round(count / elements, 3) for key, count in sorted(counts.items())}
 
     return Measured(
@@ -113,9 +134,14 @@ def measure(
 
 
 class Compiled(NamedTuple):
-    """What a compiler made for an architecture: all kernels by name, and those measured."""
+    """The kernels that a compiler made for one architecture.
 
-    resources: dict[str, dict[str, int]]  # "registers" and "stack"
+    Attributes:
+        resources: "registers" and "stack" of every kernel, by name.
+        measured: the measured kernels and loops.
+    """
+
+    resources: dict[str, dict[str, int]]
     measured: list[Measured]
 
     @classmethod

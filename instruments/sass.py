@@ -1,8 +1,8 @@
-"""Machine code of NVIDIA GPUs (SASS): instructions, and the loops that their branches make.
+"""Machine code of NVIDIA GPUs (SASS): instructions, and the loops that their branches form.
 
-nvdisasm, which Triton brings along, decodes the instructions. Only branches are followed: a call
-returns; BSYNC waits where its label is; BRA.DIV, for a warp whose threads have come apart in the
-middle of a warp instruction, counts as never taken.
+nvdisasm, which ships with Triton, decodes the instructions. The control flow follows branches only:
+a call returns, and BSYNC waits at its label. BRA.DIV, which serves a warp that diverges within a
+warp instruction, counts as never taken.
 """
 
 import itertools
@@ -19,11 +19,21 @@ from instruments.cubin import Kernel
 
 
 class Instruction(NamedTuple):
+    """A decoded instruction.
+
+    Attributes:
+        address: its offset in the code.
+        predicate: "@P0", "@!UP1", or empty.
+        opcode: the opcode with its modifiers: LDG.E.128.CONSTANT.
+        operands: the operands as text.
+        places: its file and line, then those at which it was inlined.
+    """
+
     address: int
-    predicate: str  # "@P0", "@!UP1", or empty
-    opcode: str  # with its modifiers: LDG.E.128.CONSTANT
+    predicate: str
+    opcode: str
     operands: str
-    places: tuple[tuple[str, int], ...]  # file and line, then those that it was inlined at
+    places: tuple[tuple[str, int], ...]
 
     @property
     def name(self) -> str:
@@ -31,7 +41,7 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Blocks that reach each other; `nested` are the loops that remain without the first block."""
+    """Blocks that reach each other. `nested`: the loops that remain without the first block."""
 
     blocks: set[int]
     nested: "list[Loop]"
@@ -47,13 +57,17 @@ class Loop(NamedTuple):
 
 
 class Function:
-    """A kernel's instructions: blocks that run from end to end, and subroutines by name.
+    """The instructions of a kernel: basic blocks, and subroutines by name.
 
-    Blocks that nothing leads to are left out: padding, and what BRA.DIV alone reaches.
+    Unreachable blocks are left out: padding, and code that only BRA.DIV reaches.
+
+    Args:
+        kernel: the kernel.
+        code: its instructions.
+        labels: addresses in the kernel by label. A branch names a label or an address.
     """
 
-    def __init__(self, kernel: Kernel, code: Sequence[Instruction], labels: dict[str, int]):
-        """`labels` are addresses in the kernel; a branch names one, or its address."""
+    def __init__(self, kernel: Kernel, code: Sequence[Instruction], labels: dict[str, int]) -> None:
         self.kernel = kernel
         starts = sorted(kernel.subroutines)
         end = starts[0] if starts else len(kernel.code)
@@ -77,12 +91,12 @@ class Function:
         self._next = [[number[after] for after in ways[block[-1]]] for block in blocks]
 
     def instructions(self, blocks: Iterable[int] | None = None) -> list[Instruction]:
-        """Those of some blocks, or of all, in order."""
+        """Return the instructions of some blocks, or of all, in order."""
         chosen = range(len(self.blocks)) if blocks is None else sorted(blocks)
         return [instruction for block in chosen for instruction in self.blocks[block]]
 
     def called(self, instruction: Instruction) -> str | None:
-        """The subroutine that a CALL goes to: a name in `subroutines`."""
+        """Return the name in `subroutines` that a CALL jumps to, or None."""
         if instruction.name != "CALL":
             return None
         name, address = TARGET.search(instruction.operands).groups()
@@ -90,7 +104,7 @@ class Function:
         return name if name in self.subroutines else None
 
     def loops(self) -> list[Loop]:
-        """The outermost loops."""
+        """Return the outermost loops."""
         return _loops(set(range(len(self.blocks))), self._next)
 
 
@@ -98,7 +112,7 @@ def find_nvdisasm() -> Path:
     """Return Triton's nvdisasm, or the one on PATH.
 
     Raises:
-        RuntimeError: there is neither.
+        RuntimeError: neither is installed.
     """
     triton = find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -117,9 +131,9 @@ def _nvdisasm(*arguments: object) -> str:
 
 
 def disassemble(kernels: Sequence[Kernel], architecture: str) -> list[Function]:
-    """Return the kernels' instructions, without source lines.
+    """Return the instructions of the kernels, without source lines.
 
-    All are decoded at once, as one piece of code, for nvdisasm takes 0.4 s to start.
+    One call of nvdisasm decodes all kernels together, because it takes 0.4 s to start.
     """
     with tempfile.TemporaryDirectory() as folder:
         together = Path(folder, "code")
@@ -136,7 +150,7 @@ def disassemble(kernels: Sequence[Kernel], architecture: str) -> list[Function]:
 
 
 def disassemble_with_lines(cubin: Path, kernels: Sequence[Kernel]) -> list[Function]:
-    """Return the instructions of a cubin's kernels with the source lines that -lineinfo kept."""
+    """Return the instructions of a cubin's kernels with the source lines of -lineinfo."""
     sections: dict[str, list[str]] = {}
     for line in _nvdisasm("-c", "-gi", cubin).splitlines():
         if match := SECTION.match(line):
@@ -151,16 +165,16 @@ PLACE = re.compile(r'\s*//## File "([^"]*)", line (\d+)')
 LABEL = re.compile(r"(\.L_x_\d+):")
 CODE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z]\S*)\s*([^;]*?)\s*;")
 TARGET = re.compile(r"`\((\S+)\)$|\b0x([0-9a-f]+)$")
-JUMPS = ("BRA", "CALL", "JMP")  # ptxas also calls places in the kernel's own code
+JUMPS = ("BRA", "CALL", "JMP")  # ptxas also calls addresses in the kernel's own code
 PREDICATE_OPERAND = re.compile(r"!?U?P\d\b")
 
 
 def _read(lines: Iterable[str]) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of one function, and where its labels are."""
+    """Return the instructions of one function, and the addresses of its labels."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     places: tuple[tuple[str, int], ...] = ()
-    continues = False  # whether a line of places follows another
+    continues = False  # whether the previous line was a place too
     for line in lines:
         if match := CODE.match(line):
             address, predicate, opcode, operands = match.groups(default="")
@@ -185,7 +199,7 @@ def _moved(instruction: Instruction, distance: int) -> Instruction:
 
 
 def _ways(name: str, code: list[Instruction], labels: dict[str, int]) -> list[list[int]]:
-    """For every instruction, those that may follow it."""
+    """Return the indices of the instructions that may follow each instruction."""
     place_of = {instruction.address: place for place, instruction in enumerate(code)}
     ways = []
     for place, instruction in enumerate(code):
@@ -232,7 +246,7 @@ def _loops(blocks: set[int], following: list[list[int]]) -> list[Loop]:
 
 
 def _cycles(blocks: set[int], following: list[list[int]]) -> list[set[int]]:
-    """The strongly connected components that have an edge inside (Kosaraju and Sharir)."""
+    """Return the strongly connected components that hold an edge (Kosaraju and Sharir)."""
     forward = {block: [n for n in following[block] if n in blocks] for block in sorted(blocks)}
     backward: dict[int, list[int]] = {block: [] for block in forward}
     for block, way in forward.items():
@@ -249,7 +263,7 @@ def _cycles(blocks: set[int], following: list[list[int]]) -> list[set[int]]:
 
 
 def _depth_first(start: int, ways: dict[int, list[int]], seen: set[int]) -> list[int]:
-    """What is reached from `start` and was not seen before, each after all that it leads to."""
+    """Return the unseen blocks that `start` reaches, in postorder."""
     if start in seen:
         return []
     seen.add(start)

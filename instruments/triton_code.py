@@ -1,9 +1,9 @@
-"""The Triton kernels, compiled by Triton, and what their code costs.
+"""The cost of the compiled Triton kernels.
 
-Most are straight-line code: the whole kernel counts, divided by the elements that a launch has for
-each of its threads. Where a tile reaches beyond the tensor (3 x 3 convolutions along dim 1 use 9 of
-16 columns) fewer elements share the same instructions. A loop over tiles counts as often as it has
-to run to read its tiles. Branches count on both sides.
+Most kernels are straight-line code: all instructions count, divided by the elements per thread of
+the launch. Where a tile exceeds the tensor (3 x 3 convolutions along dim 1 use 9 of 16 columns),
+the same instructions serve fewer elements. A loop over tiles counts as many times as it runs to
+read its tiles. Both sides of a branch count.
 """
 
 import base64
@@ -19,7 +19,7 @@ from instruments.sass import Function, Instruction, disassemble
 
 
 class Launch(NamedTuple):
-    """See triton_launches; `measured` is False for what is only compiled."""
+    """A launch of triton_launches. `measured` is False for kernels that are only compiled."""
 
     name: str
     measured: bool
@@ -48,7 +48,7 @@ def compile_triton(architecture: str) -> list[Launch]:
     """Return everything that Triton compiles for an architecture."""
     name = f"triton_{architecture}.json"
     script = ROOT / "instruments" / "triton_launches.py"
-    # The interpreter compiles nothing; what the version is decides the code, as the sources do.
+    # The interpreter would compile nothing. The code depends on Triton's version and the sources.
     environment = ["env", "-u", "TRITON_INTERPRET", f"PYTHONPATH={ROOT}"]
     environment += [f"TRITON_VERSION={triton_version()}"]
     written = build(
@@ -64,10 +64,7 @@ def compile_triton(architecture: str) -> list[Launch]:
 
 
 def measure_triton(architecture: str) -> Compiled:
-    """Return all launches, and what the code of those costs that are to be measured.
-
-    Of the others, only those of soft_mask.
-    """
+    """Return all launches, and the costs of the measured ones and of all those of soft_mask."""
     launches = compile_triton(architecture)
     chosen = [each for each in launches if each.measured or each.name.startswith("soft_mask")]
     functions = disassemble([launch.kernel for launch in chosen], architecture)
@@ -89,7 +86,7 @@ def measure_triton(architecture: str) -> Compiled:
 
 
 def _runs(launch: Launch, function: Function) -> list[tuple[list[Instruction], float]]:
-    """The code outside of loops, and each loop as often as it runs to read its elements."""
+    """Return the code outside loops, and each loop with the number of times that it runs."""
     loops = function.loops()
     inside = set().union(*(loop.blocks for loop in loops))
     runs = [(function.instructions(set(range(len(function.blocks))) - inside), 1.0)]
@@ -97,7 +94,7 @@ def _runs(launch: Launch, function: Function) -> list[tuple[list[Instruction], f
         body = function.instructions(loop.blocks)
         read = bits(i for i in body if i.name in LOADS) / 8 / launch.element_bytes
         if loop.nested or read == 0 or launch.padded % read != 0:
-            raise RuntimeError(f"{launch.name}: a loop that is not understood")
+            raise RuntimeError(f"{launch.name}: a loop whose number of runs is unknown")
         runs.append((body, launch.padded / read))
     return runs
 

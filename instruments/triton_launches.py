@@ -1,11 +1,11 @@
-"""What Triton is asked to compile, compiled ahead of time for one architecture, without a GPU.
+"""The launches of the Triton kernels, compiled for one architecture without a GPU.
 
-The operators' own launchers run on tensors of device "meta", which have a shape but no memory,
-under a driver that compiles and launches nothing. So block sizes, numbers of warps and Triton's
-specialisation of arguments (divisible by 16, equal to 1) are those that ship. A meta tensor's
-address is 0, aligned to 16 bytes as those of torch's allocator are.
+The operators' own launchers run on tensors of device "meta", which have a shape but no memory. The
+driver compiles, but launches nothing. So block sizes, numbers of warps and Triton's specialisation
+of arguments (divisible by 16, equal to 1) are the released ones. The address of a meta tensor is 0:
+aligned to 16 bytes, as the addresses of torch's allocator are.
 
-    python -m instruments.triton_launches sm_90 FILE     writes the launches for sm_90 as JSON
+    python -m instruments.triton_launches sm_90 FILE     write the launches for sm_90 as JSON
 """
 
 import base64
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from pdp_kernels.triton_kernels import compress, soft_mask, soft_mask_channel, soft_mask_nm
@@ -33,7 +34,7 @@ SHORT = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", tor
 LINEAR = (4096, 4096)
 CONVOLUTION = (512, 512, 3, 3)
 
-# By kernel, in the order of the report; sums of squares are norms.
+# Titles by kernel, in the order of the report. None stands for products that sum squares: norms.
 TITLES = {
     "_soft_mask_fwd_kernel": "soft_mask forward",
     "_soft_mask_bwd_kernel": "soft_mask backward",
@@ -49,13 +50,20 @@ TITLES = {
 OF_THE_WEIGHT_ALONE = ("N:M hard mask", "channel norms", "compress_2to4")
 WITHOUT_TEMPERATURE = (*OF_THE_WEIGHT_ALONE, "channel products")
 
-# Sizes of a tile or block among a kernel's compile-time constants: their product is the number of
-# elements that a program has registers for, or reads one tile after another.
+# The compile-time constants that are sizes of a tile or block. Their product is the number of
+# elements that a program holds in registers, or reads tile by tile.
 EXTENTS = ("BLOCK", "CHANNELS", "INNER", "TILES", "GROUPS", "PADDED", "ROWS", "COLUMNS")
 
 
 class Operators:
-    """The operators on a weight of one shape; `everything`: with the mask and its gradient too."""
+    """The operators on a weight of one shape.
+
+    Args:
+        shape: the shape of the weight.
+        dtypes: the dtypes of the weight and of w_hat.
+        relative: whether the temperature is relative.
+        everything: whether the mask is an output and has a gradient.
+    """
 
     def __init__(
         self,
@@ -63,7 +71,7 @@ class Operators:
         dtypes: tuple[torch.dtype, torch.dtype],
         relative: bool,
         everything: bool,
-    ):
+    ) -> None:
         weight, w_hat = dtypes
         real = torch.float64 if weight == torch.float64 else torch.float32
         self.weight = torch.empty(shape, dtype=weight, device="meta")
@@ -99,8 +107,10 @@ class Operators:
 
 
 # (variant, shape, operators, their arguments). `odd`: 16 does not divide the number of elements.
-SOFT_MASK = ("", LINEAR, Operators.soft_mask, ())
-PATTERNS = [
+Variant = tuple[str, tuple[int, ...], Callable[..., None], tuple[int, ...]]
+Dtypes = tuple[torch.dtype, torch.dtype]
+SOFT_MASK: Variant = ("", LINEAR, Operators.soft_mask, ())
+PATTERNS: list[Variant] = [
     ("2:4", LINEAR, Operators.groups, (4, 2, -1)),
     ("4:8 conv dim=1", CONVOLUTION, Operators.groups, (8, 4, 1)),
     ("3:5", (4096, 4000), Operators.groups, (5, 2, -1)),
@@ -108,26 +118,26 @@ PATTERNS = [
     ("linear dim=1", LINEAR, Operators.channels, (1,)),
     ("conv dim=1", CONVOLUTION, Operators.channels, (1,)),
 ]
-MEASURED_ONLY = [
+MEASURED_ONLY: list[Variant] = [
     ("odd", (4099 * 1021,), Operators.soft_mask, ()),
     ("2:4 odd", (1_048_579, 4), Operators.groups, (4, 2, -1)),
     ("2:4 conv dim=1", CONVOLUTION, Operators.groups, (4, 2, 1)),
     ("conv dim=0", CONVOLUTION, Operators.channels, (0,)),
     ("", LINEAR, Operators.compress, ()),
 ]
-COMPILED_ONLY = [("", LINEAR, Operators.compress, ())]
-HUGE = [  # their sizes take 64 bits
+COMPILED_ONLY: list[Variant] = [("", LINEAR, Operators.compress, ())]
+HUGE: list[Variant] = [  # sizes of 64 bits
     ("huge", (1 << 31,), Operators.soft_mask, ()),
     ("2:4 huge", (1 << 29, 4), Operators.groups, (4, 2, -1)),
 ]
 
 
-def calls(architecture: str) -> Iterator[tuple[tuple, tuple, bool, bool]]:
-    """What to compile for an architecture: variant, dtypes, relative, measured.
+def calls(architecture: str) -> Iterator[tuple[Variant, Dtypes, bool, bool]]:
+    """Yield what to compile for an architecture: variant, dtypes, relative, measured.
 
-    Measured, on Hopper and Blackwell, are the dtypes and outputs of training with the relative
-    temperature that is the default. All dtypes are compiled with all outputs too: for Hopper with
-    an absolute temperature, for Ampere (and Blackwell, where not measured) with a relative one.
+    Hopper and Blackwell measure the dtypes and outputs of training, with the default relative
+    temperature. All dtypes are also compiled with all outputs: for Hopper with an absolute
+    temperature, for Ampere (and Blackwell, unless measured) with a relative one.
     """
     measured = MEASURED if architecture in ("sm_90", "sm_100") else []
     for dtypes in measured:
@@ -145,9 +155,9 @@ def calls(architecture: str) -> Iterator[tuple[tuple, tuple, bool, bool]]:
 
 
 class CompilingDriver(DriverBase):
-    """Stands for a GPU that is not there."""
+    """A driver without a GPU, for which Triton compiles."""
 
-    def __init__(self, architecture: str):
+    def __init__(self, architecture: str) -> None:
         self.capability = int(architecture.removeprefix("sm_"))
 
     @classmethod
@@ -163,7 +173,7 @@ class CompilingDriver(DriverBase):
     def get_active_torch_device(self) -> torch.device:
         return torch.device("meta")
 
-    def get_benchmarker(self) -> Callable:
+    def get_benchmarker(self) -> Callable[..., Any]:
         raise NotImplementedError("nothing runs here")
 
     def get_current_device(self) -> int:
@@ -174,13 +184,20 @@ class CompilingDriver(DriverBase):
 
 
 class Recorder:
-    """Takes the place of JITFunction.run: compiles, and keeps what would be launched."""
+    """Records launches in place of JITFunction.run: it compiles them, but does not launch."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.compile = JITFunction.run
-        self.launches: list[dict] = []
+        self.launches: list[dict[str, Any]] = []
 
-    def run(self, kernel: JITFunction, *args, grid, warmup, **kwargs):
+    def run(
+        self,
+        kernel: JITFunction,
+        *args: Any,
+        grid: tuple[int, ...],
+        warmup: bool,
+        **kwargs: Any,
+    ) -> Any:
         compiled = self.compile(kernel, *args, grid=grid, warmup=True, **kwargs)
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         tensors = [each for each in arguments.values() if torch.is_tensor(each)]
@@ -191,10 +208,10 @@ class Recorder:
             {
                 "title": TITLES[None if of_squares else kernel.__name__],
                 "threads": grid[0] * 32 * compiled.metadata.num_warps,
-                # Elements for which a thread has registers; with those that lie outside.
+                # Elements that a thread holds in registers, including those outside the tensor.
                 "padded": torch.Size(extents).numel() // (32 * compiled.metadata.num_warps),
                 "bytes": sum(each.nbytes for each in {id(each): each for each in tensors}.values()),
-                # What the kernel reads and writes of each element, were it all read or written.
+                # Bytes per element if the kernel reads or writes each of these tensors once.
                 "element_bytes": sum(each.itemsize for each in tensors if each.numel() == largest),
                 "cubin": base64.b64encode(compiled.asm["cubin"]).decode(),
             }
@@ -202,13 +219,13 @@ class Recorder:
         return compiled
 
 
-def launches(architecture: str) -> list[dict]:
-    """Return everything to compile for an architecture, each under a name of its own."""
+def launches(architecture: str) -> list[dict[str, Any]]:
+    """Return the compiled launches for an architecture, each with a unique name."""
     recorder = Recorder()
     driver.set_active(CompilingDriver(architecture))
     JITFunction.run = lambda kernel, *args, **kwargs: recorder.run(kernel, *args, **kwargs)
-    found: dict[str, dict] = {}
-    order: dict[str, tuple] = {}
+    found: dict[str, dict[str, Any]] = {}
+    order: dict[str, tuple[int, int, bool]] = {}
     variants: list[str] = []
     for (variant, shape, operator, arguments), dtypes, relative, measured in calls(architecture):
         operators = Operators(shape, dtypes, relative, everything=not measured)

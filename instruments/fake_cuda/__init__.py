@@ -1,17 +1,18 @@
 """A pytest plugin under which 'cuda' is a fake device in the memory of the CPU.
 
 `python -m pytest -m gpu -p instruments.fake_cuda` runs the bodies of the GPU tests on a machine
-without a GPU, so that a test's own mistake costs no minute of one: a tensor left on the host, a
-wait that is not allowed, a stream that does not wait for another, a graph whose results are read
-before it is replayed. Kernels are the native ones of the CPU: what they compute is not tested here.
+without a GPU. So a test's own mistake costs no GPU time: a tensor left on the host, a wait that is
+forbidden, a stream that does not wait for another, a graph whose results are read before it is
+replayed. The kernels are the native ones of the CPU; their results are not tested here.
 
-Sizes beyond 2^31 are small (`BEYOND_INT32` of a test module). Tests that mean nothing here are
-skipped by name, with the reason. With --parameter-sets N, of each test that runs on a CPU too only
-N of its sets of parameters do here, the first and the last among them.
+Sizes beyond 2^31 become small (`BEYOND_INT32` of a test module). Tests without a meaning here are
+skipped by name, with the reason. --parameter-sets N runs only N parameter sets of each test that
+runs on a CPU too, including the first and the last.
 """
 
 import re
 from collections import defaultdict
+from collections.abc import Generator
 
 import pytest
 
@@ -19,7 +20,7 @@ from instruments.fake_cuda.calls import DEVICE
 from instruments.fake_cuda.device import DeviceWork
 from instruments.fake_cuda.torch_cuda import PATCHES
 
-# Patterns of the names of tests that mean nothing here, and why.
+# Patterns of the names of tests that have no meaning here, and why.
 MEANINGLESS = {
     r"\bnccl\b": "NCCL moves memory of GPUs",
     r"::test_linear_gives_what_the_dense_one_gave": "sparse tensor cores multiply",
@@ -27,16 +28,16 @@ MEANINGLESS = {
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests():
+def pytest_load_initial_conftests() -> None:
     PATCHES.put(PATCHES.values)
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parameter-sets", type=int, default=None, help=__doc__.rpartition("\n\n")[2])
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _choose_sets(config, items)
     for item in items:
         for pattern, reason in MEANINGLESS.items():
@@ -47,13 +48,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     DEVICE.reset()
     with DeviceWork(DEVICE):
         return (yield)
 
 
-def _choose_sets(config, items) -> None:
+def _choose_sets(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted = config.getoption("--parameter-sets")
     if wanted is None:
         return

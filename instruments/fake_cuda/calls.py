@@ -1,7 +1,8 @@
-"""What names a device or tells of one in PyTorch's functions and attributes, for the fake one."""
+"""Replacements, for the fake device, of PyTorch's functions and attributes that name a device."""
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
@@ -11,9 +12,11 @@ from instruments.fake_cuda.device import FakeDevice
 DEVICE = FakeDevice(count=2)
 HOST = torch.device("cpu")
 
+Function = Callable[..., Any]
+
 
 def index_of(device: object) -> int | None:
-    """The number of a CUDA device in any form PyTorch takes; None for another kind of device."""
+    """Return the index of a CUDA device in any form that PyTorch accepts, or None for others."""
     if isinstance(device, int):
         return device
     if isinstance(device, str) and re.fullmatch(r"cuda(:\d+)?", device):
@@ -24,16 +27,16 @@ def index_of(device: object) -> int | None:
 
 
 def stand_in(device: object) -> object:
-    """What stands for a device in operations: for CUDA's the CPU, with a number."""
+    """Return the device for an operation: for a CUDA device the CPU, with its index plus 1."""
     index = index_of(device)
     return device if index is None else torch.device("cpu", index + 1)
 
 
 def attribute(name: str, answer: Callable[[int], object]) -> property:
-    """An attribute of tensors that has another answer on the device."""
+    """Return an attribute of tensors that has another value on the device."""
     real = getattr(torch.Tensor, name)
 
-    def get(tensor):
+    def get(tensor: torch.Tensor) -> object:
         place = DEVICE.place_of(tensor)
         return real.__get__(tensor) if place is None else answer(place)
 
@@ -41,10 +44,10 @@ def attribute(name: str, answer: Callable[[int], object]) -> property:
 
 
 def grad_attribute() -> property:
-    """A gradient is where its tensor is, whatever a compiled function knew of places."""
+    """Return the attribute grad. It puts a gradient, also a compiled function's, on its device."""
     real = torch.Tensor.grad
 
-    def get(tensor):
+    def get(tensor: torch.Tensor) -> torch.Tensor | None:
         grad = real.__get__(tensor)
         DEVICE.put_all(grad, DEVICE.place_of(tensor))
         return grad
@@ -52,10 +55,10 @@ def grad_attribute() -> property:
     return property(get, real.__set__, real.__delete__)
 
 
-def factory(real: Callable) -> Callable:
-    """A function that makes a tensor on a device it is given."""
+def factory(real: Function) -> Function:
+    """Return the replacement of a function that makes a tensor on a given device."""
 
-    def make(*args, **kwargs):
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None:
             kwargs["device"] = stand_in(kwargs["device"])
         return real(*args, **kwargs)
@@ -63,10 +66,12 @@ def factory(real: Callable) -> Callable:
     return make
 
 
-def factory_from_host(real: Callable) -> Callable:
-    """One that makes it of the host's numbers, and then copies it, which waits."""
+def factory_from_host(real: Function) -> Function:
+    """Return the replacement of one that makes it from host memory: it copies, and waits."""
 
-    def make(*args, device=None, requires_grad=False, **kwargs):
+    def make(
+        *args: Any, device: object = None, requires_grad: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
         made = real(*args, **kwargs)
         source = DEVICE.place_of(args[0]) if isinstance(args[0], torch.Tensor) else None
         target = source if device is None else index_of(device)
@@ -80,10 +85,10 @@ def factory_from_host(real: Callable) -> Callable:
 _to = torch.Tensor.to
 
 
-def to(tensor, *args, **kwargs):
-    """Tensor.to, which copies between devices though all of them are the CPU."""
+def to(tensor: torch.Tensor, *arguments: Any, **kwargs: Any) -> torch.Tensor:
+    """Tensor.to, which copies between devices although all of them are the CPU."""
     own = DEVICE.place_of(tensor)
-    args = [arg for arg in args if arg is not None]
+    args = [arg for arg in arguments if arg is not None]
     if args and isinstance(args[0], torch.Tensor):
         args[:1] = [args[0].device, args[0].dtype]
     asked = kwargs.pop("device", None)
@@ -104,19 +109,19 @@ def to(tensor, *args, **kwargs):
     )
 
 
-def cpu(tensor, **kwargs):
+def cpu(tensor: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return to(tensor, HOST, **kwargs)
 
 
-def cuda(tensor, device=None, **kwargs):
+def cuda(tensor: torch.Tensor, device: object = None, **kwargs: Any) -> torch.Tensor:
     return to(tensor, "cuda" if device is None else device, **kwargs)
 
 
-def reader(name: str) -> Callable:
-    """A method that reads a tensor's numbers into Python."""
+def reader(name: str) -> Function:
+    """Return the replacement of a method that reads a tensor's values into Python."""
     real = getattr(torch.Tensor, name)
 
-    def read(tensor, *args, **kwargs):
+    def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> object:
         place = DEVICE.place_of(tensor)
         if place is not None and name != "tolist":
             raise TypeError(
@@ -133,19 +138,19 @@ def reader(name: str) -> Callable:
 _deepcopy = torch.Tensor.__deepcopy__
 
 
-def deepcopy(tensor, memo):
+def deepcopy(tensor: torch.Tensor, memo: dict[int, object]) -> torch.Tensor:
     copied = _deepcopy(tensor, memo)
     DEVICE.put_all(copied, DEVICE.place_of(tensor))
     return copied
 
 
-def get_device(tensor) -> int:
+def get_device(tensor: torch.Tensor) -> int:
     place = DEVICE.place_of(tensor)
     return -1 if place is None else place
 
 
 def replacements() -> dict[tuple[object, str], object]:
-    """What to put where, by owner and name."""
+    """Return the replacements by owner and name."""
     tensor = torch.Tensor
     from_host = ("tensor", "as_tensor", "asarray")
     makers = {real.__name__ for real in _device_constructors() if hasattr(torch, real.__name__)}

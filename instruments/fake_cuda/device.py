@@ -1,16 +1,16 @@
-"""A device that this machine has not: tensors in the memory of the CPU that count as the device's.
+"""A fake device: tensors in the memory of the CPU that count as the device's.
 
-Every storage made on the device is noted with its place, and who wrote and read it last. So what
-goes wrong on a device goes wrong here: tensors of several devices in one operation, a wait for the
-device where none is allowed, a stream that reads before another has written, results of a captured
-graph that was not replayed. Operations themselves are those of the CPU. A backward counts as work
-of the current stream, where PyTorch's is the forward's.
+The device records, for each storage, its place and the streams that wrote and read it last. So what
+fails on a real device fails here: tensors of several devices in one operation, a forbidden wait for
+the device, a stream that reads before another has written, results of a captured graph that was
+not replayed. The CPU runs the operations. A backward counts as work of the current stream; PyTorch
+runs it on the stream of the forward.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from instruments.fake_cuda.streams import Stream, Streams
 
-# Operations that read their result back to the host, or the size of it.
+# Operations that copy their result, or its size, to the host.
 WAITING = frozenset(
     ("_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "_unique2")
 )
@@ -28,20 +28,26 @@ ALLOCATIONS = frozenset(
     ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh")
 )
 
-# An allocator rounds up to this many bytes, as PyTorch's does on CUDA.
+# The allocator rounds sizes up to this many bytes, as PyTorch's does on CUDA.
 GRANULE = 512
 
 
 class Operation(NamedTuple):
-    """What the schema of an operation says. works: it is neither a view nor an allocation."""
+    """The schema of an operation.
+
+    Attributes:
+        name: its name.
+        works: True if it is neither a view nor an allocation.
+        written: positions and names of the arguments that it writes.
+    """
 
     name: str
     works: bool
-    written: tuple[tuple[int, str], ...]  # positions and names of the arguments it writes to
+    written: tuple[tuple[int, str], ...]
 
     @classmethod
     @functools.cache
-    def of(cls, call: Callable) -> "Operation":
+    def of(cls, call: Any) -> "Operation":
         schema = call._schema
         name = schema.name.split("::")[1]
         results = [result.alias_info for result in schema.returns]
@@ -56,7 +62,7 @@ class Operation(NamedTuple):
 
 @dataclass
 class Block:
-    """A storage on a device. Its weak reference keeps its address from being used again."""
+    """A storage on a device. The weak reference prevents reuse of its address."""
 
     device: int
     bytes: int
@@ -65,12 +71,18 @@ class Block:
     read: dict[Stream, int] = field(default_factory=dict)
 
 
-class Capture:
-    """The operations of a graph. They run while it is captured, to know shapes; then what they
-    have done is undone, since on a device nothing runs yet."""
+Placed = list[tuple[torch.Tensor, Block | None]]
 
-    def __init__(self):
-        self.calls: list[tuple] = []
+
+class Capture:
+    """The operations of a graph.
+
+    They run during the capture, because later operations need the shapes of their results. The end
+    of the capture undoes their effects: on a real device nothing has run yet.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
         self.made: list[torch.Tensor] = []
         self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -97,15 +109,15 @@ class Capture:
 
 
 class FakeDevice:
-    """The state of all devices. `count` of them; device `current` is the default one."""
+    """The state of `count` devices. `current` is the index of the default one."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int) -> None:
         self.count = count
         self.blocks: dict[int, Block] = {}
         self.reset()
 
     def reset(self) -> None:
-        """No work and nothing forbidden, as at the start of a process; memory in use stays."""
+        """Restore the state at the start of a process. Memory in use stays."""
         self.current = 0
         self.blocks = {
             address: Block(block.device, block.bytes, block.storage)
@@ -126,12 +138,12 @@ class FakeDevice:
         return None if storage is None else self.blocks.get(storage._cdata)
 
     def place_of(self, tensor: torch.Tensor) -> int | None:
-        """The tensor's device; None for the host."""
+        """Return the index of the tensor's device, or None for the host."""
         block = self.block_of(tensor)
         return None if block is None else block.device
 
     def put(self, tensor: torch.Tensor, device: int) -> Block | None:
-        """Notes that a tensor is on a device, unless its storage has a place already."""
+        """Record that a tensor is on a device, unless its storage has a place already."""
         storage = storage_of(tensor)
         if storage is None:
             return None
@@ -149,7 +161,7 @@ class FakeDevice:
                 self.put(tensor, device)
 
     def wait(self, reason: str) -> None:
-        """The host waits for the current stream."""
+        """Let the host wait for the current stream, or raise if that is forbidden."""
         if self.capture is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {reason}")
         if self.waits_are_errors:
@@ -163,17 +175,23 @@ class FakeDevice:
 
 
 class DeviceWork(TorchDispatchMode):
-    """Sees every operation: checks where its tensors are, and notes where its results are."""
+    """Checks the places of the tensors of every operation, and records those of its results."""
 
-    def __init__(self, device: FakeDevice):
+    def __init__(self, device: FakeDevice) -> None:
         super().__init__()
         self.device = device
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # compiled functions run without this mode: no need to guard against it
+        return False  # compiled functions run without this mode
 
-    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        call: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         device, operation = self.device, Operation.of(call)
         asked = kwargs.get("device")
@@ -202,8 +220,15 @@ class DeviceWork(TorchDispatchMode):
             device.peak = max(device.peak, device.allocated(device.current))
         return results
 
-    def _transfer(self, name, call, args, kwargs, target) -> int | None:
-        """Where a copy goes; None for the host. Between host and device it waits."""
+    def _transfer(
+        self,
+        name: str,
+        call: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: int | None,
+    ) -> int | None:
+        """Return the target of a copy, None for the host. Wait if host and device take part."""
         source = self.device.place_of(args[1] if name == "copy_" else args[0])
         if name == "copy_":
             target = self.device.place_of(args[0])
@@ -214,8 +239,16 @@ class DeviceWork(TorchDispatchMode):
             self.device.wait(f"{call} between host and device")
         return source if target is None and in_backward() else target
 
-    def _common_place(self, name, call, args, kwargs, target, blocks) -> int:
-        """The device that an operation runs on; an error if its tensors are on several."""
+    def _common_place(
+        self,
+        name: str,
+        call: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: int | None,
+        blocks: Placed,
+    ) -> int:
+        """Return the device of an operation, or raise if its tensors are on several."""
         if target is not None and kwargs.get("generator") is not None:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         devices = {block.device for _, block in blocks if block is not None}
@@ -233,7 +266,9 @@ class DeviceWork(TorchDispatchMode):
             self.device.wait(name)
         return devices.pop() if target is None else target
 
-    def _may_be_on_host(self, call, name, args, on_host) -> bool:
+    def _may_be_on_host(
+        self, call: Any, name: str, args: tuple[Any, ...], on_host: list[torch.Tensor]
+    ) -> bool:
         if in_backward():  # a gradient that a compiled function made has no place yet
             return True
         if call.namespace != "aten":
@@ -243,7 +278,15 @@ class DeviceWork(TorchDispatchMode):
             return True
         return all(tensor.dim() == 0 for tensor in on_host)
 
-    def _launch(self, operation, call, stream, args, kwargs, blocks) -> None:
+    def _launch(
+        self,
+        operation: Operation,
+        call: Any,
+        stream: Stream,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        blocks: Placed,
+    ) -> None:
         device = self.device
         written = set()
         for position, name in operation.written:
@@ -268,7 +311,7 @@ def in_backward() -> bool:
 
 
 def tensors_in(*values: object) -> list[torch.Tensor]:
-    """The tensors among values, and in the lists, tuples and dictionaries among them."""
+    """Return the tensors among the values, and in their lists, tuples and dictionaries."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -281,9 +324,9 @@ def tensors_in(*values: object) -> list[torch.Tensor]:
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """Where a tensor's numbers are; of one that torch.func has wrapped, those of what is inside.
+    """Return the storage of a tensor, or of the tensor inside a wrapper of torch.func.
 
-    None of a sparse tensor, which has several.
+    A sparse tensor has several storages: the result is None.
     """
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)

@@ -1,8 +1,8 @@
-"""Streams of a device that this machine has not: who may already see what another has written.
+"""Streams of the fake device, and the order of work that their waits establish.
 
-Each stream has a clock, and what it knows of the clocks of others; the host is one of them. Reading
-what another stream has written without having waited for it is an error, though here everything
-runs in order.
+Each stream has a clock, and knows up to which time it has waited for each other stream; so does the
+host. A read of what another stream wrote is an error without a wait for it, although everything
+runs in order here.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """Stands for torch.cuda.Stream."""
+    """The replacement of torch.cuda.Stream."""
 
-    def __init__(self, streams: Streams, device: int):
+    def __init__(self, streams: Streams, device: int) -> None:
         self.streams = streams
         streams.all.append(self)
         self.device_index = device
         self.cuda_stream = id(self)
         self.time = 0
-        self.known: dict[Stream, int] = {}  # what has happened before whatever comes next
+        self.known: dict[Stream, int] = {}  # the times that it has waited for
 
     def wait_stream(self, other: Stream) -> None:
         learn(self.known, other.everything())
@@ -43,9 +43,9 @@ class Stream:
 
 
 class Event:
-    """Stands for torch.cuda.Event; the time that passes is a microsecond an operation."""
+    """The replacement of torch.cuda.Event. An operation takes a microsecond."""
 
-    def __init__(self, streams: Streams, device: int):
+    def __init__(self, streams: Streams, device: int) -> None:
         self.streams = streams
         self.device_index = device
         self.known: dict[Stream, int] = {}
@@ -63,9 +63,9 @@ class Event:
 
 
 class Streams:
-    """The streams of all devices, and which of them is current on each."""
+    """The streams of all devices, and the current one of each device."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.host: dict[Stream, int] = {}
         self.all: list[Stream] = []
         self._default: dict[int, Stream] = {}
@@ -89,7 +89,7 @@ class Streams:
         learn(self.host, stream.everything())
 
     def launch(self, stream: Stream) -> None:
-        """What the host has waited for happens before anything it launches from now on."""
+        """Start an operation: all that the host has waited for happens before it."""
         learn(stream.known, self.host)
         stream.time += 1
 

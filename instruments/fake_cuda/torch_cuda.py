@@ -1,11 +1,11 @@
-"""torch.cuda, the profiler and autocast for the fake device: what the GPU tests use of them."""
+"""Replacements of torch.cuda, the profiler and autocast, as far as the GPU tests use them."""
 
 import contextlib
 import functools
 from types import SimpleNamespace
 
 import torch
-import torch._inductor.config  # Dynamo with it, which notes PyTorch's attributes as they are
+import torch._inductor.config  # imports Dynamo, which must see PyTorch's own attributes
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -25,7 +25,7 @@ def number(device: object = None) -> int:
 
 @contextlib.contextmanager
 def on_device(device):
-    """torch.cuda.device; also of a tensor, whose device it makes the current one."""
+    """torch.cuda.device, and torch.cuda.device_of, which takes a tensor."""
     before = DEVICE.current
     place = DEVICE.place_of(device) if isinstance(device, torch.Tensor) else number(device)
     DEVICE.current = before if place is None else place
@@ -74,8 +74,10 @@ def capturing(graph, pool=None, stream=None, capture_error_mode="global"):
 
 
 class Profile:
-    """torch.profiler.profile of a device: every operation that is neither a view nor an allocation
-    counts as one kernel."""
+    """torch.profiler.profile of a device.
+
+    Every operation that is neither a view nor an allocation counts as one kernel.
+    """
 
     def __enter__(self):
         DEVICE.launched = []
@@ -100,7 +102,7 @@ def profile_of(real):
 
 
 def synchronize(device=None) -> None:
-    """torch.cuda.synchronize, which a mode that forbids waits does not forbid."""
+    """torch.cuda.synchronize, which is allowed even where other waits are errors."""
     if DEVICE.capture is not None:
         raise RuntimeError("operation not permitted when stream is capturing: synchronize")
     for stream in DEVICE.streams.of(number(device)):
@@ -116,7 +118,7 @@ def set_sync_debug_mode(mode) -> None:
 
 
 def plain(function):
-    """The function, run on tensors of the CPU; results are where the first tensor was."""
+    """Return a function that runs on CPU tensors and puts its results on the first one's device."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -132,7 +134,7 @@ def plain(function):
 
 
 def compile_of(real):
-    """torch.compile for the CPU, without Inductor: what that makes for a GPU is not seen here."""
+    """Return torch.compile for the CPU, without Inductor and so without its code for GPUs."""
 
     def compile(model=None, *, mode=None, backend="aot_eager", **options):
         if model is None:
@@ -143,7 +145,7 @@ def compile_of(real):
 
 
 def backward_of(real):
-    """Through a compiled function, gradients are found as that runs: on tensors of the CPU."""
+    """Return a backward function that runs compiled functions on CPU tensors."""
 
     def run(*args, **kwargs):
         if not DEVICE.has_compiled:
@@ -167,7 +169,7 @@ def grad_of(real):
 
 
 def of_cpu(real):
-    """A function of autocast, which takes a type of device."""
+    """Return a function of autocast that treats the device type "cuda" as "cpu"."""
     return lambda kind: real("cpu" if kind == "cuda" else kind)
 
 
@@ -179,7 +181,7 @@ def start_autocast(self, device_type, *args, **kwargs):
 
 
 def replacements() -> dict[tuple[object, str], object]:
-    """What to put where, by owner and name."""
+    """Return the replacements by owner and name."""
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: DEVICE.count,
@@ -221,9 +223,9 @@ def replacements() -> dict[tuple[object, str], object]:
 
 
 class Patches:
-    """Replacements of functions and attributes, put in place and taken away together."""
+    """Replacements of functions and attributes, which are set and removed together."""
 
-    def __init__(self, *tables: dict[tuple[object, str], object]):
+    def __init__(self, *tables: dict[tuple[object, str], object]) -> None:
         self.values = {place: value for table in tables for place, value in table.items()}
         self.real = {(owner, name): vars(owner).get(name, MISSING) for owner, name in self.values}
 
@@ -236,7 +238,7 @@ class Patches:
 
     @contextlib.contextmanager
     def lifted(self):
-        """PyTorch as it is, on a machine without a GPU."""
+        """Restore PyTorch's own functions within the context."""
         self.put(self.real)
         try:
             with _disable_current_modes():
