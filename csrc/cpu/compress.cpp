@@ -30,9 +30,9 @@ PDP_INLINE void compress_groups(const Stored* __restrict weight, int64_t groups,
     const uint32_t c = group_key<Stored, 2>(group), d = group_key<Stored, 3>(group);
     const uint32_t high_ab = std::max(a, b), high_cd = std::max(c, d);
     const uint32_t largest = std::max(high_ab, high_cd) & 3;
-    // The second largest is the smaller of its pair, or the largest of its own pair.
-    const uint32_t larger_low = std::max(std::min(a, b), std::min(c, d));
-    const uint32_t runner_up = std::max(std::min(high_ab, high_cd), larger_low) & 3;
+    // The second largest is the smaller of the pairs' maxima, or the larger of their minima.
+    const uint32_t low = std::max(std::min(a, b), std::min(c, d));
+    const uint32_t runner_up = std::max(std::min(high_ab, high_cd), low) & 3;
     const uint32_t first = std::min(largest, runner_up), second = std::max(largest, runner_up);
     const uint16_t w0 = group[0].bits, w1 = group[1].bits, w2 = group[2].bits, w3 = group[3].bits;
     values[2 * i].bits = first == 0 ? w0 : first == 1 ? w1 : w2;

@@ -30,7 +30,7 @@ constexpr int64_t kShortRun = 64;
 // Independent sums, for the latency of an addition.
 constexpr int kLanes = 16;
 
-// The fewest channels for which every thread takes entire channels.
+// From this many channels on, a thread handles entire channels.
 constexpr int64_t kMinChannelsApart = 64;
 
 // Returns the sum of a b in double, where the product of two floats is exact and no square of a

@@ -92,7 +92,8 @@ PDP_INLINE void for_each_run(const GroupSelection& selection, Array weight, Grou
   });
 }
 
-// Elements between two prefetches of weights. The sorting of the next block would wait for them.
+// Elements between two prefetches, without which the sorting of the next block waits for its
+// weights.
 constexpr int kChunk = 128;
 
 template <typename Body>
