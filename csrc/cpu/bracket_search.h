@@ -87,9 +87,9 @@ class BracketSearch final : public Search {
     keys_.reset(new Key[capacity]);
   }
 
-  // In a sample of S, the rank of v_k has mean S p and standard deviation sqrt(S p (1 - p)), p = k
-  // / n. A margin of four deviations misses about once in 16,000 times, and a miss costs two more
-  // passes.
+  // With p = k / n, the rank of v_k in a sample of S has mean S p and standard deviation
+  // sqrt(S p (1 - p)). A margin of four deviations misses about once in 16,000 times, and a miss
+  // costs two more passes.
   void bracket_from_sample() {
     const int64_t size = std::clamp(numel_ / kPerSample, kMinSample, kMaxSample);
     const int64_t stride = numel_ / size;
