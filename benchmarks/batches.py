@@ -1,4 +1,4 @@
-"""A batch: the weights of one input, with their exact thresholds and random gradients."""
+"""Batches: the weights of one input with exact thresholds and random gradients."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,28 +10,29 @@ from torch import Tensor
 from benchmarks.layer_shapes import make_weights
 from benchmarks.masks import Mask
 
-# Runs of the smallest inputs rotate over this many batches: past L2, and quick to build.
+# The smallest inputs rotate over this many batches: more than L2 holds, and quick to make.
 MAX_BATCHES = 1024
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One list of weights, with all that a step needs to run on it."""
+    """A list of weights with everything that a step needs."""
 
     weights: list[Tensor]
     thresholds: list[Tensor]
-    """The exact threshold of each weight, 0-d, as the package returns it."""
+    """Exact threshold of each weight, shape (), as the package returns it."""
     grads: list[Tensor]
-    """A random gradient with respect to each masked weight, in its dtype."""
+    """Random gradient of each masked weight, in its dtype."""
     sparsity: float
     mask: Mask
 
     @property
     def numel(self) -> int:
+        """Number of weights."""
         return sum(weight.numel() for weight in self.weights)
 
     def masked_by(self, name: str) -> "Batch":
-        """The same weights with another mask, and gradients in the dtype of its w_hat."""
+        """Return the same weights with another mask, and gradients in the dtype of its w_hat."""
         mask = Mask.of(name, self.weights[0].dtype, self.weights[0].device)
         return replace(self, mask=mask, grads=[grad.to(mask.out_dtype) for grad in self.grads])
 
@@ -39,7 +40,7 @@ class Batch:
 def make_batches(
     name: str, dtype: torch.dtype, device: torch.device, sparsity: float, seed: int = 0
 ) -> list[Batch]:
-    """Enough batches of one input that a rotation over their weights does not fit in the cache."""
+    """Return so many batches of one input that their weights do not fit in the cache."""
     generator = torch.Generator(device).manual_seed(seed)
     first = make_batch(name, dtype, sparsity, generator)
     count = math.ceil(2 * cache_bytes(device) / (first.numel * dtype.itemsize))
@@ -48,7 +49,7 @@ def make_batches(
 
 
 def make_batch(name: str, dtype: torch.dtype, sparsity: float, generator: torch.Generator) -> Batch:
-    """One batch on the generator's device; its mask is the paper's."""
+    """Return a batch on the generator's device, with the paper's mask."""
     weights = [weight.to(dtype, copy=True) for weight in make_weights(name, generator)]
     return Batch(
         weights=[weight.requires_grad_() for weight in weights],
@@ -63,14 +64,17 @@ def make_batch(name: str, dtype: torch.dtype, sparsity: float, generator: torch.
 
 
 def prune_count(n: int, sparsity: float) -> int:
-    """How many of n weights are pruned: floor(r * n + 1/2)."""
+    """Return the number of pruned weights among n: floor(sparsity * n + 1/2)."""
     return math.floor(sparsity * n + 0.5)
 
 
 def exact_threshold(weight: Tensor, sparsity: float) -> Tensor:
-    """Midpoint of the k-th and k+1-th smallest magnitude, by NumPy's partial sort.
+    """Return the midpoint of the k-th and k+1-th smallest magnitude, by NumPy's partial sort.
 
-    On a GPU by a full sort: a billion weights need not travel to the host.
+    On a GPU a full sort finds it, which saves the transfer of a billion weights to the host.
+
+    Raises:
+        ValueError: No weight is pruned, or all are.
     """
     n, k = weight.numel(), prune_count(weight.numel(), sparsity)
     if not 0 < k < n:
@@ -85,7 +89,7 @@ def exact_threshold(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last cache before memory: L2 of a GPU, L3 of a CPU (64 MiB where it is not known)."""
+    """Return the size of the last cache: L2 of a GPU, L3 of a CPU (64 MiB if unknown)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:

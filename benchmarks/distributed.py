@@ -1,9 +1,9 @@
-"""Thresholds of weights that are sharded over ranks, against gathering the weights.
+"""Compare thresholds of sharded weights with gathering the weights.
 
-`python -m benchmarks.distributed`. First what a step sends, counted from shapes alone; then, on
-ranks that are processes of this machine (gloo; one GPU each with NCCL), what was sent and how long
-it took, once the thresholds were found to be those of the whole weights. The ranks share the
-machine's cores and memory: read the times as ratios.
+`python -m benchmarks.distributed`. The first lines count what a step sends, from shapes alone. Then
+ranks, which are processes of this machine (gloo, or NCCL with one GPU each), check that the
+thresholds equal those of the global weights, and measure bytes and time. The ranks share the cores
+and the memory of the machine: read the times as ratios.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -35,14 +36,18 @@ ROUNDS = 7
 
 
 def counted(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> dict[str, float]:
-    """What a step hands to collectives, and what gathering would: from shapes alone.
+    """Return the bytes that collectives get in a step, and the bytes that gathering would take.
 
-    Of every byte handed over, a ring sends each rank's neighbour 2 (R - 1) / R when it adds up, and
-    (R - 1) / R when it gathers.
+    For every byte, a ring of R ranks sends 2 (R - 1) / R to a neighbour in an all-reduce, and
+    (R - 1) / R in an all-gather.
+
+    Args:
+        shapes: Shapes of the global weights.
+        dtype: Dtype of the weights.
     """
     digits = DIGIT_BITS[dtype.itemsize]
     counts = sum(len(shapes) << bits for bits in digits)
-    sent = 8 * (counts + len(shapes))  # int64, and the least key above
+    sent = 8 * (counts + len(shapes))  # int64 counts, and the next key above each threshold
     gathered = dtype.itemsize * sum(map(prod, shapes))
     return {
         "collectives": len(digits) + 1,
@@ -53,19 +58,20 @@ def counted(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> dict[str, 
 
 
 class Counter:
-    """all_reduce, counted."""
+    """An all_reduce that counts calls and bytes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.collectives = self.bytes = 0
         self._all_reduce = dist.all_reduce
 
-    def __call__(self, tensor: Tensor, *arguments, **options):
+    def __call__(self, tensor: Tensor, *arguments: Any, **options: Any) -> Any:
         self.collectives += 1
         self.bytes += tensor.numel() * tensor.element_size()
         return self._all_reduce(tensor, *arguments, **options)
 
 
 def measure(rank: int, ranks: int, names: Sequence[str], device_type: str, folder: str) -> None:
+    """Check and time the inputs on one rank; rank 0 saves the rows in the folder."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -79,16 +85,16 @@ def measure(rank: int, ranks: int, names: Sequence[str], device_type: str, folde
     mesh = init_device_mesh(device_type, (ranks,))
     rows = []
     for name in names:
-        whole = make_weights(name, torch.Generator(device).manual_seed(0))
-        expected = pdp_thresholds(whole, SPARSITY)
-        shards = [distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None) for w in whole]
-        del whole
+        weights = make_weights(name, torch.Generator(device).manual_seed(0))
+        expected = pdp_thresholds(weights, SPARSITY)
+        shards = [distribute_tensor(w, mesh, [Shard(0)], src_data_rank=None) for w in weights]
+        del weights
         row = {"input": name, "ranks": ranks}
         with mock.patch.object(dist, "all_reduce", Counter()) as counter:
             found = pdp_thresholds(shards, SPARSITY)
         row |= {"collectives": counter.collectives, "bytes": counter.bytes}
         if not torch.equal(found, expected):
-            row["note"] = "wrong: not the thresholds of the whole weights"
+            row["note"] = "wrong: not the thresholds of the global weights"
         else:
             row |= time_both(
                 lambda shards=shards: pdp_thresholds(shards, SPARSITY),
@@ -105,7 +111,7 @@ def measure(rank: int, ranks: int, names: Sequence[str], device_type: str, folde
 def time_both(
     ours: Callable[[], Tensor], gather: Callable[[], Tensor], device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of each, taken in turn by all ranks together."""
+    """Return median seconds of both, which all ranks run in turn."""
     seconds: dict[str, list[float]] = {"ours": [], "gather": []}
     for _ in range(1 + ROUNDS):
         for name, run in (("ours", ours), ("gather", gather)):
@@ -152,8 +158,8 @@ def main() -> int:
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
             given = (ranks, arguments.inputs, arguments.device, folder)
-            # Processes of a fork server end without shutting Python down, which gloo's threads,
-            # holding tensors a moment longer, would make abort.
+            # Processes of a fork server exit without shutting Python down. A shutdown could abort,
+            # since gloo's threads hold tensors a moment longer.
             torch.multiprocessing.start_processes(
                 measure, given, nprocs=ranks, start_method="forkserver"
             )

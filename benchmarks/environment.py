@@ -1,4 +1,4 @@
-"""What a result was measured on and with."""
+"""Device, versions and commit of a result."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 import pdp_kernels
 
-# What nvidia-smi is asked for, and under which name it is stated.
+# Names in a result, and the fields of nvidia-smi.
 GPU_STATE = {
     "driver": "driver_version",
     "SM clock": "clocks.sm",
@@ -24,7 +24,7 @@ GPU_STATE = {
 
 
 def describe_environment(device: torch.device) -> dict[str, object]:
-    """Device, versions and commit, to be printed with every result."""
+    """Return device, versions and commit, which every result states."""
     backends = pdp_kernels.build_info()["backends"]
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -42,7 +42,7 @@ def describe_environment(device: torch.device) -> dict[str, object]:
 
 
 def gpu_state() -> dict[str, str]:
-    """The first GPU's driver and clocks as they are now; "unknown" without nvidia-smi."""
+    """Return the current driver and clocks of the first GPU; "unknown" without nvidia-smi."""
     query = f"--query-gpu={','.join(GPU_STATE.values())}"
     command = ["nvidia-smi", query, "--format=csv,noheader", "--id=0"]
     try:
@@ -53,7 +53,7 @@ def gpu_state() -> dict[str, str]:
 
 
 def device_is_lost(device: torch.device) -> bool:
-    """Whether an earlier error (an illegal access, say) makes all later calls here fail."""
+    """Return whether an error such as an illegal access makes all later calls fail."""
     if device.type != "cuda":
         return False
     try:
@@ -81,7 +81,7 @@ def _installed_version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout, or what PDP_COMMIT says where the sources came without it."""
+    """Return the commit of the checkout, or PDP_COMMIT if git did not come with the sources."""
     if "PDP_COMMIT" in os.environ:
         return os.environ["PDP_COMMIT"]
 

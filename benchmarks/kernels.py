@@ -1,9 +1,9 @@
-"""What ncu measured of each kernel, as a table: `ncu --csv --print-units base --metrics ...`."""
+"""A table of ncu's metrics for each kernel: `ncu --csv --print-units base --metrics ...`."""
 
 import csv
 from pathlib import Path
 
-# Heading -> (metric, what one unit of the table is in ncu's base units, format)
+# Heading -> (metric, unit of the table in ncu's base units, format)
 COLUMNS = {
     "us": ("gpu__time_duration.sum", 1e3, ".1f"),
     "MB read": ("dram__bytes_read.sum", 1e6, ".1f"),
@@ -14,13 +14,13 @@ COLUMNS = {
     "M atomics": ("smsp__inst_executed_op_shared_atom.sum", 1e6, ".2f"),
     "M conflicts": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", 1e6, ".2f"),
 }
-WIDTH = 36  # of a kernel's name
+WIDTH = 36  # characters of a kernel's name
 
 METRICS = [metric for metric, _, _ in COLUMNS.values()]
 
 
 def read_kernels(path: Path) -> list[tuple[str, dict[str, float]]]:
-    """The launches in order: the kernel's name and its metrics, in ncu's base units."""
+    """Return each launch in order: the kernel's name and its metrics in ncu's base units."""
     launches: dict[str, tuple[str, dict[str, float]]] = {}
     with path.open(newline="") as file:
         for line in csv.DictReader(text for text in file if text.startswith('"')):
@@ -29,12 +29,12 @@ def read_kernels(path: Path) -> list[tuple[str, dict[str, float]]]:
             try:
                 metrics[line["Metric Name"]] = float(value)
             except ValueError:
-                continue  # "n/a": not on this card
+                continue  # "n/a": this card has no such counter
     return list(launches.values())
 
 
 def short_name(kernel: str) -> str:
-    """Without return type, namespace and parameters."""
+    """Return the name without return type, namespace and parameters."""
     name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "").replace("pdp::", "")
     depth = 0
     for at in range(len(name) - 1, -1, -1) if name.endswith(")") else ():
@@ -45,7 +45,7 @@ def short_name(kernel: str) -> str:
 
 
 def format_kernels(path: Path) -> str:
-    """One line for each launch, with the rate at which it read and wrote memory."""
+    """Return a line for each launch, with the rate at which it read and wrote memory."""
     launches = read_kernels(path)
     lines = [f"{'kernel':{WIDTH}}{'GB/s':>7}" + "".join(f"{name:>12}" for name in COLUMNS)]
     for kernel, metrics in launches:

@@ -1,7 +1,7 @@
-"""The two ways to mask that are measured: as the paper prints it, and as a pruner calls it.
+"""The two masks to measure.
 
-"paper": tau = 1e-4, a number, and w_hat in the weight's dtype. "pruner": a relative temperature
-that lies on the device, and w_hat in bfloat16, as `PDPPruner` has them under autocast.
+"paper": tau = 1e-4 as a number, and w_hat in the weight's dtype. "pruner": a relative temperature
+on the device, and w_hat in bfloat16, as in `PDPPruner` under autocast.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,14 @@ NAMES = ("paper", "pruner")
 
 @dataclass(frozen=True)
 class Mask:
-    """out_dtype: that of w_hat."""
+    """Arguments of a mask.
+
+    Attributes:
+        name: One of NAMES.
+        tau: Temperature.
+        relative: Whether tau is in units of the squared threshold.
+        out_dtype: Dtype of w_hat.
+    """
 
     name: str
     tau: float | Tensor
@@ -26,7 +33,7 @@ class Mask:
 
     @classmethod
     def of(cls, name: str, dtype: torch.dtype, device: torch.device) -> "Mask":
-        """One of NAMES, for weights of a dtype."""
+        """Return the mask of a name, for weights of a dtype."""
         if name == "paper":
             return cls(name, TAU, relative=False, out_dtype=dtype)
         tau = torch.tensor(RELATIVE_TAU, device=device)
@@ -34,12 +41,12 @@ class Mask:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """What pdp_mask and its like take."""
+        """Arguments of pdp_mask and the other masks."""
         name = "relative_tau" if self.relative else "tau"
         return {name: self.tau, "out_dtype": self.out_dtype}
 
     def temperature(self, threshold: Tensor) -> float | Tensor:
-        """tau of Eq. 1, in the threshold's dtype."""
+        """Return tau of Eq. 1 in the threshold's dtype."""
         if self.relative:
             return self.tau.to(threshold.dtype) * threshold * threshold
         return self.tau

@@ -1,4 +1,4 @@
-"""Speed against n as a picture. Imported only for --plot: it needs matplotlib."""
+"""Plots of speedups. Imported only for --plot, since it needs matplotlib."""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ LINES = {"float32": "-", "bfloat16": "--"}
 
 
 def plot_speedups(path: Path, rows: Sequence[Row], title: str) -> None:
-    """One panel per step: speed relative to eager against n; lists of tensors as stars.
+    """Plot the speedup over eager against the number of weights, with a panel for each step.
 
-    bfloat16 is drawn dashed and hollow.
+    Lists of tensors are stars. bfloat16 has dashed lines and hollow markers.
     """
     timed = [row for row in rows if row.speedup and row.provider != STEPS[row.step].base]
     steps = list(dict.fromkeys(row.step for row in timed))

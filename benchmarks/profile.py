@@ -1,8 +1,7 @@
-"""Every kernel of the package run once, for a profiler to look at.
+"""Run every kernel of the package once under a profiler.
 
 `ncu --profile-from-start off ... python -m benchmarks.profile`. Prints the bytes that each operator
-should move, next to which the profiler's count of bytes and of atomics can be read
-(`benchmarks/kernels.py`).
+should move, to be compared with the profiler's counts (`benchmarks/kernels.py`).
 """
 
 import argparse
@@ -30,7 +29,7 @@ COLUMNS = 4096
 
 
 class Operation(NamedTuple):
-    """bytes: what the best implementation reads and writes."""
+    """An operator call, and the bytes that the best implementation reads and writes."""
 
     name: str
     bytes: int
@@ -38,7 +37,7 @@ class Operation(NamedTuple):
 
 
 def operations(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Operation]:
-    """Of a weight of (rows, 4096); what a run needs is there before it."""
+    """Yield operators on a weight of shape (rows, 4096), with their inputs prepared."""
     weight = (0.02 * torch.randn(rows, COLUMNS, device=device)).to(dtype).requires_grad_()
     grad = torch.randn_like(weight)
     plain = weight.detach()
@@ -64,7 +63,7 @@ def operations(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[
         "channel mask": lambda: pdp_mask_channel(weight, 0.5),
     }
     for name, mask in masks.items():
-        norms = one if name == "channel mask" else 0  # read for the norms, and for <g, W>
+        norms = one if name == "channel mask" else 0  # reads for the norms, and for <g, W>
         masked = mask()
         w_hat = masked.numel() * masked.element_size()
         yield Operation(f"{name}, forward", one + w_hat + norms, mask)
@@ -80,7 +79,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profile", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--rows", type=int, default=2**14, help="of 4096 weights (default: 2^14)")
+    parser.add_argument(
+        "--rows", type=int, default=2**14, help="rows of 4096 weights (default: 2^14)"
+    )
     return parser.parse_args(words)
 
 

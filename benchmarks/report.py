@@ -1,7 +1,7 @@
-"""Rows as a table, as one line for each input, and as the few ratios that matter most.
+"""Tables of rows: all rows, one line for each input, and the most important ratios.
 
-`python -m benchmarks.report FOLDER` prints what the files of a run have in short: a line for each
-kernel of ncu.csv, and for each input of benchmark.csv.
+`python -m benchmarks.report FOLDER` summarises a run: a line for each kernel of ncu.csv, and for
+each input of benchmark.csv.
 """
 
 import argparse
@@ -12,8 +12,7 @@ from pathlib import Path
 from benchmarks.kernels import format_kernels
 from benchmarks.rows import Environment, Row, read_rows
 
-# (step, input, other provider): the ratios that the last lines state, where they were measured,
-# with the paper's mask.
+# (step, input, other provider) of the ratios in the last lines, with the paper's mask.
 HEADLINES = (
     ("threshold", "2359296", "eager-kthvalue"),
     ("step", "2359296", "eager-kthvalue"),
@@ -41,19 +40,22 @@ COLUMNS = {
 
 
 def format_environment(environment: Environment) -> str:
+    """Return a line for each entry."""
     return "\n".join(f"{name}: {value}" for name, value in environment.items())
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """A GitHub table, padded so that it reads as plain text too. IQR is relative to the median."""
+    """Return a GitHub table that is padded for plain text too. IQR is relative to the median."""
     copies = copy_rates(rows)
     lines = [_cells(row, copies.get((row.input, row.dtype))) for row in rows]
     return _table(COLUMNS, lines)
 
 
 def format_short_table(rows: Sequence[Row]) -> str:
-    """One line for each input, dtype and mask: of `ours` the time of each step, and its rate as a
-    fraction of the copy's. Then the rows in error."""
+    """Return a line for each input, dtype and mask, then the rows in error.
+
+    A line has the times of `ours` for each step, and its rate as a fraction of the copy's.
+    """
     copies = copy_rates(rows)
     ours = [row for row in rows if row.provider == "ours" and row.median_s]
     steps = list(dict.fromkeys(row.step for row in ours))
@@ -64,7 +66,7 @@ def format_short_table(rows: Sequence[Row]) -> str:
             masks[row.input, row.dtype].append(row.mask)
     cells = {}
     for row in ours:
-        # A step without a mask stands in the first line of its input.
+        # A step without a mask is in the first line of its input.
         mask = row.mask or next(iter(masks[row.input, row.dtype]), "")
         copy = copies.get((row.input, row.dtype))
         fraction = f" {row.gb_per_s / copy:4.0%}" if copy else ""
@@ -81,11 +83,12 @@ def format_short_table(rows: Sequence[Row]) -> str:
 
 
 def describe(row: Row) -> str:
+    """Return what identifies a row."""
     return " ".join(filter(None, (row.input, row.dtype, row.mask, row.step, row.provider)))
 
 
 def copy_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
-    """GB/s of the copy, by input and dtype."""
+    """Return GB/s of the copy by input and dtype."""
     copies = (row for row in rows if row.step == "copy" and row.gb_per_s)
     return {(row.input, row.dtype): row.gb_per_s for row in copies}
 
@@ -122,7 +125,7 @@ def _cells(row: Row, copy: float | None) -> tuple[str, ...]:
 
 
 def format_headlines(rows: Iterable[Row]) -> str:
-    """One line per headline and dtype: how many times faster ours is."""
+    """Return a line for each headline and dtype: how many times faster ours is."""
     medians = {
         (row.step, row.input, row.dtype, row.provider): row.median_s
         for row in rows
@@ -142,7 +145,7 @@ def format_headlines(rows: Iterable[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__.splitlines()[2]
+        prog="python -m benchmarks.report", description=__doc__.splitlines()[0]
     )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

@@ -1,8 +1,8 @@
-"""Every operator once against the reference: is there anything to measure? A few seconds.
+"""Compare every operator once with the reference, in a few seconds.
 
-`python -m benchmarks.smoke` calls torch.ops.pdp on a GPU, `--triton` the functions of
-triton_kernels themselves: what compute-sanitizer runs, or on a CPU Triton's interpreter. An error
-that the device does not survive ends its process: the cases that follow run in a new one.
+`python -m benchmarks.smoke` calls torch.ops.pdp on a GPU. `--triton` calls the functions of
+triton_kernels, for compute-sanitizer or, on a CPU, in Triton's interpreter. If an error loses the
+device, the remaining cases run in a new process.
 """
 
 import argparse
@@ -23,16 +23,17 @@ from pdp_kernels.ops import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# A case that takes longer hangs: the process ends, and says where it was.
+# A case that takes longer hangs: the process prints its stack and ends.
 SECONDS = 60
 
-# Of the largest right value, by the dtype of the answer: a few roundings of float32 arithmetic with
-# a division and an exponential that are 2 ulp off, and one rounding to 16 bits.
+# Allowed error relative to the largest right value, by the dtype of the answer: a few roundings of
+# float32 arithmetic with a division and an exponential that are 2 ulp off, and one rounding to 16
+# bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8 + 1e-5}
 
 
 class Case(NamedTuple):
-    """An operator's name, which of its branches this is, and its arguments, on the CPU."""
+    """An operator's name, its branch, and its arguments on the CPU."""
 
     operator: str
     what: str
@@ -40,7 +41,7 @@ class Case(NamedTuple):
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Every operator, every branch of the mask operators; sizes that leave tiles incomplete."""
+    """Yield every operator and every branch of mask operators, with sizes of incomplete tiles."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -83,7 +84,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     if dtype.itemsize == 2:
         yield Case("compress_2to4", "", (normal(64, 192),))
 
-    # Channels of several tiles, of one that is kept whole, and those of an inner dimension.
+    # Channels of several tiles, of one tile that stays in registers, and of an inner dimension.
     for what, weight, dim in (
         ("long", normal(3, 9001), 0),
         ("whole", normal(37, 129), 0),
@@ -99,14 +100,14 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("soft_mask_channel_backward", what, (*grads, weight, *mask, True))
 
 
-# Integers and places, which have no tolerance; thresholds are exact too, of float64 weights.
+# Answers without tolerance: integers and positions; and thresholds, which equal those in float64.
 EXACT = {"prune_counts", "thresholds", "digit_counts", "hard_mask", "hard_mask_nm", "compress_2to4"}
 
 TRITON_FILES = ("soft_mask", "soft_mask_nm", "soft_mask_channel", "compress")
 
 
 def triton_function(operator: str) -> Callable | None:
-    """The function of triton_kernels that implements an operator, if one does."""
+    """Return the function of triton_kernels that implements an operator, if there is one."""
     for file in TRITON_FILES:
         module = importlib.import_module(f"pdp_kernels.triton_kernels.{file}")
         if hasattr(module, operator):
@@ -115,30 +116,31 @@ def triton_function(operator: str) -> Callable | None:
 
 
 def mapped(arguments: Sequence, change: Callable) -> list:
-    """The arguments, and what their lists hold, with `change` applied to each."""
+    """Return the arguments with `change` applied to each, and to each element of a list."""
     return [mapped(a, change) if isinstance(a, list) else change(a) for a in arguments]
 
 
 def doubled(argument: object) -> object:
-    """A floating point tensor, or a dtype, in float64."""
+    """Return a floating point tensor or a dtype in float64, and other arguments as they are."""
     if isinstance(argument, Tensor) and argument.is_floating_point():
         return argument.double()
     return torch.float64 if isinstance(argument, torch.dtype) else argument
 
 
 def expected(case: Case) -> tuple[Tensor, ...]:
-    """What the reference answers in float64; of integers that depend on the dtype, in it."""
+    """Return the reference's answer in float64, or in the dtype where integers depend on it."""
     keeps_dtype = case.operator in EXACT - {"thresholds"}
     arguments = case.arguments if keeps_dtype else mapped(case.arguments, doubled)
     return as_tuple(getattr(reference, case.operator)(*arguments))
 
 
 def as_tuple(answer: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the answer as a tuple."""
     return answer if isinstance(answer, tuple) else (answer,)
 
 
 def difference(case: Case, answer: tuple[Tensor, ...]) -> str | None:
-    """What is wrong with an answer, or None."""
+    """Return what is wrong with an answer, or None."""
     for number, (got, want) in enumerate(zip(answer, expected(case), strict=True)):
         got = got.cpu()
         if got.shape != want.shape:
@@ -160,7 +162,7 @@ def difference(case: Case, answer: tuple[Tensor, ...]) -> str | None:
 
 
 def run(case: Case, device: torch.device, triton: bool) -> str:
-    """ "ok", or what is wrong."""
+    """Run a case and return "ok" or what is wrong."""
 
     def sent(argument: object) -> object:
         return argument.to(device) if isinstance(argument, Tensor) else argument
@@ -186,7 +188,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--triton", action="store_true", help="the Triton kernels alone")
     parser.add_argument(
         "--no-poison", dest="poison", action="store_false",
-        help="leave fresh memory as it is: initcheck then sees what no kernel wrote",
+        help="leave fresh memory as it is, for initcheck to see what no kernel wrote",
     )  # fmt: skip
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--wrong", type=int, default=0, help=argparse.SUPPRESS)
@@ -197,7 +199,7 @@ def main() -> int:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     faulthandler.enable(file=sys.__stderr__)
-    # Fresh memory is NaN: an element that no kernel writes shows.
+    # Fresh memory is NaN, so that an element that no kernel writes shows.
     torch.use_deterministic_algorithms(arguments.poison, warn_only=True)
     chosen = [
         (name, case)
@@ -216,7 +218,7 @@ def main() -> int:
         wrong += verdict != "ok"
         print(f"{time.perf_counter() - begin:6.2f} s  {verdict}", flush=True)
         if verdict != "ok" and device_is_lost(device):
-            print("the device is lost to this process: on in a new one", flush=True)
+            print("the device is lost to this process: continuing in a new one", flush=True)
             carried = ["--start", str(index + 1), "--wrong", str(wrong)]
             command = [sys.executable, "-m", "benchmarks.smoke", *sys.argv[1:], *carried]
             os.execv(sys.executable, command)

@@ -1,7 +1,7 @@
-"""The steps that are timed, who provides each, and what its answer is checked with.
+"""The steps to time, with their providers and checks.
 
-A provider takes a batch, prepares what is not to be timed, and returns the function that is. To add
-a step, write its providers and its check and enter them in STEPS.
+A provider takes a batch, makes the preparations that are not timed, and returns the function to
+time. To add a step, write its providers and its check, and enter them in STEPS.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,43 +24,44 @@ SoftMask = Callable[[Tensor, Tensor, Mask], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to time."""
+    """A step with its providers and its check."""
 
     moved: Callable[[int, int], float]
-    """Bytes that the best implementation reads and writes per weight, from the bytes of a weight
-    and of an element of w_hat."""
+    """Maps the bytes of a weight and of an element of w_hat to the bytes per weight that the best
+    implementation reads and writes."""
     providers: dict[str, Provider]
     check: Callable[[Batch, Any], str | None]
-    """Says what is wrong with a provider's answer, or None."""
+    """Returns what is wrong with a provider's answer, or None."""
     base: str | None = None
-    """The provider that ratios are taken to."""
+    """The provider to which ratios are taken."""
     masked: bool = False
-    """Whether the batch's mask makes a difference."""
+    """Whether the step depends on the batch's mask."""
 
 
 def all_timed(run: Callable[[Batch], Any]) -> Provider:
-    """The provider that prepares nothing."""
+    """Return the provider without preparations."""
     return lambda batch: partial(run, batch)
 
 
 def select(threshold: Callable[[Tensor, float], Tensor]) -> Callable[[Batch], Tensors]:
-    """Thresholds of a batch, one weight at a time."""
+    """Return the selection that finds thresholds weight by weight."""
     return lambda batch: [threshold(weight, batch.sparsity) for weight in batch.weights]
 
 
 def our_thresholds(batch: Batch) -> Tensors:
-    """A list through one call of `pdp_thresholds`, a single weight through `pdp_threshold`."""
+    """Return thresholds by one call of `pdp_thresholds`, or of `pdp_threshold` for one weight."""
     if len(batch.weights) == 1:
         return [pdp_threshold(batch.weights[0], batch.sparsity)]
     return pdp_thresholds(batch.weights, batch.sparsity).unbind()
 
 
 def our_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
-    """`pdp_mask` at a given threshold."""
+    """Return the masked weight by `pdp_mask` at a given threshold."""
     return pdp_mask(weight, threshold=threshold, **mask.arguments)
 
 
 def masked_weights(soft_mask: SoftMask, batch: Batch, thresholds: Tensors) -> Tensors:
+    """Return all masked weights of a batch."""
     return [
         soft_mask(weight, threshold, batch.mask)
         for weight, threshold in zip(batch.weights, thresholds, strict=True)
@@ -68,14 +69,14 @@ def masked_weights(soft_mask: SoftMask, batch: Batch, thresholds: Tensors) -> Te
 
 
 def forward(soft_mask: SoftMask) -> Provider:
-    """Masked weights at given thresholds, with what autograd keeps for backward."""
+    """Provide masked weights at given thresholds, with the tensors that autograd saves."""
     return all_timed(lambda batch: masked_weights(soft_mask, batch, batch.thresholds))
 
 
 def backward(soft_mask: SoftMask) -> Provider:
-    """Gradients of the weights; the forward just before is not timed.
+    """Provide gradients of the weights, after a forward that is not timed.
 
-    Small weights are then still in the cache, unlike in the other steps.
+    Small weights are still in the cache then, unlike in the other steps.
     """
 
     def prepare(batch: Batch) -> Callable[[], Tensors]:
@@ -88,7 +89,7 @@ def backward(soft_mask: SoftMask) -> Provider:
 def forward_backward(
     soft_mask: SoftMask, thresholds: Callable[[Batch], Tensors] | None = None
 ) -> Provider:
-    """Masked weights and gradients, at given thresholds or with selection of them before."""
+    """Provide masked weights and gradients, at given thresholds or after a selection."""
 
     def run(batch: Batch) -> tuple[Tensors, Tensors]:
         selected = thresholds(batch) if thresholds else batch.thresholds
@@ -99,14 +100,14 @@ def forward_backward(
 
 
 def copy(batch: Batch) -> Callable[[], Tensors]:
-    """The roof: a copy into memory that is there and has been touched."""
+    """Provide the roof: a copy into memory that has been allocated and touched."""
     weights = [weight.detach() for weight in batch.weights]
     copies = list(map(torch.ones_like, weights))
     return lambda: list(map(Tensor.copy_, copies, weights))
 
 
 def sums(batch: Batch) -> Tensors:
-    """The roof of what only reads."""
+    """Return sums of the weights, the roof of operators that only read."""
     return [weight.detach().sum(dtype=torch.float32) for weight in batch.weights]
 
 
@@ -176,7 +177,7 @@ STEPS = {
     "mask-channel": Step(
         lambda w, h: 4 * w + 2 * h, channels.MASKS, channels.check_masks, base="eager", masked=True
     ),
-    # In bfloat16 whatever the weights are in: read, and half of it and one bit a weight written.
+    # Always in bfloat16: reads each weight, and writes half of it and one bit.
     "pack-2:4": Step(lambda w, h: 2 + 1 + 1 / 8, nm.PACKERS, nm.check_packed, base="eager"),
     "pq-index": Step(lambda w, h: w, pq_index.PROVIDERS, pq_index.check, base="eager"),
 }

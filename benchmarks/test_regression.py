@@ -1,5 +1,6 @@
-"""The regression set: `pytest benchmarks/test_regression.py --benchmark-autosave`, and then with
-`--benchmark-compare` after a change. On a GPU it times with the device synchronised.
+"""A regression set: `pytest benchmarks/test_regression.py --benchmark-autosave`.
+
+Run it with `--benchmark-compare` after a change. On a GPU each call waits for the device.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Interleaved timing: A B C A B C, over rotating batches, with medians and quartiles."""
+"""Interleaved timing (A B C A B C) over rotating batches, with medians and quartiles."""
 
 import itertools
 import statistics
@@ -14,8 +14,8 @@ from benchmarks.steps import Provider
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 100
-# A round is paid for by the slowest provider, and three samples say little about a fast one. So the
-# others run up to this many times per round, each for at most a quarter of the slowest's time.
+# The slowest provider determines the time of a round, and three samples say little about a fast
+# one. So the others run up to this often per round, for at most a quarter of the slowest's time.
 MAX_RUNS_PER_ROUND = 5
 
 Clock = Callable[[Callable[[], Any]], tuple[float, Any]]
@@ -23,7 +23,7 @@ Clock = Callable[[Callable[[], Any]], tuple[float, Any]]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one provider in one row."""
+    """Median, quartiles and number of runs of one provider, in seconds."""
 
     median: float
     quartiles: tuple[float, float]
@@ -31,12 +31,13 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
+        """Return the statistics of samples."""
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(median, (low, high), len(seconds))
 
 
 class ProviderError(Exception):
-    """A provider failed while it was timed; the cause is what it raised."""
+    """A provider failed while it was timed, with the error as cause."""
 
     def __init__(self, provider: str):
         super().__init__(provider)
@@ -44,17 +45,17 @@ class ProviderError(Exception):
 
 
 def cpu_clock(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that `run` takes on the host, and what it returns."""
+    """Return the seconds that `run` takes on the host, and its result."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
 
 
 def cuda_clock(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds between events around `run` on the current stream, and what it returns.
+    """Return the seconds between events around `run` on the current stream, and its result.
 
-    The stream is empty at the first event, so that a small input shows what its launches cost the
-    host, as it would in a training loop without CUDA graphs.
+    The stream is empty at the first event, so the times of small inputs include the launches on the
+    host, as in a training loop without CUDA graphs.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -66,6 +67,7 @@ def cuda_clock(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def clock_for(device: torch.device) -> Clock:
+    """Return the clock of a device."""
     return cuda_clock if device.type == "cuda" else cpu_clock
 
 
@@ -76,19 +78,24 @@ def time_interleaved(
     clock: Clock,
     budget: float,
 ) -> dict[str, Timing]:
-    """Time warmed-up providers in turn for `budget` seconds, and for MIN_ROUNDS at the least.
+    """Time providers in turn, and at least MIN_ROUNDS times.
 
-    estimates: seconds that one run of each takes, from its warm-up.
+    Args:
+        providers: Warmed-up providers by name.
+        estimates: Seconds of one run of each provider.
+        batches: Batches over which runs rotate.
+        clock: Times a run.
+        budget: Seconds for all providers together.
 
     Raises:
-        ProviderError: one of them failed.
+        ProviderError: A provider failed.
     """
-    share = max(estimates[name] for name in providers) / 4
+    longest = max(estimates[name] for name in providers) / 4
     runs_per_round = {
-        name: max(1, min(MAX_RUNS_PER_ROUND, int(share / estimates[name]))) for name in providers
+        name: max(1, min(MAX_RUNS_PER_ROUND, int(longest / estimates[name]))) for name in providers
     }
-    # Each provider goes through all batches, since kthvalue's time depends on the data, and starts
-    # elsewhere, so that it does not find in the cache what the one before it has read.
+    # Each provider goes through all batches, since kthvalue's time depends on the data. Each starts
+    # at another batch, so that the one before it has not brought the weights into the cache.
     starts = [index * len(batches) // len(providers) for index in range(len(providers))]
     rotations = {
         name: itertools.cycle(batches[start:] + batches[:start])

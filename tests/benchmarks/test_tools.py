@@ -76,7 +76,7 @@ smoke.main()
     lines = result.stdout.splitlines()
     assert result.returncode == 1
     assert "ERROR RuntimeError: CUDA error: an illegal memory access" in lines[0]
-    assert lines[1] == "the device is lost to this process: on in a new one"
+    assert lines[1] == "the device is lost to this process: continuing in a new one"
     assert [line.split()[-1] for line in lines[2:-1]] == ["ok"] * 5
     assert lines[-1] == "5 of 6 cases are right"
 
