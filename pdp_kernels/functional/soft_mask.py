@@ -46,6 +46,19 @@ def pdp_mask(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def pdp_mask(
+    weight: Tensor,
+    sparsity: float | Tensor | None = None,
+    *,
+    threshold: Tensor | None = None,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_mask: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def pdp_mask(
     weight: Tensor,
     sparsity: float | Tensor | None = None,

@@ -54,6 +54,21 @@ def pdp_mask_channel(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def pdp_mask_channel(
+    weight: Tensor,
+    sparsity: float | Tensor | None = None,
+    *,
+    threshold: Tensor | None = None,
+    dim: int = 0,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    norm: Norm = "l2",
+    out_dtype: torch.dtype | None = None,
+    return_mask: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def pdp_mask_channel(
     weight: Tensor,
     sparsity: float | Tensor | None = None,

@@ -46,6 +46,21 @@ def pdp_mask_nm(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def pdp_mask_nm(
+    weight: Tensor,
+    n: int = 2,
+    m: int = 4,
+    *,
+    dim: int = -1,
+    tau: float | Tensor | None = None,
+    relative_tau: float | Tensor | None = None,
+    pruned: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_mask: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def pdp_mask_nm(
     weight: Tensor,
     n: int = 2,
