@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from tests.support.backends import GPU, dispatched, interpreted
+from tests.support.ranks import close_groups
 
 torch.set_num_threads(1)
 
@@ -49,6 +50,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(without_gpu)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ranks_that_end():
+    """Process groups last until the last test, and end while coverage is still measured."""
+    yield
+    close_groups()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Runs functions on several processes that form a process group."""
 
-import atexit
 import contextlib
 import io
 import multiprocessing
@@ -70,22 +69,23 @@ class Group:
                     results[rank] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
         return results
 
-    def close(self):
-        for process in self.processes:
-            process.kill()
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
-            process.join()
+    def close(self, patience=0):
+        """End the processes, which have `patience` seconds to leave by themselves."""
+        for pipe in self.pipes:
             pipe.close()
+        for process in self.processes:
+            process.join(patience)
+            process.kill()
+            process.join()
         self.folder.cleanup()
 
 
 _groups = {}  # by backend and number of ranks, kept for all tests of this process
 
 
-@atexit.register
-def _close_groups():
+def close_groups():
     while _groups:
-        _groups.popitem()[1].close()
+        _groups.popitem()[1].close(patience=10)
 
 
 def results_on_ranks(function, ranks, *arguments, backend="gloo"):
