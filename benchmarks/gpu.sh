@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in three calls, each in order of worth: is it right, how fast is it,
-# and which constants suit the card. For a machine that is rented by the minute, and bare: builds for
-# its card, downloads nothing.
+# Everything that needs a GPU, in three calls in order of importance: is it right, how fast is it,
+# and which constants suit the card. Made for a bare machine that is rented by the minute: it builds
+# for the card of the machine, and downloads nothing.
 #
 #   PYTHON=python3 OUT=folder DEADLINE=540 PDP_COMMIT=$(git describe --always --dirty) \
 #     benchmarks/gpu.sh [right|fast|tuned|PART ...]
 #
-# With no name all parts run; with names those alone, after environment and build. A name may be a
+# Without names all parts run; otherwise the named ones, after environment and build. A name may be a
 # pattern: 'memcheck-*'. The sanitizers of the CUDA kernels need the part workloads.
-# What comes back: $OUT/gpu.tar.gz (logs and results), $OUT/summary.csv (how each part ended) and
-# $OUT/table.txt (the benchmarks in short), refreshed after each part.
+# Results: $OUT/gpu.tar.gz (logs and results), $OUT/summary.csv (how each part ended) and
+# $OUT/table.txt (the benchmarks in short), updated after each part.
 #
-# Limits are about twice what bytes over 3 TB/s, compile times and 6 s for each process that imports
-# torch add up to. A part that fails or runs into its limit costs the others nothing but time.
+# Limits are about twice the estimate: bytes at 3 TB/s, compile times, and 6 s for each process that
+# imports torch. A part that fails or reaches its limit costs the others nothing but time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -48,7 +48,7 @@ workloads() {
 }
 export -f environment build workloads
 
-# In parallel, and what fails in a file as it happens.
+# In parallel, with failures written to a file as they happen.
 tests() {
   local workers
   workers=$(nproc)
@@ -65,13 +65,13 @@ bench() {
     --out "$RESULTS/$name" "$@"
 }
 
-# Of each kernel: time, bytes moved, occupancy, and what atomics and banks of shared memory cost.
+# For each kernel: time, bytes moved, occupancy, atomics and bank conflicts of shared memory.
 METRICS=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
 METRICS+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
 METRICS+=,smsp__inst_executed.sum,smsp__inst_executed_op_shared_atom.sum
 METRICS+=,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum
 
-# Our kernels by their demangled names: those of csrc/cuda, and those of triton_kernels.
+# Our kernels by their demangled names, in csrc/cuda and in triton_kernels.
 KERNELS='.*pdp::.*|_(soft_mask|hard_mask|products|compress)_.*'
 
 parts() {
@@ -92,8 +92,8 @@ parts() {
   part smoke 60 "$PYTHON" -m benchmarks.smoke
   # A thousand tests and as many compilations, by 16 workers.
   part tests 170 tests "$RESULTS/failures.txt"
-  # All tools at once: a few MB of weights, 10 to 50 times slower than without; Triton's kernels come
-  # from the cache that smoke has filled.
+  # All tools at once: a few MB of weights, 10 to 50 times slower than without a tool. Triton's
+  # kernels come from the cache that smoke has filled.
   for tool in memcheck racecheck initcheck synccheck; do
     sanitizer=(compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20)
     start "$tool-cuda" 60 "${sanitizer[@]}" "$SCRATCH/workloads"
@@ -116,7 +116,7 @@ parts() {
     --inputs 65536 1048576 16777216 100000000 resnet50 bert-base gpt2 \
     --steps copy sum threshold forward backward step \
     --providers copy sum sort eager compiled compiled-sort ours
-  # One size for the eager providers: kthvalue is one block's work, 2.5 s at 1e8.
+  # One size for the eager providers: kthvalue runs in one block, 2.5 s at 1e8.
   bench eager 60 --budget 0.5 --inputs 2359296 --steps copy threshold mask step
   bench 2to4 50 --budget 0.2 --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4
   bench channel 60 --budget 0.2 --inputs conv-1x1 conv-3x3 100663296 resnet50 \

@@ -1,17 +1,17 @@
-# Parts of a long run: each has a limit, all end before a deadline, and what is there so far comes
-# back in few files. Sourced by gpu.sh, which sets
+# Parts of a long run: each has a limit, all end before a deadline, and the results so far are kept in
+# three files. Sourced by gpu.sh, which sets
 #
-#   OUT        where $OUT/gpu.tar.gz, $OUT/summary.csv and $OUT/table.txt are kept up to date: after
-#              each part, and when the run is ended from outside
-#   DEADLINE   seconds for everything
-#   CHOSEN     names or patterns of the parts to run, or of the group they are in; empty for all
-#   GROUP      that of the parts declared next
-#   LISTING    not empty: parts are not run, and their names are printed
+#   OUT        folder of gpu.tar.gz, summary.csv and table.txt, which are updated after each part and
+#              when a signal ends the run
+#   DEADLINE   seconds for all parts
+#   CHOSEN     names, patterns or groups of the parts to run; empty for all
+#   GROUP      group of the parts declared next
+#   LISTING    if not empty, the names of parts are printed, and no part runs
 #
-# and may define short_table, which prints table.txt. Parts find
+# and may define short_table, which prints table.txt. Parts may use
 #
-#   RESULTS    a folder of this run: what they write there goes into the archive
-#   SCRATCH    another, which does not
+#   RESULTS    a folder whose content goes into the archive
+#   SCRATCH    a folder whose content does not
 #
 # Needs bash 4.4 and GNU timeout.
 
@@ -48,7 +48,7 @@ record() {
   echo "$1,$2,$3" | tee -a "$RESULTS/summary.csv"
 }
 
-# What is there so far, as few files; each is replaced at once.
+# Updates the three files, each in one step.
 collect() {
   if declare -F short_table >/dev/null; then
     short_table >"$RESULTS/table.txt" 2>&1
@@ -58,9 +58,9 @@ collect() {
   tar czf "$SCRATCH/gpu.tar.gz" -C "$RESULTS" . && mv "$SCRATCH/gpu.tar.gz" "$OUT/gpu.tar.gz"
 }
 
-# start NAME LIMIT COMMAND...: in the background, as a process group of its own, for no longer than
-# LIMIT seconds nor past the deadline. COMMAND may be an exported function. TAIL lines of what it
-# printed are shown when it ends well.
+# start NAME LIMIT COMMAND...: runs a part in the background in a process group of its own, until
+# LIMIT seconds or the deadline. COMMAND may be an exported function. If it succeeds, the last TAIL
+# lines of its output are shown.
 start() {
   local name=$1 limit=$2 left=$((DEADLINE - SECONDS))
   shift 2
@@ -78,7 +78,7 @@ start() {
   running+=("$name")
 }
 
-# Waits for all parts that were started.
+# Waits for all started parts.
 finish() {
   local status name seconds
   while ((${#running[@]})); do
@@ -106,7 +106,7 @@ part() {
 
 ok() { [[ ${result_of[$1]:-} == ok ]]; }
 
-# stop REASON: what is declared from here on is left out.
+# stop REASON: leaves out all parts declared from here on.
 stop() { reason_to_stop=$1; }
 
 on_signal() {
@@ -126,7 +126,7 @@ on_exit() {
   rm -rf "$RESULTS" "$SCRATCH"
 }
 
-# The last lines of the run; fails if a part did not end well.
+# Prints the last lines of the run; fails if a part failed.
 conclude() {
   local bad
   [[ -e $OUT/table.txt ]] && cat "$OUT/table.txt"

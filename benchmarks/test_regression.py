@@ -5,6 +5,7 @@ Run it with `--benchmark-compare` after a change. On a GPU each call waits for t
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.batches import make_batch
 from benchmarks.steps import STEPS
@@ -24,7 +25,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("step", "name", "dtype"), CASES)
-def test_speed(benchmark, step: str, name: str, dtype: str) -> None:
+def test_speed(benchmark: BenchmarkFixture, step: str, name: str, dtype: str) -> None:
     batch = make_batch(name, getattr(torch, dtype), 0.9, torch.Generator(DEVICE).manual_seed(0))
     run = STEPS[step].providers["ours"](batch)
 
