@@ -61,8 +61,10 @@ def ranks_that_end():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fresh memory is NaN (integers: the largest), in torch.empty of Python and C++ alike, so that
-    an element a kernel forgets to write shows."""
+    """Fill fresh memory with NaN (integers: the largest), so that elements not written show.
+
+    This covers torch.empty of Python and of C++.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -107,8 +109,11 @@ def masking(request):
 
 @pytest.fixture
 def quick_interpreter(monkeypatch):
-    """Triton's interpreter without what most of its time goes to: it looks through triton.language
-    in each function that a kernel calls, and reduces by xor (in a sort) number by number."""
+    """Speed Triton's interpreter up.
+
+    It looks through triton.language in each function that a kernel calls, and reduces by xor (in a
+    sort) number by number.
+    """
     pytest.importorskip("triton")
     from triton.language import core, standard
     from triton.runtime import interpreter
@@ -137,8 +142,10 @@ def quick_interpreter(monkeypatch):
 
 @pytest.fixture
 def rounding_interpreter(monkeypatch, quick_interpreter):
-    """Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest even, and gets
-    denormals wrong both ways; these conversions are torch's."""
+    """Make Triton's interpreter convert to bfloat16 and back as torch does.
+
+    It truncates where a GPU rounds to nearest even, and gets denormals wrong both ways.
+    """
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float

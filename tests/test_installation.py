@@ -14,7 +14,7 @@ from pdp_kernels import ops
 
 
 def run(program, **environment):
-    """A fresh interpreter, with nothing of this one imported."""
+    """Run a program in a fresh interpreter."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env={**os.environ, **environment},
@@ -125,7 +125,7 @@ def test_importing_does_not_import_triton_kernels():
     assert result.returncode == 0, result.stderr
 
 
-def test_public_names():
+def test_all_lists_every_public_name():
     for name in pdp_kernels.__all__:
         assert getattr(pdp_kernels, name) is not None
     public = {name for name in pdp_kernels.__all__ if not name.startswith("_")}

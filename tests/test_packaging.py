@@ -1,4 +1,4 @@
-"""The source distribution and the wheel hold all they need, with a compiler and without one."""
+"""The source distribution and the wheel are complete, with a compiler and without one."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def run(*arguments, cwd, **environment):
 
 
 def build(kind, cwd, out, **environment):
-    """What the build backend makes, and all it printed."""
+    """Return the file that the build backend makes, and all it printed."""
     program = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
     result = run("-c", program, cwd=cwd, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -35,7 +35,7 @@ def build(kind, cwd, out, **environment):
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
-    """The source distribution, unpacked where nothing of the checkout is in reach."""
+    """The source distribution, unpacked out of reach of the checkout."""
     sdist, _ = build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:

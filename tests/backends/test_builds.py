@@ -50,43 +50,43 @@ def test_thresholds_are_exact_for_every_alignment(build, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_digit_counts_of_every_distribution(build, distribution, dtype):
+def test_digit_counts_are_exact_for_every_distribution(build, distribution, dtype):
     check_digit_counts_of_distribution(build, distribution, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_digit_counts_of_every_size(build, dtype):
+def test_digit_counts_are_exact_for_every_size(build, dtype):
     check_digit_counts_of_sizes(build, dtype)
 
 
-def test_digit_counts_of_a_list_of_both_half_precisions(build):
+def test_digit_counts_are_exact_for_both_half_precisions_in_a_list(build):
     check_digit_counts_of_both_halves(build)
 
 
 @pytest.mark.parametrize("norms", NORMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_power_sums_of_every_size_mask_and_norm(build, dtype, norms):
+def test_power_sums_are_right_for_every_size_mask_and_norm(build, dtype, norms):
     check_sums_of_every_size_and_mask(build.power_sums, dtype, norms)
 
 
 @pytest.mark.parametrize("norms", NORMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_power_sums_of_inf_nan_and_of_the_ends_of_the_range(build, dtype, norms):
+def test_power_sums_are_right_for_inf_nan_and_the_ends_of_the_range(build, dtype, norms):
     check_sums_at_the_ends_of_the_range(build.power_sums, dtype, norms)
 
 
 @pytest.mark.parametrize("distribution", FINITE)
-def test_power_sums_of_every_distribution(build, distribution):
+def test_power_sums_are_right_for_every_distribution(build, distribution):
     for dtype in DTYPES:
         check_sums(build.power_sums, [weight_of(distribution, 5003, dtype)], [None], 0.5, 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_power_sums_of_rows(build, dtype):
+def test_power_sums_of_rows_are_right(build, dtype):
     check_sums_of_rows(build.power_sums, dtype)
 
 
-def test_power_sums_of_misaligned_weights(build):
+def test_power_sums_of_misaligned_weights_are_right(build):
     for dtype in DTYPES:
         weight = torch.randn(9001).to(dtype)[1:]
         mask = (torch.rand(9003) < 0.5)[3:]

@@ -30,7 +30,7 @@ NAN_KEY = INFINITY_KEY + 1
 
 
 def special_floats(size):
-    """NaN of many payloads, inf, zeros and denormals of both signs among ordinary numbers."""
+    """Return NaN of many payloads, inf, zeros and denormals of both signs among normal numbers."""
     values = torch.cat([with_special_values(size, torch.float32), denormals(size, torch.float32)])
     values[::7] = -values[::7]
     values.view(torch.int32)[::11] |= INFINITY_KEY
@@ -60,14 +60,14 @@ def every_pattern(dtype):
 
 
 def random_patterns():
-    """Floats of random bits, and the NaNs whose payload a truncation would lose."""
+    """Return floats of random bits, and the NaNs that a truncation would turn into inf."""
     bits = torch.randint(-(2**31), 2**31, (1_000_003,)).to(torch.int32)
     bits[:4] = torch.tensor([0x7F800001, 0x7FFFFFFF, -0x7FFFFF, -1])
     return bits.view(torch.float32)
 
 
 def around_ties(dtype, wide):
-    """The middle of each two neighbouring 16-bit numbers, and what lies next to it.
+    """Return the middle of each two neighbouring 16-bit numbers, and the numbers next to it.
 
     Above the largest finite number its neighbour is the power of two that no longer fits.
     """
@@ -81,7 +81,7 @@ def around_ties(dtype, wide):
 
 
 def assert_same_numbers(actual, expected):
-    """Bit for bit, but for a NaN any NaN."""
+    """Check bit for bit; any NaN equals any other."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.itemsize]
     assert torch.equal(actual.isnan(), expected.isnan())
     number = ~expected.isnan()

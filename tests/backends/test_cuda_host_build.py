@@ -20,7 +20,7 @@ def test_count_beyond_the_weight_prunes_all_and_below_zero_none(cuda):
 
 
 @pytest.mark.parametrize("tensors", [1, 2, 17, 300, 800])
-def test_list_of_mixed_types_and_sizes(cuda, tensors):
+def test_lists_may_have_several_dtypes_and_sizes(cuda, tensors):
     generator = torch.Generator().manual_seed(tensors)
     draw = lambda high: int(torch.randint(high, (1,), generator=generator))  # noqa: E731
     weights, counts = [], []
@@ -134,7 +134,7 @@ def test_number_of_launches_adds_up_over_key_widths(cuda):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_mask_of_misaligned_weights_and_any_block_order(cuda, dtype):
+def test_hard_mask_of_misaligned_weights_is_exact_in_any_block_order(cuda, dtype):
     storage = torch.randint(-9, 10, (70000,)).to(dtype)
     for seed, offset in enumerate([0, 1, 3]):
         weight = storage[offset : offset + 65003]
@@ -158,21 +158,21 @@ def test_prune_counts_round_half_up_and_stay_in_range(cuda, tensors):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_digit_counts_of_every_size_for_any_grid_and_block_order(cuda, dtype):
+def test_digit_counts_of_every_size_are_exact_for_any_grid_and_block_order(cuda, dtype):
     for seed, multiprocessors in enumerate((1, 40)):
         cuda.host.device(multiprocessors=multiprocessors, seed=seed)
         check_digit_counts_of_sizes(cuda, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_digit_counts_of_misaligned_weights(cuda, dtype):
+def test_digit_counts_of_misaligned_weights_are_exact(cuda, dtype):
     storage = torch.randn(9000).to(dtype)
     for offset in range(16 // dtype.itemsize + 1):
         weights = [storage[offset : offset + 8507], storage[offset : offset + 3]]
         check_digit_counts(cuda, weights)
 
 
-def test_digit_counts_of_empty_weights_alone(cuda):
+def test_digit_counts_of_empty_weights_take_one_launch(cuda):
     check_digit_counts(cuda, [torch.empty(0)] * 2)
     assert cuda.host.launches() == 1
 
@@ -203,7 +203,7 @@ def test_power_sums_take_as_many_launches_for_any_list(cuda, size, launches):
         assert (found[:, 0] == size).all()
 
 
-def test_power_sums_of_a_list_longer_than_a_chunk_of_the_table(cuda):
+def test_power_sums_of_a_list_longer_than_a_chunk_of_the_table_are_exact(cuda):
     weights = [torch.full((1 + i % 7,), 4.0) for i in range(1000)]
     found = cuda.power_sums(weights, [None] * 1000, 0.5, 1.0, False)
     sizes = torch.tensor([float(len(weight)) for weight in weights]).double()

@@ -1,4 +1,4 @@
-"""digit_counts: a pass of the radix select over parts of weights, which add up to the whole."""
+"""digit_counts, a pass of the radix select: the counts of shards add up to the global ones."""
 
 import pytest
 import torch
@@ -27,27 +27,29 @@ def test_the_next_key_may_be_far_above_the_prefix(selection, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_counts_of_every_size(selection, dtype):
+def test_counts_of_every_size_equal_the_reference(selection, dtype):
     check_digit_counts_of_sizes(selection, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_counts_of_empty_weights_alone(selection, dtype):
+def test_counts_of_empty_weights_equal_the_reference(selection, dtype):
     check_digit_counts(selection, [torch.empty(0, dtype=dtype, device=selection.device)] * 2)
 
 
-def test_counts_of_a_list_of_both_half_precisions(selection):
+def test_counts_of_both_half_precisions_equal_the_reference(selection):
     check_digit_counts_of_both_halves(selection)
 
 
-def test_counts_of_a_thousand_tensors_on_several_threads(selection, set_threads):
+def test_counts_of_a_thousand_tensors_on_several_threads_equal_the_reference(
+    selection, set_threads
+):
     set_threads(3)
     weights = [torch.randn(i % 70, device=selection.device) for i in range(1000)]
     check_digit_counts(selection, weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_counts_of_views(selection, dtype):
+def test_counts_of_views_equal_the_reference(selection, dtype):
     storage = torch.randn(20_011).to(selection.device, dtype)
     matrix = storage[:20_000].view(100, 200)
     image = torch.randn(8, 6, 5, 5).to(selection.device, dtype)
@@ -56,13 +58,13 @@ def test_counts_of_views(selection, dtype):
     check_digit_counts(selection, views)
 
 
-def order_statistics(digit_counts, parts, k):
-    """The keys of v_k and v_{k+1} of the parts together, from the sums of their counts."""
-    bits = digits_of(parts)
+def order_statistics(digit_counts, shards, k):
+    """Return the keys of v_k and v_{k+1} of all shards, from the sums of their counts."""
+    bits = digits_of(shards)
     prefix, rank = 0, k - 1
     for digit, width in enumerate(bits):
-        prefixes = torch.full((len(parts),), prefix, device=parts[0].device)
-        counts, above = digit_counts(parts, prefixes, digit)
+        prefixes = torch.full((len(shards),), prefix, device=shards[0].device)
+        counts, above = digit_counts(shards, prefixes, digit)
         counts = counts.sum(0)
         up_to = counts.cumsum(0)
         value = int((up_to <= rank).sum())
@@ -76,11 +78,13 @@ def order_statistics(digit_counts, parts, k):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", ["normal", "few distinct", "one shared prefix"])
-def test_counts_of_parts_select_the_order_statistics_of_the_whole(selection, distribution, dtype):
+def test_counts_of_shards_select_the_order_statistics_of_the_global_weight(
+    selection, distribution, dtype
+):
     weight = weight_of(distribution, 9973, dtype).to(selection.device)
-    parts = [weight[:4001], weight[4001:4001], weight[4001:5000], weight[5000:]]
+    shards = [weight[:4001], weight[4001:4001], weight[4001:5000], weight[5000:]]
     ordered = weight.abs().sort().values.cpu()
     for k in counts_of(len(weight))[1:-1]:
-        keys = torch.tensor(order_statistics(selection.digit_counts, parts, k))
+        keys = torch.tensor(order_statistics(selection.digit_counts, shards, k))
         found = reference.magnitudes_of_keys(keys, dtype)
         assert torch.equal(found, ordered[k - 1 : k + 1]), k

@@ -1,4 +1,4 @@
-"""Selection and sums of weights sharded over ranks: those of the whole weights, exactly."""
+"""Selection and sums of weights sharded over ranks equal those of the global weights."""
 
 import itertools
 
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 def weights_of(dtype, layout):
-    """Matrices of every distribution, whose rows ranks share unevenly; some have too few rows."""
+    """Return matrices of every distribution, sharded unevenly; some have fewer rows than ranks."""
     torch.manual_seed(0)
     weights = [weight_of(name, 37 * 12, dtype).view(37, 12) for name in DISTRIBUTIONS]
     weights += [
@@ -56,21 +56,21 @@ def distribute(weight, mesh, layout):
         placements = [Replicate() if dim == "-" else Shard(int(dim)) for dim in layout]
         return distribute_tensor(weight, mesh, placements, src_data_rank=None)
     first, second = mesh.get_coordinate()
-    part = weight.chunk(2)[second].chunk(2)[first].contiguous()
+    shard = weight.chunk(2)[second].chunk(2)[first].contiguous()
     placements = [_StridedShard(0, split_factor=2), Shard(0)]
     return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
+        shard, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride()
     )
 
 
 def all_results(weights):
-    """By name, lists of what is promised to be the same however the weights are distributed."""
+    """Return, by name, the results that must not depend on how the weights are distributed."""
     finite = [weight for weight in weights if global_tensor(weight).isfinite().all()]
     half = [hard_mask(weight, 0.5) for weight in weights]
     t = torch.tensor(0.5, dtype=threshold_dtype(weights), device=weights[0].device)
     return {
         "thresholds": [pdp_thresholds(weights, ratio) for ratio in RATIOS],
-        "thresholds of shares on the device": [pdp_thresholds(weights, t)],
+        "thresholds of fractions on the device": [pdp_thresholds(weights, t)],
         "allocation": [
             torch.tensor(global_prune_counts(finite, ratio, max_layer_sparsity=cap))
             for ratio, cap in ((0.0, 1.0), (0.5, 1.0), (0.9, 1.0), (0.9, 0.95), (1.0, 1.0))
@@ -87,7 +87,7 @@ def all_results(weights):
 
 
 def cases(ranks, mesh_dims):
-    """Every layout, and every dtype: on two ranks each with each, on more by turns."""
+    """Return layouts and dtypes: all pairs on two ranks; on other numbers dtypes take turns."""
     layouts = LAYOUTS[mesh_dims]
     if ranks == 2:
         return itertools.product(layouts, DTYPES)
@@ -122,7 +122,7 @@ def by_rank(request, backend):
 
 @pytest.fixture(scope="module")
 def expected(backend):
-    """What one process finds in the whole weights, by dtype, layouts of the same sizes together."""
+    """Return the results of one process on the global weights, by layout and dtype."""
     device = "cuda" if backend == "nccl" else "cpu"
     found = {}
     for dtype in DTYPES:
@@ -146,7 +146,7 @@ def expected(backend):
     "name",
     [
         "thresholds",
-        "thresholds of shares on the device",
+        "thresholds of fractions on the device",
         "allocation",
         "hard masks",
         "soft masks",
@@ -155,9 +155,7 @@ def expected(backend):
         "PQ Index of the unpruned",
     ],
 )
-def test_every_rank_finds_what_one_process_finds_in_the_whole_weights(
-    by_rank, expected, backend, name
-):
+def test_every_rank_finds_the_results_of_one_process(by_rank, expected, backend, name):
     for rank, results in enumerate(by_rank):
         for case, found in results.items():
             for index, values in enumerate(zip(found[name], expected[case][name], strict=True)):
@@ -170,13 +168,15 @@ def test_every_rank_finds_what_one_process_finds_in_the_whole_weights(
 @pytest.mark.parametrize(
     ("name", "dim"), [("norms of rows", "0"), ("norms of columns", "1"), ("channel masks", "0")]
 )
-def test_channels(by_rank, expected, backend, name, dim):
-    """Bit for bit, but where channels are cut, or shorter parts have other tiles of a GPU: close,
-    and alike on all ranks."""
+def test_channels_are_those_of_one_process(by_rank, expected, backend, name, dim):
+    """Bit for bit where each shard holds whole channels; otherwise close, and alike on all ranks.
+
+    On a GPU shorter shards have other tiles, so that their sums are close.
+    """
     for rank, results in enumerate(by_rank):
         for case, found in results.items():
-            is_whole = len(by_rank) == 1
-            same_order = is_whole or (set(case[0]) <= {dim, "-"} and backend != "nccl")
+            is_unsharded = len(by_rank) == 1
+            same_order = is_unsharded or (set(case[0]) <= {dim, "-"} and backend != "nccl")
             for index, (value, other) in enumerate(
                 zip(found[name], expected[case][name], strict=True)
             ):
@@ -241,7 +241,7 @@ def test_dtypes_share_their_collectives(long_list_results):
         assert len(sent) == 7  # six digits of float64, and the minimum
 
 
-def test_more_than_two_billion_weights(long_list_results):
+def test_more_than_two_billion_weights_are_exact(long_list_results):
     for results in long_list_results:
         found, sent = results["large"]
         assert (found.cpu() == results["one of large"]).all()
@@ -264,7 +264,7 @@ def groups_of_ranks(rank):
             distribute(c, mesh, "--"),
         ],
         "apart": [distribute(a, mesh["tensor"], "0"), distribute(b, mesh["data"], "1")],
-        "whole": [a.to(device), distribute(b, mesh, "--")],
+        "replicated": [a.to(device), distribute(b, mesh, "--")],
     }
     return {
         name: (
@@ -275,11 +275,11 @@ def groups_of_ranks(rank):
     }
 
 
-def test_lists_on_several_meshes(backend):
-    """One group of ranks if one contains all others; none for weights that every rank has."""
+def test_a_list_on_several_meshes_takes_the_fewest_groups(backend):
+    """One group if it contains all others; none for weights that every rank holds."""
     torch.manual_seed(0)
     a, b, c = torch.randn(3, 40, 8).unbind()
-    lists = {"nested": ([a, b, c, c], 4), "apart": ([a, b], 8), "whole": ([a, b], 0)}
+    lists = {"nested": ([a, b, c, c], 4), "apart": ([a, b], 8), "replicated": ([a, b], 0)}
     for results in results_on_ranks(groups_of_ranks, 4, backend=backend):
         for name, (weights, count) in lists.items():
             found, sent, counts = results[name]
@@ -309,7 +309,7 @@ def masks_of_groups(rank):
     return results
 
 
-def test_masks_of_groups_and_gradients(backend):
+def test_masks_of_groups_and_gradients_are_those_of_one_process(backend):
     torch.manual_seed(0)
     weight = torch.randn(6, 12, requires_grad=True)
     masked = pdp_mask(weight, 0.5, tau=0.1)
@@ -337,5 +337,5 @@ def mistakes(rank):
         pq_index(sharded, mask=weight > 0)
 
 
-def test_mistakes(backend):
+def test_bad_arguments_raise_on_every_rank(backend):
     results_on_ranks(mistakes, 2, backend=backend)

@@ -1,4 +1,4 @@
-"""A global budget is shared out as one threshold over all layers would, and met exactly."""
+"""A global budget is allocated as by one threshold over all layers, and met exactly."""
 
 import math
 
@@ -12,7 +12,7 @@ RATIOS = (0, 1e-4, 0.3, 0.5, 0.9, 0.999, 1)
 
 
 def counts_of_sorting(weights, sparsity):
-    """The same by putting all magnitudes together and sorting them."""
+    """Return the prune counts that sorting all magnitudes together gives."""
     magnitudes = torch.cat([weight.flatten().abs().double() for weight in weights])
     layers = torch.cat([torch.full((w.numel(),), index) for index, w in enumerate(weights)])
     budget = math.floor(sparsity * len(magnitudes) + 0.5)
@@ -27,14 +27,14 @@ def layers_of(dtype):
 
 @pytest.mark.parametrize("sparsity", RATIOS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_by_sorting(dtype, sparsity, device):
+def test_counts_equal_those_of_sorting_all_magnitudes(dtype, sparsity, device):
     layers = layers_of(dtype)
     on_device = [layer.to(device) for layer in layers]
     assert global_prune_counts(on_device, sparsity) == counts_of_sorting(layers, sparsity)
 
 
 @pytest.mark.parametrize("sparsity", RATIOS)
-def test_dtypes_may_be_mixed(sparsity):
+def test_layers_may_have_several_dtypes(sparsity):
     layers = [torch.randn(999, dtype=torch.float64).to(dtype) for dtype in DTYPES]
     assert global_prune_counts(layers, sparsity) == counts_of_sorting(layers, sparsity)
 
@@ -56,7 +56,7 @@ def test_ties_at_the_boundary_go_to_the_earlier_layers():
 
 
 @pytest.mark.parametrize("cap", [0.8, 0.9, 0.99])
-def test_no_layer_loses_more_than_the_cap_and_the_total_stays(cap):
+def test_no_layer_is_pruned_beyond_the_cap_and_the_total_stays(cap):
     layers = [torch.randn(1000) * scale for scale in (0.01, 0.1, 1, 1, 10)]
     uncapped = global_prune_counts(layers, 0.7)
     capped = global_prune_counts(layers, 0.7, max_layer_sparsity=cap)
@@ -65,7 +65,7 @@ def test_no_layer_loses_more_than_the_cap_and_the_total_stays(cap):
     assert max(capped) == math.floor(cap * 1000)
 
 
-def test_what_a_capped_layer_is_spared_is_taken_by_one_threshold_from_the_others():
+def test_one_threshold_takes_the_rest_of_a_capped_layer_from_the_others():
     small, *others = [torch.randn(1000) * scale for scale in (0.01, 1, 1.5)]
     capped = global_prune_counts([small, *others], 0.5, max_layer_sparsity=0.9)
     assert capped == [900, *counts_of_sorting(others, 600 / 2000)]
@@ -85,7 +85,7 @@ def test_weights_stay_as_they_are_and_may_require_gradients():
     assert torch.equal(layer.detach(), before) and layer.grad is None
 
 
-def test_errors():
+def test_bad_arguments_raise():
     layers = [torch.ones(10), torch.ones(10)]
     with pytest.raises(
         ValueError, match=r"max_layer_sparsity must leave 18 .* got 0.8.* leaves 16"

@@ -41,7 +41,9 @@ def compress(request):
     if request.param == "native":
         return torch.ops.pdp.compress_2to4
     if request.param == "gpu":
-        return lambda weight: [part.cpu() for part in torch.ops.pdp.compress_2to4(weight.cuda())]
+        return lambda weight: [
+            tensor.cpu() for tensor in torch.ops.pdp.compress_2to4(weight.cuda())
+        ]
     if torch.cuda.is_available():
         pytest.skip("with a GPU, Triton compiles")
     request.getfixturevalue("quick_interpreter")
@@ -120,7 +122,7 @@ def test_any_layout_gives_the_numbers_of_its_contiguous_copy(compress, view):
 
 def test_takes_no_gradient(device):
     weight = torch.randn(32, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    assert not any(part.requires_grad for part in compress_2to4(weight))
+    assert not any(tensor.requires_grad for tensor in compress_2to4(weight))
 
 
 def test_bitwise_repeatable_on_any_number_of_threads(compress, set_threads):
@@ -150,19 +152,19 @@ def test_compiles_without_a_graph_break(device):
 @pytest.mark.parametrize(
     "shape", [(31, 64), (32, 63), (32, 32), (32, 96), (0, 64), (32, 0), (64,), (), (1, 32, 64)]
 )
-def test_shape(shape):
+def test_another_shape_raises(shape):
     message = rf"weight must have shape.*32 and cols of 64, got {re.escape(str(shape))}"
     with pytest.raises(ValueError, match=message):
         compress_2to4(torch.zeros(shape, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8, torch.bool], ids=str)
-def test_dtype(dtype):
+def test_another_dtype_raises(dtype):
     with pytest.raises(TypeError, match=f"weight must have dtype.*got {dtype}"):
         compress_2to4(torch.zeros(32, 64, dtype=dtype))
 
 
-def test_weight_of_another_type():
+def test_a_weight_of_another_type_raises():
     with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor, got list"):
         compress_2to4([[0.0]])
     with pytest.raises(TypeError, match=r"weight must be a dense.*sparse_coo"):

@@ -31,7 +31,7 @@ def test_hand_computed_ties(device):
     ]
 
 
-def test_ties_that_span_many_tiles_and_threads(selection, set_threads):
+def test_ties_that_span_many_tiles_and_threads_are_exact(selection, set_threads):
     set_threads(3)
     weight = torch.randint(0, 3, (300_007,)).float()
     for count in (1, 100_003, 150_000, 222_222, 300_000):
@@ -50,7 +50,7 @@ def test_ties_follow_the_row_major_order_whatever_the_layout(selection, dtype):
         check_hard_mask(selection, view, view.numel() // 2)
 
 
-def test_empty_and_scalar(selection):
+def test_empty_and_scalar_weights_are_exact(selection):
     check_hard_mask(selection, torch.empty(0, 3), 0)
     check_hard_mask(selection, torch.tensor(0.5), 0)
     check_hard_mask(selection, torch.tensor(0.5), 1)

@@ -25,7 +25,7 @@ from tests.support.weights import DTYPES, FINITE, weight_of
 
 @pytest.fixture(params=["reference", "native", GPU])
 def summing(request):
-    """power_sums of a backend, from and to CPU tensors."""
+    """Return power_sums of a backend, which takes and returns CPU tensors."""
     if request.param == "reference":
         return reference.power_sums
     return on_cpu(dispatched(request.param))
@@ -102,7 +102,7 @@ def test_sums_in_every_layout(summing, dtype, per_row):
         check_sums(summing, weights, given_masks, 0.5, 1.0, per_row)
 
 
-def test_list_of_mixed_dtypes_and_any_length(summing):
+def test_lists_may_have_several_dtypes_and_any_length(summing):
     for length in (1, 17, 800):
         weights = [torch.randn(1 + 37 * i % 1009).to(DTYPES[i % 4]) for i in range(length)]
         masks = [torch.rand(len(w)) < 0.7 if i % 3 else None for i, w in enumerate(weights)]
@@ -151,7 +151,7 @@ def test_docstring_example():
     assert pq_index(torch.tensor([0.0, 0.0, 0.0, 4.0])).item() == 0.75
 
 
-def test_scopes(device):
+def test_each_scope_is_the_index_of_its_group(device):
     weights = [torch.randn(shape, device=device) for shape in ((4, 3, 2), (5,), (1, 6))]
     masks = [torch.rand(4, 3, 2, device=device) < 0.5, None, None]
     layer = pq_index(weights, mask=masks)
@@ -215,8 +215,9 @@ def test_half_a_hundred_million_weights(device):
     """Where the errors of a float32 sum would add up."""
     weight = torch.randn(50_000_000)
     magnitude = weight.abs().numpy()
-    roots = sum(np.sqrt(part, dtype=np.float64).sum() for part in np.split(magnitude, 50))
-    total = sum(part.sum(dtype=np.float64) for part in np.split(magnitude, 50))
+    chunks = np.split(magnitude, 50)
+    roots = sum(np.sqrt(chunk, dtype=np.float64).sum() for chunk in chunks)
+    total = sum(chunk.sum(dtype=np.float64) for chunk in chunks)
     found = pq_index(weight.to(device))
     assert found.item() == pytest.approx(1 - roots**2 / total / len(weight), rel=1e-12)
 

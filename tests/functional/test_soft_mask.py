@@ -24,7 +24,7 @@ def scalars(weight, threshold, tau):
 @pytest.mark.parametrize(
     "distribution, dtype, relative", by_turns(FINITE, DTYPES, [False, True]), ids=str
 )
-def test_within_budget(masking, distribution, dtype, relative):
+def test_every_distribution_stays_within_budget(masking, distribution, dtype, relative):
     for i, size in enumerate(SIZES):
         weight = weight_of(distribution, size, dtype)
         tau = (1e-4, 0.3)[i % 2]
@@ -33,12 +33,12 @@ def test_within_budget(masking, distribution, dtype, relative):
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_out_dtype(masking, dtype, out_dtype):
+def test_every_out_dtype_stays_within_budget(masking, dtype, out_dtype):
     check_soft_mask(masking, torch.randn(1033).to(dtype), 0.7, 0.1, False, out_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_denormal_weights(masking, dtype):
+def test_denormal_weights_stay_within_budget(masking, dtype):
     """A relative temperature is exact on any scale: t^2 would underflow, and is never formed."""
     weight = denormals(997, dtype)
     threshold = pdp_threshold(weight, 0.5).item()
@@ -168,7 +168,7 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
 
 
 def test_native_masks_make_no_denormals():
-    """Some CPUs take a hundred times as long over them, and so does what computes with w_hat."""
+    """Some CPUs take a hundred times as long over them, here and in the layer that reads w_hat."""
     tiny = torch.finfo(torch.float32).tiny
     weight = torch.linspace(0, 1, 10_001)
     given = (weight, *scalars(weight, 1.0, 1 / 110), False)  # z from -110 to 0
@@ -185,17 +185,17 @@ def test_native_masks_make_no_denormals():
     assert torch.equal(torch.ops.pdp.soft_mask_backward(small, None, *kept), small)
 
 
-def test_misaligned_pointers(masking):
+def test_misaligned_pointers_change_nothing(masking):
     base = torch.randn(1001)
     t, tau = scalars(base, 0.7, 0.1)
     base, grad, *scalar = on_device(masking, base, torch.randn(1001), t, tau, False)
-    whole = masking.soft_mask(base, *scalar, None, False)[0]
-    whole_back = masking.soft_mask_backward(grad, None, base, *scalar)
+    aligned = masking.soft_mask(base, *scalar, None, False)[0]
+    aligned_back = masking.soft_mask_backward(grad, None, base, *scalar)
     for offset in (1, 2, 3):
-        part, part_grad = base[offset:], grad[offset:]
-        assert torch.equal(masking.soft_mask(part, *scalar, None, False)[0], whole[offset:])
-        back = masking.soft_mask_backward(part_grad, None, part, *scalar)
-        assert torch.equal(back, whole_back[offset:])
+        view, view_grad = base[offset:], grad[offset:]
+        assert torch.equal(masking.soft_mask(view, *scalar, None, False)[0], aligned[offset:])
+        back = masking.soft_mask_backward(view_grad, None, view, *scalar)
+        assert torch.equal(back, aligned_back[offset:])
 
 
 def test_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
@@ -212,7 +212,7 @@ def test_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_shape_strides_and_temperature(data):
+def test_any_shape_strides_and_temperature_stay_within_budget(data):
     torch.manual_seed(data.draw(st.integers(0, 2**32)))
     shape = data.draw(st.lists(st.integers(0, 7), max_size=4))
     weight = torch.randn(shape).permute(data.draw(st.permutations(range(len(shape)))))
@@ -230,7 +230,7 @@ def test_any_shape_strides_and_temperature(data):
 
 
 def test_forward_allocates_one_tensor():
-    """Its results are w_hat and, of fixed size, t and tau."""
+    """It returns w_hat and, of a fixed size, t and tau."""
     weight = torch.randn(1 << 20)
     threshold = pdp_threshold(weight, 0.9)
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -33,26 +33,28 @@ UNUSUAL_SHAPES = [((5, 4, 7), 2), ((1, 50), 0), ((50, 1), 1), ((1300,), 0), ((2,
 @pytest.mark.parametrize(
     "shape_and_dim, dtype, relative", by_turns(CHANNEL_SHAPES, DTYPES, [False, True]), ids=str
 )
-def test_within_budget(masking, shape_and_dim, dtype, relative):
+def test_every_shape_stays_within_budget(masking, shape_and_dim, dtype, relative):
     shape, dim = shape_and_dim
     check_soft_mask_channel(masking, torch.randn(shape).to(dtype), dim, relative, rms=relative)
 
 
 @pytest.mark.parametrize("shape, dim", UNUSUAL_SHAPES, ids=str)
-def test_unusual_shapes(masking, shape, dim):
+def test_unusual_shapes_stay_within_budget(masking, shape, dim):
     check_soft_mask_channel(masking, torch.randn(shape), dim, True, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, dim", LARGE_CHANNEL_SHAPES, ids=str)
-def test_large_weights_on_several_threads(selection, shape, dim, dtype, set_threads):
+def test_large_weights_on_several_threads_stay_within_budget(
+    selection, shape, dim, dtype, set_threads
+):
     set_threads(3)
     check_soft_mask_channel(selection, torch.randn(shape).to(dtype), dim, True, True)
 
 
 @pytest.mark.parametrize("rms", [False, True], ids=["l2", "rms"])
 @pytest.mark.parametrize("distribution", ["heavy-tailed", "few distinct", "all equal"])
-def test_distributions(masking, distribution, rms):
+def test_every_distribution_stays_within_budget(masking, distribution, rms):
     for dim in (0, 1):
         weight = weight_of(distribution, 12 * 35, torch.float32).view(12, 35)
         check_soft_mask_channel(masking, weight, dim, True, rms)
@@ -92,7 +94,7 @@ def test_layouts_are_walked_in_place_or_copied(masking, dtype):
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_out_dtype(masking, dtype, out_dtype):
+def test_every_out_dtype_stays_within_budget(masking, dtype, out_dtype):
     check_soft_mask_channel(masking, torch.randn(9, 30).to(dtype), 0, True, False, out_dtype)
 
 
@@ -137,7 +139,7 @@ def test_channels_of_zeros_get_no_gradient_through_their_norm(device):
         assert torch.equal(own[0], mask[0].detach().expand(3))
 
 
-def test_empty_weights(device):
+def test_empty_weights_have_empty_masks(device):
     for shape, dim in (((0, 3), 0), ((3, 0), 0), ((0,), 0)):
         weight = torch.empty(shape, device=device, requires_grad=True)
         w_hat, mask = pdp_mask_channel(weight, 0.5, dim=dim, norm="rms", return_mask=True)
@@ -240,7 +242,7 @@ def test_vmap_and_func_grad(device):
     assert torch.equal(norms, torch.stack([channel_norms(w, 1) for w in weights]))
 
 
-def test_autocast(device):
+def test_autocast_writes_w_hat_and_mask_in_its_dtype(device):
     weight = torch.randn(8, 5, device=device, requires_grad=True)
     with torch.autocast(device, torch.bfloat16):
         w_hat, mask = pdp_mask_channel(weight, 0.5, return_mask=True)

@@ -20,7 +20,7 @@ UNUSUAL = [(1, 2), (3, 5), (6, 7), (5, 32), (31, 32)]
 @pytest.mark.parametrize(
     "pattern, dtype, dim, relative", by_turns(TABLE_6, DTYPES, [0, -1], [False, True]), ids=str
 )
-def test_within_budget(masking, pattern, dtype, dim, relative):
+def test_every_pattern_stays_within_budget(masking, pattern, dtype, dim, relative):
     n, m = pattern
     weight = torch.randn(shape_of_groups(m, dim)).to(dtype)
     check_soft_mask_nm(masking, weight, m, m - n, dim, relative)
@@ -28,14 +28,14 @@ def test_within_budget(masking, pattern, dtype, dim, relative):
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("n, m", UNUSUAL)
-def test_unusual_patterns(masking, n, m, dim):
+def test_unusual_patterns_stay_within_budget(masking, n, m, dim):
     weight = torch.randn(shape_of_groups(m, dim))
     check_soft_mask_nm(masking, weight, m, m - n, dim, True)
     check_hard_mask_nm(masking, weight.round(), m, m - n, dim)
 
 
 @pytest.mark.parametrize("pruned", [0, 1, 2, 3])
-def test_ramp(masking, pruned):
+def test_each_number_of_pruned_members_stays_within_budget(masking, pruned):
     weight = torch.randn(21, 8)
     check_soft_mask_nm(masking, weight, 4, pruned, 1, False)
     check_hard_mask_nm(masking, weight, 4, pruned, 1)
@@ -64,7 +64,7 @@ def test_hard_mask_prunes_ties_by_lowest_index(masking, n, m, dtype):
 
 @pytest.mark.parametrize("distribution", SPECIAL)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hard_mask_of_special_values(masking, distribution, dtype):
+def test_hard_mask_of_special_values_is_exact(masking, distribution, dtype):
     check_hard_mask_nm(masking, weight_of(distribution, 480, dtype).view(20, 24), 4, 2, 1)
 
 
@@ -132,7 +132,7 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
             assert own[0].stride() == back.stride() == kept.stride() == weight.stride()
 
 
-def test_out_dtype(masking):
+def test_every_out_dtype_stays_within_budget(masking):
     for dtype in DTYPES:
         check_soft_mask_nm(masking, torch.randn(9, 8).to(dtype), 4, 2, 1, True, torch.bfloat16)
 
@@ -148,7 +148,7 @@ def test_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
 def test_gradcheck(device, relative):
-    """In the members that leave t alone: t, a constant of the gradient, is not one of a nudge."""
+    """Nudge only members that t does not depend on: the gradient takes t for a constant."""
     outer = torch.tensor([[0.1, 0.9], [-0.2, 1.3]], dtype=torch.float64, device=device)
     inner = torch.tensor([[0.5, 0.7], [0.5, -0.8]], dtype=torch.float64, device=device)
     tau = {"relative_tau" if relative else "tau": 0.4}
@@ -160,7 +160,7 @@ def test_gradcheck(device, relative):
 
 
 def test_gradient_is_that_of_the_mask_at_constant_thresholds(device):
-    """Every member, against autograd through Eq. 1."""
+    """Compare every member with autograd through Eq. 1."""
     weight = torch.randn(6, 8, dtype=torch.float64, device=device, requires_grad=True)
     t = reference.group_thresholds(weight.detach(), 4, 2, 1)
     grouped = reference.groups(weight, 4, 1)
@@ -234,7 +234,7 @@ def test_autocast_writes_w_hat_in_its_dtype(device):
     ],
 )
 @pytest.mark.parametrize("call", [pdp_mask_nm, hard_mask_nm])
-def test_bad_groups(call, options, error, message):
+def test_bad_groups_raise(call, options, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(6, 8), **options)
 
@@ -250,12 +250,12 @@ def test_bad_groups(call, options, error, message):
         ({"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
     ],
 )
-def test_bad_options(options, error, message):
+def test_bad_options_raise(options, error, message):
     with pytest.raises(error, match=message):
         pdp_mask_nm(torch.randn(6, 8), **options)
 
 
-def test_bad_weights():
+def test_bad_weights_raise():
     for call in (pdp_mask_nm, hard_mask_nm):
         with pytest.raises(TypeError, match="weight must have dtype"):
             call(torch.ones(4, 8, dtype=torch.int8))

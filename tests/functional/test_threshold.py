@@ -26,8 +26,8 @@ def test_equals_reference(selection, distribution, dtype):
 
 def test_hand_computed():
     weight = torch.tensor([[3.0, -1.0], [-4.0, 2.0]])
-    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
-    found = [pdp_threshold(weight, share).item() for share in shares]
+    sparsities = [0.0, 0.25, 0.5, 0.75, 1.0]
+    found = [pdp_threshold(weight, sparsity).item() for sparsity in sparsities]
     assert found == [-math.inf, 1.5, 2.5, 3.5, math.inf]
 
 
@@ -58,7 +58,7 @@ def test_empty_weight_keeps_everything(selection):
     check_thresholds(selection, [torch.empty(0), torch.empty(3, 0)], [0, 0])
 
 
-def test_list_of_mixed_sizes_and_dtypes(selection):
+def test_lists_may_have_several_sizes_and_dtypes(selection):
     sizes = [0, 1, 7, 64, 333, 5000, 70_001, 200_003] * 3
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     weights = [torch.randn(n).to(dtypes[i % 3]) for i, n in enumerate(sizes)]
@@ -74,13 +74,13 @@ def test_list_with_float64_gives_each_layer_its_own_threshold(device):
 
 
 @pytest.mark.parametrize("length", [1, 2, 300])
-def test_list_of_any_length(selection, length):
+def test_lists_may_have_any_length(selection, length):
     check_thresholds(
         selection, [torch.randn(37) for _ in range(length)], [i % 38 for i in range(length)]
     )
 
 
-def test_one_ratio_for_each(device):
+def test_each_weight_may_have_its_own_ratio(device):
     weights = [torch.randn(100, device=device), torch.randn(50, device=device)]
     found = pdp_thresholds(weights, [0.1, 0.9])
     assert found.tolist() == [
@@ -103,7 +103,7 @@ def test_ratios_in_a_tensor_outside_of_range_act_as_the_nearer_end():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_misaligned_and_strided_weights(selection, dtype):
+def test_misaligned_and_strided_weights_are_exact(selection, dtype):
     base = torch.randn(5, 33, 7, 11).to(dtype)
     views = [base.flatten()[3:], base.transpose(0, 3), base[:, ::2], base[1:, 1:, 1:, 1:], base.mT]
     views.append(base.to(memory_format=torch.channels_last))
@@ -140,7 +140,7 @@ def test_a_sample_that_misleads_changes_nothing(selection):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_adjacent_values_that_differ_in_every_digit(selection, dtype):
-    """1 and the number below it: the k-th magnitude is the last of its bin in each histogram."""
+    """1 and the number below: the k-th magnitude is the last of its bin in each histogram."""
     weight = torch.tensor([1 - torch.finfo(dtype).eps / 2, 1.0], dtype=dtype).repeat(40_000)
     for count in (39_999, 40_000, 40_001):
         check_thresholds(selection, [weight], [count])
@@ -148,7 +148,7 @@ def test_two_adjacent_values_that_differ_in_every_digit(selection, dtype):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_weights_and_ratio(data):
+def test_any_weights_and_ratio_are_exact(data):
     floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
     values = data.draw(st.lists(floats, min_size=1, max_size=80))
     repeats = data.draw(st.sampled_from([1, 50, 400]))

@@ -32,14 +32,14 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 @pytest.mark.parametrize("call", [pdp_mask, pdp_threshold, hard_mask])
-def test_weight(call, case):
+def test_a_weight_of_another_type_raises(call, case):
     weight, message = BAD_WEIGHTS[case]
     with pytest.raises(TypeError, match="weight.*" + message):
         call(weight, 0.5)
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_weight_in_a_list(case):
+def test_a_bad_weight_in_a_list_is_named(case):
     weight, message = BAD_WEIGHTS[case]
     with pytest.raises(TypeError, match=r"weights\[1\].*" + message):
         pdp_thresholds([WEIGHT, weight], 0.5)
@@ -47,13 +47,13 @@ def test_weight_in_a_list(case):
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0001, math.nan, math.inf, 2])
 @pytest.mark.parametrize("call", [pdp_mask, pdp_threshold, hard_mask])
-def test_sparsity_outside_of_range(call, ratio):
+def test_a_sparsity_outside_of_its_range_raises(call, ratio):
     with pytest.raises(ValueError, match=rf"sparsity.*\[0, 1\], got {ratio}"):
         call(WEIGHT, ratio)
 
 
 @pytest.mark.parametrize("ratio", ["0.5", None, True, 0.5j, [0.5]])
-def test_sparsity_of_another_type(ratio):
+def test_a_sparsity_of_another_type_raises(ratio):
     for call in (pdp_threshold, hard_mask):
         with pytest.raises(TypeError, match=r"sparsity.*number in"):
             call(WEIGHT, ratio)
@@ -68,7 +68,7 @@ def test_sparsity_of_another_type(ratio):
         (torch.tensor(0.5, requires_grad=True), ValueError, "must not require a gradient"),
     ],
 )
-def test_sparsity_tensor(ratio, error, message):
+def test_a_bad_sparsity_tensor_raises(ratio, error, message):
     for call in (pdp_mask, pdp_threshold, hard_mask):
         with pytest.raises(error, match="sparsity.*" + message):
             call(WEIGHT, ratio)
@@ -88,7 +88,7 @@ def test_sparsity_tensor(ratio, error, message):
         ([WEIGHT], torch.tensor([0.5, 0.5]), ValueError, r"sparsities.*shape.*got \(2,\)"),
     ],
 )
-def test_lists(weights, sparsities, error, message):
+def test_bad_lists_of_weights_and_sparsities_raise(weights, sparsities, error, message):
     with pytest.raises(error, match=message):
         pdp_thresholds(weights, sparsities)
 
@@ -96,7 +96,7 @@ def test_lists(weights, sparsities, error, message):
 @pytest.mark.parametrize(
     "arguments, message", [({}, "neither"), ({"sparsity": 0.5, "threshold": ANYWHERE}, "both")]
 )
-def test_exactly_one_of_sparsity_and_threshold(arguments, message):
+def test_sparsity_and_threshold_exclude_each_other(arguments, message):
     with pytest.raises(ValueError, match=f"exactly one of sparsity and threshold.*{message}"):
         pdp_mask(WEIGHT, **arguments)
 
@@ -113,12 +113,12 @@ def test_exactly_one_of_sparsity_and_threshold(arguments, message):
         (torch.tensor(0.5, requires_grad=True), ValueError, "must not require a gradient"),
     ],
 )
-def test_threshold(threshold, error, message):
+def test_a_bad_threshold_raises(threshold, error, message):
     with pytest.raises(error, match="threshold.*" + message):
         pdp_mask(WEIGHT, threshold=threshold)
 
 
-def test_threshold_of_a_float64_weight_is_float64():
+def test_a_float64_weight_needs_a_float64_threshold():
     with pytest.raises(TypeError, match=r"threshold must have dtype torch.float64"):
         pdp_mask(WEIGHT.double(), threshold=ANYWHERE)
 
@@ -140,18 +140,18 @@ def test_threshold_of_a_float64_weight_is_float64():
         (torch.tensor(0.1, requires_grad=True), ValueError, "not require a gradient"),
     ],
 )
-def test_temperature(name, value, error, message):
+def test_a_bad_temperature_raises(name, value, error, message):
     with pytest.raises(error, match=f"{name} must.*{message}"):
         pdp_mask(WEIGHT, 0.5, **{name: value})
 
 
-def test_both_temperatures():
+def test_two_temperatures_raise():
     with pytest.raises(ValueError, match="at most one of tau and relative_tau"):
         pdp_mask(WEIGHT, 0.5, tau=0.1, relative_tau=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e5m2, "float32"])
-def test_out_dtype(dtype):
+def test_a_bad_out_dtype_raises(dtype):
     with pytest.raises(TypeError, match="out_dtype must be"):
         pdp_mask(WEIGHT, 0.5, out_dtype=dtype)
 
@@ -171,12 +171,12 @@ def test_out_dtype(dtype):
         ({"weight": torch.tensor(1.0)}, ValueError, r"dim must be a dimension of weight.*\(\)"),
     ],
 )
-def test_channels(call, arguments, error, message):
+def test_bad_arguments_of_channel_masks_raise(call, arguments, error, message):
     with pytest.raises(error, match=message):
         call(**{"weight": torch.randn(4, 3), "sparsity": 0.5} | arguments)
 
 
-def test_channel_mask_takes_what_pdp_mask_takes():
+def test_channel_masks_check_what_pdp_mask_checks():
     weight = torch.randn(4, 3)
     with pytest.raises(ValueError, match=r"exactly one of sparsity and threshold.*both"):
         pdp_mask_channel(weight, 0.5, threshold=ANYWHERE)
@@ -189,7 +189,7 @@ def test_channel_mask_takes_what_pdp_mask_takes():
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_weight_of_the_pq_index(case):
+def test_a_bad_weight_of_the_pq_index_raises(case):
     weight, message = BAD_WEIGHTS[case]
     with pytest.raises(TypeError, match=r"weight\[1\].*" + message):
         pq_index([WEIGHT, weight])
@@ -199,13 +199,13 @@ def test_weight_of_the_pq_index(case):
 
 
 @pytest.mark.parametrize("p, q", [(0, 1), (-0.5, 1), (1, 1), (2, 1), (1, math.inf), (math.nan, 1)])
-def test_norms_out_of_order(p, q):
+def test_norms_out_of_order_raise(p, q):
     with pytest.raises(ValueError, match=rf"0 < p < q < inf, got p = {p}, q = {q}"):
         pq_index(WEIGHT, p, q)
 
 
 @pytest.mark.parametrize("value", ["1", None, True, 1j, torch.tensor(0.7)])
-def test_norms_of_another_type(value):
+def test_norms_of_another_type_raise(value):
     with pytest.raises(TypeError, match="p must be a number, got"):
         pq_index(WEIGHT, value)
     with pytest.raises(TypeError, match="q must be a number, got"):
@@ -213,12 +213,12 @@ def test_norms_of_another_type(value):
 
 
 @pytest.mark.parametrize("scope", ["model", "", None, 0])
-def test_scope(scope):
+def test_an_unknown_scope_raises(scope):
     with pytest.raises(ValueError, match=r'scope must be "neuron", "layer" or "global", got'):
         pq_index(WEIGHT, scope=scope)
 
 
-def test_neurons_of_a_weight_without_rows():
+def test_a_weight_without_rows_has_no_neurons():
     with pytest.raises(ValueError, match=r"weight must have a dimension 0.*got shape \(\)"):
         pq_index(torch.tensor(1.0), scope="neuron")
     with pytest.raises(ValueError, match=r"weight\[1\] must have a dimension 0"):
@@ -238,7 +238,7 @@ KEPT = torch.ones(12, dtype=torch.bool)
         (KEPT.to("meta"), ValueError, "device cpu, got meta"),
     ],
 )
-def test_mask_of_unpruned_weights(mask, error, message):
+def test_a_bad_mask_raises(mask, error, message):
     with pytest.raises(error, match="mask must.*" + message):
         pq_index(WEIGHT, mask=mask)
     with pytest.raises(error, match=r"mask\[1\] must.*" + message):
@@ -255,12 +255,12 @@ def test_mask_of_unpruned_weights(mask, error, message):
         ([WEIGHT], [KEPT, KEPT], ValueError, "one mask for each of the 1 weights, got 2"),
     ],
 )
-def test_lists_of_masks(weights, mask, error, message):
+def test_bad_lists_of_masks_raise(weights, mask, error, message):
     with pytest.raises(error, match=message):
         pq_index(weights, mask=mask)
 
 
-def test_nothing_of_the_callers_changes():
+def test_arguments_stay_as_they_are():
     weight = torch.randn(100).requires_grad_()
     before, version = weight.detach().clone(), weight._version
     w_hat = pdp_mask(weight, 0.5)

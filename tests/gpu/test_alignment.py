@@ -22,7 +22,7 @@ def test_unaligned_addresses_change_nothing(name):
 
 @pytest.mark.parametrize("name", [name for name in TRITON if name != "compress_2to4"])
 def test_sizes_that_16_does_not_divide_change_nothing(name):
-    """Rows are channels and hold groups, so what becomes of one is its own affair."""
+    """Rows are channels and hold groups, so each is masked independently."""
     weight, grad = (matrix.cuda() for matrix in matrices(name, columns=36))
     expected = call(name, weight, grad)
     found = call(name, weight[:-1], grad[:-1])

@@ -22,12 +22,12 @@ def divided_and_exponentiated(x, y):
 
 
 def ulps(found, exact):
-    """How many ulp results are off, at most, as a part of the exact ones."""
+    """Return the largest error in ulp, relative to the exact results."""
     return ((found.double() - exact) / exact).abs() / torch.finfo(torch.float32).eps
 
 
 def numbers(count):
-    """Of every mantissa, and exponents at which nothing overflows."""
+    """Return numbers of every mantissa, with exponents at which nothing overflows."""
     return (1 + torch.rand(count)) * 2.0 ** torch.randint(-40, 41, (count,))
 
 

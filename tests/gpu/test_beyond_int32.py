@@ -24,7 +24,7 @@ def number(value):
     return torch.tensor(value, device="cuda")
 
 
-def test_threshold_and_hard_mask():
+def test_threshold_and_hard_mask_are_exact():
     weight = zeros_but_the_last_two(BEYOND_INT32 + 5)
     size = weight.numel()
     ratio = torch.tensor((size - 1) / size, dtype=torch.float64, device="cuda")
@@ -34,7 +34,7 @@ def test_threshold_and_hard_mask():
     assert kept.count_nonzero() == 1
 
 
-def test_digit_counts():
+def test_digit_counts_are_exact():
     weight = zeros_but_the_last_two(BEYOND_INT32 + 5)
     prefixes = torch.zeros(1, dtype=torch.int64, device="cuda")
     counts, above = torch.ops.pdp.digit_counts([weight], prefixes, 1)
@@ -42,13 +42,13 @@ def test_digit_counts():
     assert above.item() == reference.magnitude_keys(weight[-1:]).item()
 
 
-def test_pq_index():
+def test_pq_index_is_right():
     weight = zeros_but_the_last_two(BEYOND_INT32 + 5)
     expected = 1 - 1.5**2 / 1.25 / weight.numel()
     assert pq_index(weight).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_mask_and_its_gradient():
+def test_mask_and_its_gradient_are_right():
     weight = zeros_but_the_last_two(BEYOND_INT32 + 5).requires_grad_()
     w_hat = pdp_mask(weight, threshold=number(0.5))
     assert w_hat[-2:].tolist() == [1, 0]
@@ -58,7 +58,7 @@ def test_mask_and_its_gradient():
     assert not grad[:-2].any()
 
 
-def test_n_m_along_rows():
+def test_n_m_masks_along_rows_are_right():
     """t is 0.125 in the last group, 0 in the others; there is nothing between."""
     weight = zeros_but_the_last_two(BEYOND_INT32 // 4 + 3, 4)
     given = (number(1e-4), 4, 2, 1, False)
@@ -86,7 +86,7 @@ def test_n_m_along_columns_whose_members_lie_more_than_2_to_31_apart():
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_channels(dim):
+def test_channel_masks_are_right(dim):
     columns = 2**15
     weight = torch.zeros(BEYOND_INT32 // columns + 1, columns, dtype=torch.bfloat16, device="cuda")
     weight[-1, -1] = 1.0
@@ -104,7 +104,7 @@ def test_channels(dim):
     assert grad.count_nonzero() == last.numel()
 
 
-def test_packed_weights():
+def test_packed_weights_are_right():
     """Rows that repeat have values and metadata that repeat."""
     rows, blocks = 64, 33
     weight = torch.randn(rows, max(64, BEYOND_INT32 // 2**11), device="cuda").bfloat16()

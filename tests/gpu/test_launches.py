@@ -58,7 +58,7 @@ def counts_of_a_digit(weights):
 
 
 @pytest.mark.parametrize("function", [pdp_thresholds, pq_index, counts_of_a_digit])
-def test_do_not_grow_with_the_list(function):
+def test_launches_do_not_grow_with_the_list(function):
     few, many = ([torch.randn(5000, device="cuda") for _ in range(n)] for n in (2, 300))
     arguments = (0.9,) if function is pdp_thresholds else ()
     assert launches(lambda: function(many, *arguments)) == launches(
@@ -66,7 +66,7 @@ def test_do_not_grow_with_the_list(function):
     )
 
 
-def test_of_a_step_of_the_pruner_do_not_grow_with_the_model():
+def test_launches_of_a_step_of_the_pruner_do_not_grow_with_the_model():
     steps = []
     for depth in (2, 60):
         model = nn.Sequential(*[nn.Linear(64, 64, device="cuda") for _ in range(depth)])

@@ -32,13 +32,13 @@ def waits_are_errors():
 
 
 @pytest.mark.parametrize("name", ops.schemas.SCHEMAS)
-def test_an_operator(name):
+def test_an_operator_waits_for_nothing(name):
     inputs = [matrix.cuda() for matrix in matrices(name)]
     with waits_are_errors():
         call(name, *inputs)
 
 
-def test_public_functions_with_numbers_from_the_host():
+def test_public_functions_with_numbers_from_the_host_wait_for_nothing():
     weights = [torch.randn(n, 8, device="cuda", requires_grad=True) for n in (100, 70, 4)]
     masks = [weights[0] > 0, None, None]
     with waits_are_errors():
@@ -66,7 +66,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_step_of_the_pruner(pattern):
+def test_a_step_of_the_pruner_waits_for_nothing(pattern):
     model = nn.Sequential(*[nn.Linear(64, 64, device="cuda") for _ in range(3)])
     pruner = PDPPruner(model, PDPConfig(**PATTERNS[pattern], warmup=1, ramp=4, anneal=2))
     inputs = torch.randn(2, 64, device="cuda")

@@ -1,6 +1,6 @@
-"""Soft masks keep the error budget of a GPU with division and exponential as inexact as there.
+"""Soft masks stay within the error budget with a GPU's inexact division and exponential.
 
-And the budget needs what it allows for that: without, there are masks beyond it.
+Without the allowances for these operations some masks exceed the budget.
 """
 
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, T
 
 @pytest.fixture
 def exact(rounding_interpreter):
-    """The mask operators as Triton's interpreter runs them."""
+    """The mask operators that Triton's interpreter runs."""
     return interpreted()
 
 
@@ -45,33 +45,33 @@ def check_soft_masks(masking, relative):
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-def test_soft_masks(approximate, relative):
+def test_soft_masks_stay_within_budget(approximate, relative):
     check_soft_masks(approximate, relative)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-def test_n_m_masks(approximate, relative):
+def test_n_m_masks_stay_within_budget(approximate, relative):
     for dim in (0, 1):
         weight = torch.randn(shape_of_groups(4, dim))
         check_soft_mask_nm(approximate, weight, 4, 2, dim, relative)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
-def test_channel_masks(approximate, relative):
+def test_channel_masks_stay_within_budget(approximate, relative):
     for shape, dim in CHANNEL_SHAPES:
         weight = torch.randn(shape)
         check_soft_mask_channel(approximate, weight, dim, relative, rms=relative)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits(approximate, dtype):
+def test_masks_of_16_bits_stay_within_budget(approximate, dtype):
     weight = torch.randn(1033).to(dtype)
     check_soft_mask(approximate, weight, 0.7, 0.1, True)
     check_soft_mask(approximate, weight, 0.7, 0.1, False, torch.float32)
 
 
 def test_the_budget_of_exact_arithmetic_is_exceeded(exact):
-    """So the modes above are felt, and what the budget allows for them is needed."""
+    """The modes above change results, and the budget needs its allowances for them."""
     with approximate_arithmetic("up"), pytest.raises(AssertionError, match="exceeds the budget"):
         check_soft_masks(exact, relative=True)
     check_soft_masks(exact, relative=True)

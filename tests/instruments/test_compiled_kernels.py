@@ -1,5 +1,7 @@
-"""What nvcc and Triton make of the kernels, ahead of time and without a GPU: python -m
-instruments.compiled prints it."""
+"""The code that nvcc and Triton generate has the widths, the spills and the figures committed.
+
+`python -m instruments.compiled` prints it. No GPU is needed.
+"""
 
 import fnmatch
 import itertools
@@ -77,7 +79,7 @@ def available():
     scope="module", params=["CUDA for Hopper", pytest.param("everything", marks=pytest.mark.slow)]
 )
 def results(request, available):
-    """What each compiler made for each architecture; of a smaller set, what nvcc made for one.
+    """The code of each compiler for each architecture, or of nvcc for one of them.
 
     Triton takes a minute and more for everything; test_compress.py compiles a kernel with it.
     """
@@ -96,7 +98,7 @@ only_with_everything = pytest.mark.parametrize(
 
 
 def matches(names, patterns):
-    """The names that each pattern matches."""
+    """Return the names that each pattern matches."""
     return {pattern: set(fnmatch.filter(names, pattern)) for pattern in patterns}
 
 
@@ -203,11 +205,11 @@ def test_no_kernel_needs_more_instructions_than_the_committed_figures(available,
     assert not wrong, "\n".join([*wrong, "if it is meant: python -m instruments.compiled --update"])
 
 
-def test_a_rise_a_new_kernel_and_a_lost_one_are_told():
-    committed = {"same": 8.0, "fewer": 8.0, "more": 8.0, "lost": 8.0}
+def test_a_rise_a_new_kernel_and_a_missing_one_are_reported():
+    committed = {"same": 8.0, "fewer": 8.0, "more": 8.0, "missing": 8.0}
     measured = {"same": 8.0, "fewer": 7.0, "more": 8.125, "new": 1.0}
     wrong = compiled.rises(committed, measured)
-    assert [line.partition(":")[0] for line in wrong] == ["new", "lost", "more"]
+    assert [line.partition(":")[0] for line in wrong] == ["new", "missing", "more"]
     assert "8.125" in wrong[-1] and "8.0" in wrong[-1]
 
 

@@ -1,4 +1,4 @@
-"""No two accesses of the CUDA kernels race, and the checker that says so sees every mutation."""
+"""No two accesses of the CUDA kernels race, and the checker reports every deliberate mistake."""
 
 import platform
 import sys
@@ -31,7 +31,7 @@ def test_no_kernel_has_a_race_or_a_wrong_answer(seed):
 
 
 def test_sources_with_every_mutation_switched_off_have_no_race_and_no_wrong_answer():
-    """The kernels as they are, in the build that the mutations need anyway."""
+    """The build of the mutations serves, so that `make test` compiles the sources once."""
     report = check(build_checker(mutated=True))
     assert not report.races
     assert not report.wrong
@@ -52,6 +52,6 @@ def test_representatives_are_mutations():
         for number, mutation in enumerate(MUTATIONS, start=1)
     ],
 )
-def test_mutation_is_reported(number):
+def test_every_mutation_is_reported(number):
     report = check(build_checker(mutated=True), MUTATIONS[number - 1].workload, mutation=number)
     assert report.races

@@ -1,4 +1,4 @@
-"""The fake device reports what a GPU would: each mistake of a GPU test that it is there for."""
+"""The fake device reports the mistakes of a GPU test that a GPU would report."""
 
 import copy
 
@@ -25,7 +25,7 @@ def fake_device():
     assert torch.cuda.is_available is real
 
 
-def test_tensors_tell_their_device():
+def test_tensors_know_their_device():
     weight = torch.randn(3, device="cuda")
     layer = torch.nn.Linear(2, 2).to("cuda:1")
     assert weight.device == torch.device("cuda", 0)
@@ -35,7 +35,7 @@ def test_tensors_tell_their_device():
     assert torch.zeros(3).device == torch.device("cpu")
 
 
-def test_moving_copies():
+def test_moving_a_tensor_copies_it():
     host = torch.zeros(3)
     moved = host.cuda()
     moved += 1

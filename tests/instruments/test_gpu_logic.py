@@ -1,4 +1,4 @@
-"""The GPU tests' own logic is right: their bodies run on a fake device, where there is no GPU."""
+"""The bodies of the GPU tests run on a fake device, so that their own mistakes show."""
 
 import os
 import re

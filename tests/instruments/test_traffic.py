@@ -1,4 +1,4 @@
-"""Bytes of device memory that the CUDA operators move for each weight, counted on a CPU."""
+"""The CUDA operators move no more bytes of device memory than they did, counted on a CPU."""
 
 import pytest
 

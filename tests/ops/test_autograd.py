@@ -1,4 +1,4 @@
-"""pdp_mask is a good citizen of autograd, autocast and torch.func."""
+"""pdp_mask works with autograd, autocast and torch.func as PyTorch's functions do."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_vmap_treats_each_example_as_a_layer(device, in_dim):
     assert torch.equal(kept, torch.stack([hard_mask(layer, 0.6) for layer in layers]))
 
 
-def test_vmap_over_thresholds_and_ratios(device):
+def test_vmap_over_thresholds_and_ratios_equals_a_loop(device):
     weight = torch.randn(30, device=device)
     ratios = torch.tensor([0.1, 0.5, 0.9], device=device)
     thresholds = torch.stack([pdp_threshold(weight, ratio) for ratio in ratios])
@@ -87,13 +87,13 @@ def test_vmap_over_thresholds_and_ratios(device):
     assert torch.equal(found, expected)
 
 
-def test_vmap_of_a_list(device):
+def test_vmap_of_a_list_equals_a_loop(device):
     first, second = torch.randn(3, 8, device=device), torch.randn(5, device=device)
     found = vmap(lambda w: pdp_thresholds([w, second], [0.5, 0.2]))(first)
     assert torch.equal(found, torch.stack([pdp_thresholds([w, second], [0.5, 0.2]) for w in first]))
 
 
-def test_vmap_of_grad_and_grad_of_vmap(device):
+def test_vmap_of_grad_and_grad_of_vmap_equal_loops(device):
     weights = torch.randn(4, 15, dtype=torch.float64, device=device)
 
     def loss(weight):
@@ -155,7 +155,7 @@ def test_default_temperature_is_the_papers(device):
     assert torch.equal(pdp_mask(weight, 0.5), pdp_mask(weight, 0.5, tau=1e-4))
 
 
-def test_scalar_and_empty_weights(device):
+def test_scalar_and_empty_weights_are_masked(device):
     scalar = torch.tensor(0.5, device=device, requires_grad=True)
     assert torch.equal(pdp_mask(scalar, 0.0), scalar)
     assert pdp_mask(scalar, 1.0).item() == 0
@@ -188,7 +188,7 @@ def test_trains_a_layer_to_the_ratio_asked_for(device):
 
 
 def test_reference_serves_devices_without_kernels():
-    """A meta tensor stands for a device that has no backend here: shapes and strides come out."""
+    """A meta tensor stands for a device without a backend: shapes and strides are right."""
     weight = torch.empty(4, 3, 2, 2, device="meta").to(memory_format=torch.channels_last)
     t = torch.empty((), device="meta")
     w_hat, mask = reference.soft_mask(weight, t, t, True, torch.bfloat16, True)

@@ -1,4 +1,4 @@
-"""torch.ops.pdp.* called with wrong arguments raises; it reads no memory that is not its own."""
+"""Operators raise for wrong arguments, and so read no memory that is not theirs."""
 
 import pytest
 import torch

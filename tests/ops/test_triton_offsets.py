@@ -21,7 +21,7 @@ def _store_offsets(
 @pytest.mark.parametrize("stride", [1, 3, 800_000_000])
 @pytest.mark.parametrize("m", [4, 5])
 def test_members_of_a_group_may_lie_more_than_2_to_31_elements_apart(stride, m):
-    """Of m rows that are `stride` long, groups 0 to 3 begin in as many columns."""
+    """Groups 0 to 3 of m rows, each `stride` long, begin in columns 0 to 3."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     offsets = torch.full((4, 8), -1, device=device)
     _store_offsets[(1,)](offsets, stride, m=m, padded=8, groups=4)

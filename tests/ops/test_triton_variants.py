@@ -1,4 +1,4 @@
-"""How often Triton compiles for a network: a variant of each kernel for each kind of its arguments.
+"""Triton compiles few variants of each kernel for a network.
 
 The first step of a training waits for them, half a second or more each. Triton is asked by the
 operators' own launchers on tensors without memory, and compiles nothing here.

@@ -10,7 +10,7 @@ from torch import nn
 from pdp_kernels import PDPConfig
 
 
-def test_the_paper():
+def test_paper_gives_the_papers_settings():
     """s = 16, epsilon = 0.015, tau = 1e-4, linear: Algorithm 1 and section 4.1."""
     config = PDPConfig.paper(0.9)
     assert (config.warmup, config.ramp_epochs, config.scope) == (16, 1 / 0.015, "global")
@@ -21,7 +21,7 @@ def test_the_paper():
     assert (plan.relative, plan.temperatures) == (False, (1e-4, 1e-4))
 
 
-def test_linear_and_cubic_ramps():
+def test_ramps_are_linear_or_cubic():
     linear = PDPConfig(0.5, warmup=2, ramp=8, ramp_shape="linear")
     cubic = PDPConfig(0.5, warmup=2, ramp=8)
     for progress, x in ((0, 0), (2, 0), (4, 0.25), (6, 0.5), (9.5, 0.9375), (10, 1), (11, 1)):
@@ -54,7 +54,7 @@ def test_for_epochs_leaves_time_to_train_at_the_full_sparsity():
     assert PDPConfig.for_epochs(0.9, 20, epsilon=0.5).ramp_epochs == 2
 
 
-def test_a_budget_is_shared_out_again_at_each_interval_of_the_ramp():
+def test_a_budget_is_reallocated_at_each_interval_of_the_ramp():
     config = PDPConfig(0.9, warmup=2, ramp=3, reallocate=0.5)
     steps = [step / 10 for step in range(61)]
     again = [now for last, now in pairwise(steps) if config.reallocates(last, now)]
@@ -76,7 +76,7 @@ def test_overrides_change_what_they_name():
     assert (str(plan.pattern), plan.relative, plan.temperatures) == ("2:4", True, (1.0, 0.1))
 
 
-def test_round_trip_through_plain_data():
+def test_plain_data_gives_the_same_configuration():
     config = PDPConfig(
         sparsity={"fc*": 0.5, "Conv2d": 0.25},
         scope="layer",

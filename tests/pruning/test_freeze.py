@@ -1,4 +1,4 @@
-"""What is zero after pruning stays zero while the model is trained further."""
+"""Pruned weights stay zero while the model is trained further."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_zeros_stay_with_any_optimizer_and_its_momentum(name):
         assert torch.any(weight.detach() != then)
 
 
-def test_momentum_revives_zeros_without_it():
+def test_unfrozen_zeros_are_revived_by_momentum():
     model = nn.Linear(24, 8, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     pruner = PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=0))
@@ -73,7 +73,7 @@ def test_an_infinite_gradient_of_a_zero_is_dropped():
     assert weight.tolist() == [0.0, 1.0]
 
 
-def test_remove_lets_them_grow():
+def test_removed_zeros_may_grow():
     weight = nn.Parameter(torch.tensor([0.0, 2.0]))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     frozen = freeze_zeros([weight], optimizer)
@@ -92,7 +92,7 @@ def test_a_weight_without_gradient_is_no_error():
     assert weight.tolist() == [0.0, 2.0]
 
 
-def test_errors():
+def test_bad_arguments_raise():
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got list"):

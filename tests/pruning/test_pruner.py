@@ -1,4 +1,4 @@
-"""PDPPruner follows Algorithm 1, prunes what it is told to, and meets the sparsity exactly."""
+"""PDPPruner follows Algorithm 1, prunes the chosen weights, and meets the sparsity exactly."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def zeros_of(model):
 
 
 def train(model, pruner, progresses, optimizer=None, seed=1):
-    """A step of training before each progress."""
+    """Take a step of training before each step of the pruner."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     weight = next(model.parameters())
@@ -54,7 +54,7 @@ def train(model, pruner, progresses, optimizer=None, seed=1):
 
 
 def test_algorithm_1_step_by_step():
-    """Weights and thresholds are those of a literal transcription in float64."""
+    """Weights and thresholds equal those of a literal transcription in float64."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)).double()
     layers = [model[0], model[2]]
@@ -213,22 +213,22 @@ def test_before_the_warm_up_ends_training_is_that_of_the_dense_model():
         assert torch.equal(own, other)
 
 
-def test_what_each_layer_loses_is_settled_when_the_warm_up_ends():
+def test_the_budget_is_allocated_when_the_warm_up_ends():
     model = mlp()
     pruner = PDPPruner(model, PDPConfig(0.9, warmup=1, ramp=2))
     assert pruner.prune_counts is None
     train(model, pruner, [0.5, 1.0])
-    settled = dict(pruner.prune_counts)
-    assert sum(settled.values()) == math.floor(
+    allocated = dict(pruner.prune_counts)
+    assert sum(allocated.values()) == math.floor(
         0.9 * sum(w.numel() for w in weights_of(model)) + 0.5
     )
     train(model, pruner, [2, 3, 4])
-    assert pruner.prune_counts == settled
+    assert pruner.prune_counts == allocated
     pruner.finalize()
-    assert zeros_of(model) == list(settled.values())
+    assert zeros_of(model) == list(allocated.values())
 
 
-def test_a_budget_that_is_shared_out_again_follows_the_weights():
+def test_a_reallocated_budget_follows_the_weights():
     model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 16))
     pruner = PDPPruner(model, PDPConfig(0.8, warmup=1, ramp=2, reallocate=1))
     pruner.step(1)
@@ -250,7 +250,7 @@ def test_a_budget_that_is_shared_out_again_follows_the_weights():
     assert zeros_of(model) == list(again.values())
 
 
-def test_no_layer_dies_below_the_cap():
+def test_no_layer_is_pruned_beyond_the_cap():
     model = mlp()
     with torch.no_grad():
         model[2].weight.mul_(1e-3)
@@ -261,10 +261,10 @@ def test_no_layer_dies_below_the_cap():
     assert sum(zeros) == math.floor(0.8 * total + 0.5)
 
 
-def test_shares_by_layer_and_overrides():
+def test_sparsities_may_be_given_by_layer_and_overridden():
     model = mlp()
-    shares = PDPConfig({"0": 0.5, "*": 0.25}, scope="layer", **AT_ONCE)
-    PDPPruner(model, shares).finalize()
+    by_layer = PDPConfig({"0": 0.5, "*": 0.25}, scope="layer", **AT_ONCE)
+    PDPPruner(model, by_layer).finalize()
     assert zeros_of(model) == [384, 128, 32]
     model = mlp()
     overrides = {"0.weight": None, "2": {"sparsity": 0.75}, "4": {"pattern": "2:4"}}
@@ -342,7 +342,7 @@ ALL_BY_DEFAULT = [
         ({"overrides": {"*": None}}, None),
     ],
 )
-def test_which_weights_are_pruned(choice, expected):
+def test_include_and_exclude_choose_the_weights(choice, expected):
     config = PDPConfig(0.5, **AT_ONCE, **choice)
     if expected is None:
         with pytest.raises(ValueError, match=r"model must have a weight.*got a Everything without"):
@@ -458,7 +458,7 @@ BAD_MODELS = {
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
-def test_a_model_that_cannot_be_pruned_so_raises_and_stays(case):
+def test_a_model_that_cannot_be_pruned_raises_and_stays(case):
     model, changes, error, message = BAD_MODELS[case]
     config = PDPConfig(**({"sparsity": 0.5} | AT_ONCE | changes))
     before = [type(layer) for layer in model.modules()] if isinstance(model, nn.Module) else None
@@ -468,7 +468,7 @@ def test_a_model_that_cannot_be_pruned_so_raises_and_stays(case):
         assert [type(layer) for layer in model.modules()] == before
 
 
-def test_other_bad_arguments():
+def test_other_bad_arguments_raise():
     with pytest.raises(TypeError, match="config must be a PDPConfig, got dict"):
         PDPPruner(mlp(), {"sparsity": 0.9})
     pruner = PDPPruner(mlp(), PDPConfig(0.9))

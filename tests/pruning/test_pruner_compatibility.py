@@ -1,4 +1,4 @@
-"""A model that is pruned stays an ordinary model: what users do with models goes on working."""
+"""A model with a pruner stays an ordinary model: copies, checkpoints, compilers, optimizers."""
 
 import copy
 import io
@@ -69,7 +69,7 @@ def test_deepcopy_is_independent():
     assert twin[0].weight is not model[0].weight
 
 
-def test_pickle_and_torch_save():
+def test_pickled_and_saved_models_stay_masked():
     model, _ = pruned_mlp()
     assert_same_outputs(model, pickle.loads(pickle.dumps(model)))
     buffer = io.BytesIO()
@@ -93,7 +93,7 @@ def test_a_copy_or_a_loaded_model_can_be_pruned_on():
 
 
 class Tagged(nn.Linear):
-    """A layer of the user's own: a subclass with a forward and a state of its own."""
+    """A user's subclass of a layer, with its own forward and state."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs)
@@ -132,7 +132,7 @@ def test_the_masked_weight_is_seen_inside_forward_alone():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["joint", "separate"])
 def test_attention_computes_with_masked_projections(kind, training):
-    """It reads its output projection's weight without calling it, and has weights of its own."""
+    """Attention reads its output projection's weight without calling that layer."""
     torch.manual_seed(0)
     sizes = {"kdim": 6, "vdim": 10} if kind == "separate" else {}
     model = nn.MultiheadAttention(16, 2, batch_first=True, **sizes).train(training)
@@ -170,7 +170,7 @@ def test_an_encoder_layer_is_masked_in_its_inference_path_too():
 
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose1d(6, 4, 3), nn.Conv1d(6, 4, 3)])
-def test_convolutions_and_their_transposes(layer):
+def test_convolutions_and_their_transposes_are_masked(layer):
     expected = copy.deepcopy(layer)
     expected.weight.data = pdp_mask(layer.weight.detach(), 0.5, relative_tau=0.1)
     PDPPruner(layer, PDPConfig(0.5, relative_tau=0.1, **AT_ONCE))
@@ -179,7 +179,7 @@ def test_convolutions_and_their_transposes(layer):
 
 
 def test_hugging_faces_conv1d_is_a_linear_with_a_transposed_weight(monkeypatch):
-    """Written here as it is there, so that the test needs no transformers."""
+    """A copy of the class, so that the test needs no transformers."""
 
     class Conv1D(nn.Module):
         def __init__(self, outputs, inputs):
@@ -262,7 +262,7 @@ def test_a_compiled_n_m_step_recompiles_for_each_number_of_pruned_members_alone(
     assert len(graphs) == 3  # 0, 1 and 2 of 4
 
 
-def test_inductor_and_evaluation_mode():
+def test_inductor_compiles_training_and_evaluation():
     torch._dynamo.reset()
     model, pruner = pruned_mlp()
     compiled = torch.compile(model, fullgraph=True)
@@ -319,18 +319,18 @@ def test_a_step_that_a_grad_scaler_skips_does_not_count(device):
         assert pruner.progress == steps / 10
 
 
-def test_gradients_accumulate_over_parts_of_a_batch():
+def test_gradients_accumulate_over_microbatches():
     model, _ = pruned_mlp()
     inputs = torch.randn(8, 24, dtype=torch.float64)
     model.double()
-    whole = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
-    for part in inputs.split(2):
-        model(part).sum().backward()
-    for parameter, gradient in zip(model.parameters(), whole, strict=True):
+    expected = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
+    for microbatch in inputs.split(2):
+        model(microbatch).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_several_optimizers():
+def test_several_optimizers_may_step():
     model = mlp()
     pruner = PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=1))
     first = torch.optim.SGD(model[0].parameters(), lr=0.1)
@@ -362,11 +362,11 @@ def test_an_average_of_weights_follows_the_schedule_and_is_finalized():
         average.update_parameters(model)
         pruner.step(step / 12)
     weight = average.module[0].weight.detach().clone()
-    share = pruner.prune_counts["0.weight"] / weight.numel()
+    sparsity = pruner.prune_counts["0.weight"] / weight.numel()
     inputs = torch.randn(5, 24)
     evaluated = average.eval()(inputs)
     pruner.finalize()
-    assert torch.equal(average.module[0].weight, weight * hard_mask(weight, share))
+    assert torch.equal(average.module[0].weight, weight * hard_mask(weight, sparsity))
     assert not torch.equal(average.module[0].weight, model[0].weight)
     assert torch.equal(average(inputs), evaluated)
     assert type(average.module[0]) is nn.Linear

@@ -1,4 +1,4 @@
-"""Data-parallel training: every rank prunes the same weights, and those of one process."""
+"""In data-parallel training every rank prunes the weights that one process prunes."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ def network():
 
 
 def train(model, module, inputs, targets):
-    """Weights, and the thresholds after each step, of a training on these batches."""
+    """Train, and return the weights and the thresholds after each step."""
     pruner = PDPPruner(module, PDPConfig(0.8, warmup=1, ramp=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     thresholds = []

@@ -1,4 +1,4 @@
-"""PDPPruner on models that FSDP2 or tensor parallelism shards prunes as it does on one process."""
+"""PDPPruner prunes models sharded by FSDP2 or tensor parallelism as it does on one process."""
 
 import math
 import os
@@ -71,10 +71,10 @@ def tensor_parallel(model, mesh):
 
 
 def sharded(model, rank, ranks, how):
-    """The model, sharded, and which part of each batch this rank trains on: (part, of how many)."""
+    """Return the sharded model, and the index and number of the chunks this rank trains on."""
     if how == "FSDP":
         return fully_sharded(model, mesh_of(rank, (ranks,))), (rank, ranks)
-    if how == "FSDP that keeps whole weights after a forward":
+    if how == "FSDP that keeps global weights after a forward":
         mesh = mesh_of(rank, (ranks,))
         return fully_sharded(model, mesh, reshard_after_forward=False), (rank, ranks)
     if how == "replicas of FSDP":
@@ -87,7 +87,7 @@ def sharded(model, rank, ranks, how):
 
 
 def train(model, pruner, optimizer, data, part=(0, 1), steps=range(STEPS), microbatches=1):
-    """The thresholds after each step."""
+    """Train, and return the thresholds after each step."""
     thresholds = []
     for step in steps:
         inputs, targets = (each[step].chunk(part[1])[part[0]] for each in data)
@@ -113,7 +113,7 @@ def global_weights(model):
 
 
 def outcome(model, pruner, thresholds, data):
-    """Everything a user can see of a training that has come to its end."""
+    """Finish a training, and return everything a user can see of it."""
     model.eval()
     outputs = model(data[0][0])
     model.train()
@@ -146,7 +146,7 @@ def trained(pattern, device, rank=0, ranks=1, how=None, pruner_first=False):
 
 
 HOWS = {
-    2: ["FSDP", "FSDP that keeps whole weights after a forward", "tensor parallelism"],
+    2: ["FSDP", "FSDP that keeps global weights after a forward", "tensor parallelism"],
     3: ["FSDP"],
     4: ["FSDP", "replicas of FSDP", "tensor parallelism", "FSDP of tensor parallelism"],
 }
@@ -200,7 +200,7 @@ def test_all_ranks_find_the_same_thresholds(by_rank):
 
 
 def test_training_is_that_of_one_process(by_rank, alone):
-    """But for the order in which gradients are added up."""
+    """Only the order in which gradients are summed differs."""
     for case, found in by_rank[0].items():
         expected = alone[case[0]]
         for name in ("thresholds", "outputs", "weights"):
@@ -215,7 +215,7 @@ def test_the_same_weights_are_pruned(by_rank, alone):
             assert torch.equal(weight == 0, other == 0), case
 
 
-def test_reports_count_whole_weights(by_rank, alone):
+def test_reports_count_global_weights(by_rank, alone):
     for found_by_case in by_rank:
         for case, found in found_by_case.items():
             for name in ("pruned", "soft", "flipped", "histogram"):

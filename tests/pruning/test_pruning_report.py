@@ -1,4 +1,4 @@
-"""A report counts what is there."""
+"""A report counts pruned weights, soft masks, flips and multiply-accumulates."""
 
 import json
 import math
@@ -14,7 +14,7 @@ def pruned(model, **settings):
     return PDPPruner(model, PDPConfig(**({"warmup": 0, "ramp": 0} | settings)))
 
 
-def test_every_layer_and_the_total(device):
+def test_every_layer_and_the_total_are_counted(device):
     model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 8)).to(device)
     pruner = pruned(model, sparsity=0.75, relative_tau=0.2)
     report = pruner.report()
@@ -80,7 +80,7 @@ class Network(nn.Module):
         return self.cross(tokens, keys, value=values, need_weights=False)[0]
 
 
-def test_multiply_accumulates_by_hand():
+def test_multiply_accumulates_equal_those_by_hand():
     model = Network()
     pruner = pruned(model, sparsity=0.5, scope="layer")
     inputs = torch.randn(3, 2, 9, 9), torch.randn(3, 5, 6), torch.randn(3, 5, 2)
@@ -105,7 +105,7 @@ def test_multiply_accumulates_by_hand():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_table_plain_data_and_plot(tmp_path):
+def test_table_plain_data_and_plot_show_the_counts(tmp_path):
     model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 8))
     pruner = pruned(model, sparsity=0.75)
     pruner.report()

@@ -1,4 +1,4 @@
-"""SAP prunes as many weights as the PQ Index says, those of least magnitude, and for good."""
+"""SAP prunes as many weights as the PQ Index says: the smallest ones, and for good."""
 
 import io
 import math
@@ -15,8 +15,9 @@ INDEX = torch.tensor(0.5, dtype=torch.float64)
 
 
 def two_layers(device="cpu"):
-    """A round of p = 0.5, q = 1 keeps ceil((sum sqrt|w|)^2 / sum |w|) weights.
+    """Return layers of which a round with p = 0.5, q = 1 keeps half or more.
 
+    It keeps ceil((sum sqrt|w|)^2 / sum |w|) weights.
     Both: (13^2 / 33) = 5.1, so 6 of 8. The first: 7^2 / 15 = 3.3, so 4 of 4; the second:
     6^2 / 18 = 2, so 2 of 4.
     """
@@ -39,7 +40,7 @@ def mlp(seed=0):
 
 
 def train(model, pruner, seed, momentum=0.9):
-    """A few steps, with an optimizer of their own, that end with pruned weights at 0."""
+    """Take a few steps with a new optimizer; pruned weights end at 0."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=momentum)
     handle = pruner.attach(optimizer)
@@ -59,7 +60,7 @@ def test_equal_weights_among_zeros_are_all_kept(p, q):
             weight = torch.zeros(size)
             weight[:nonzero] = 0.37
             count = sap_prune_counts(pq_index(weight, p, q), size, p, q, beta=1.0)
-            # A single weight among many has 1 - I = size^(1/q - 1/p): float64 must tell I from 1.
+            # One weight among many has 1 - I = size^(1/q - 1/p), which float64 must not round to 0.
             if (nonzero / size) ** (1 / p - 1 / q) > 1e-10:
                 assert count == max(0, size - nonzero)
 
@@ -181,7 +182,7 @@ def test_prunes_exactly_the_counts_of_least_magnitude(scope, dtype, layout):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_what_is_pruned_stays_pruned(scope):
+def test_pruned_weights_stay_pruned(scope):
     model = mlp()
     pruner = SAPPruner(model, scope=scope, eta=0.2, rewind=False)
     for number in range(8):
@@ -240,7 +241,7 @@ def test_without_rewind_other_weights_stay():
         assert torch.equal(value[mask], before[name][mask])
 
 
-def test_history_tells_every_round():
+def test_history_records_every_round():
     model = two_layers()
     pruner = SAPPruner(model, rewind=False)
     done = [pruner.step(accuracy=0.5), pruner.step()]
@@ -323,12 +324,12 @@ def test_shared_weights_count_once():
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.LayerNorm(4), nn.Embedding(4, 4), nn.Linear(0, 3)])
-def test_a_model_with_nothing_to_prune(model):
+def test_a_model_with_nothing_to_prune_raises(model):
     with pytest.raises(ValueError, match=rf"model must have.*got a {type(model).__name__} without"):
         SAPPruner(model)
 
 
-def test_models_that_cannot_be_pruned():
+def test_models_that_cannot_be_pruned_raise():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
         SAPPruner(torch.zeros(3, 3))
     with pytest.raises(TypeError, match=r"model's weight must have dtype.*got torch.complex64"):
@@ -355,7 +356,7 @@ def test_models_that_cannot_be_pruned():
         ({"beta": math.nan}, ValueError, r"beta must be in \[0, 1\], got nan"),
     ],
 )
-def test_settings(settings, error, message):
+def test_bad_settings_raise(settings, error, message):
     with pytest.raises(error, match=message):
         sap_prune_counts(INDEX, 3, **settings)
     with pytest.raises(error, match=message):
@@ -380,12 +381,12 @@ def test_settings(settings, error, message):
         ),
     ],
 )
-def test_index_and_kept(index, kept, error, message):
+def test_bad_indices_and_counts_raise(index, kept, error, message):
     with pytest.raises(error, match=message):
         sap_prune_counts(index, kept)
 
 
-def test_other_arguments_of_the_pruner():
+def test_other_bad_arguments_raise():
     with pytest.raises(ValueError, match=r"scope must be.*got 'row'"):
         SAPPruner(nn.Linear(3, 3), scope="row")
     with pytest.raises(TypeError, match="rewind must be a bool, got int"):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStr
 
 
 def make_2to4(linear):
-    """Prunes the first two of every four weights."""
+    """Prune the first two of every four weights."""
     with torch.no_grad():
         linear.weight.view(-1, 4)[:, :2] = 0
     return linear
@@ -78,14 +78,14 @@ def test_checks_the_weight_that_a_parametrization_gives():
 
 
 @pytest.mark.parametrize("n, m", [(0, 4), (4, 4), (5, 4), (-1, 4), (2, 33), (0, 0)])
-def test_pattern_outside_of_range(n, m):
+def test_a_pattern_outside_of_its_range_raises(n, m):
     with pytest.raises(ValueError, match=rf"1 <= n < m <= 32, got n = {n}, m = {m}"):
         check_nm(torch.zeros(4, 4), n, m)
 
 
 @pytest.mark.parametrize("name", ["n", "m", "dim"])
 @pytest.mark.parametrize("value", [2.0, "2", None, True])
-def test_pattern_of_another_type(name, value):
+def test_a_pattern_of_another_type_raises(name, value):
     with pytest.raises(TypeError, match=f"{name} must be an int, got {type(value).__name__}"):
         check_nm(torch.zeros(4, 4), **{name: value})
 
@@ -93,7 +93,7 @@ def test_pattern_of_another_type(name, value):
 @pytest.mark.parametrize(
     "shape, dim", [((4, 6), -1), ((6, 4), 0), ((4, 4), 2), ((4, 4), -3), ((), 0)]
 )
-def test_size_that_holds_no_groups(shape, dim):
+def test_a_size_that_holds_no_groups_raises(shape, dim):
     with pytest.raises(ValueError) as error:
         check_nm(torch.zeros(shape), 2, 4, dim)
     message = str(error.value)
@@ -102,7 +102,7 @@ def test_size_that_holds_no_groups(shape, dim):
     )
 
 
-def test_models_without_a_weight_to_check():
+def test_models_without_a_weight_to_check_raise():
     for model in (nn.ReLU(), nn.Linear(6, 4), nn.Embedding(4, 4)):
         with pytest.raises(ValueError, match=r"model_or_tensor must have.*dim -1.*m = 4"):
             check_nm(model)
@@ -145,7 +145,7 @@ def test_strict_lists_every_reason_and_changes_nothing(on_any_device):
     assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
 
 
-def test_model_of_another_type():
+def test_a_model_of_another_type_raises():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
         to_semi_structured(torch.zeros(32, 64))
 

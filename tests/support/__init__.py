@@ -2,6 +2,6 @@
 
 import pytest
 
-# Their assertions tell the values that they compare, as those of tests do.
+# Their assertions show the values that they compare, as those of tests do.
 for _module in ("compression", "masks", "oracle", "selection", "sharded", "sums"):
     pytest.register_assert_rewrite(f"{__name__}.{_module}")

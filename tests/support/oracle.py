@@ -1,6 +1,6 @@
 """The oracle of all tests: the reference in float64, and the error that a backend may have.
 
-Answers are kept, so that the backends that a test runs on share them.
+Answers are kept: all backends that a test runs on use the same ones.
 """
 
 import hashlib
