@@ -26,17 +26,22 @@ torch.set_num_threads(1)
 
 # Files whose tests take longest: first, so that no process is left with one of them at the end.
 LONGEST = (
+    "test_compiled_kernels.py",
     "test_cpu_instruction_sets.py",
     "test_pruner_sharded.py",
+    "test_programs.py",
     "test_gpu_logic.py",
-    "test_compiled_kernels.py",
-    "test_studies.py",
-    "test_packaging.py",
     "test_cuda_races.py",
-    "test_sharded_weights.py",
-    "test_traffic.py",
     "test_operators.py",
+    "test_soft_mask_nm.py",
+    "test_soft_mask_channel.py",
     "test_soft_mask.py",
+    "test_builds.py",
+    "test_cuda_host_build.py",
+    "test_packaging.py",
+    "test_readme.py",
+    "test_pruner_compatibility.py",
+    "test_traffic.py",
 )
 
 

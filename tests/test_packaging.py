@@ -48,6 +48,16 @@ def python_files(package):
     return {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
 
 
+def unpack_and_run(wheel, folder, program):
+    """Run a program on an unpacked wheel, and check that it imports that."""
+    site = folder / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    result = run("-c", f"{program}\nprint(pdp_kernels.__file__)", cwd=folder, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(site))
+
+
 def test_source_distribution_holds_every_source(unpacked):
     for folder in ("csrc", "pdp_kernels", "triton_kernels"):
         for path in (ROOT / folder).rglob("*.*"):
@@ -59,28 +69,30 @@ def test_source_distribution_holds_every_source(unpacked):
 def test_wheel_built_from_it_works(unpacked, tmp_path):
     (tmp_path / "out").mkdir()
     wheel, _ = build("wheel", unpacked, tmp_path / "out", PDP_BUILD_CUDA="0")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
     program = """
 import torch, pdp_kernels
 assert pdp_kernels.build_info()["backends"]["native"], pdp_kernels.build_info()
 assert pdp_kernels.pdp_mask(torch.tensor([1.0, 2.0]), 0.5).tolist() == [0, 2]
-print(pdp_kernels.__file__)
 """
-    result = run("-c", program, cwd=tmp_path, PYTHONPATH=str(site))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(str(site))
+    unpack_and_run(wheel, tmp_path, program)
 
 
 def test_without_a_compiler_the_pure_package_is_built_and_says_so(unpacked, tmp_path):
-    wheel, printed = build("wheel", unpacked, tmp_path, CXX="no-such-compiler")
+    (tmp_path / "out").mkdir()
+    wheel, printed = build("wheel", unpacked, tmp_path / "out", CXX="no-such-compiler")
     assert "no C++ compiler (no-such-compiler): installing without native kernels" in printed
     names = set(zipfile.ZipFile(wheel).namelist())
     assert python_files("pdp_kernels") | {"pdp_kernels/py.typed"} <= names
     assert "pdp_kernels/triton_kernels/soft_mask.py" in names
     assert not any(name.endswith(".so") for name in names)
     assert not any(name.startswith("triton_kernels/") for name in names)
+    program = """
+import sys
+sys.modules["pdp_kernels._C"] = sys.modules["pdp_kernels._C_cuda"] = None  # the checkout's
+import torch, pdp_kernels
+assert pdp_kernels.pdp_mask(torch.tensor([1.0, 2.0]), 0.5).tolist() == [0, 2]
+"""
+    unpack_and_run(wheel, tmp_path, program)
 
 
 def test_asking_for_cuda_without_a_toolkit_is_an_error(unpacked):
