@@ -133,16 +133,6 @@ def test_bitwise_repeatable_on_any_number_of_threads(compress, set_threads):
         assert all(map(torch.equal, compress(weight), first))
 
 
-def test_opcheck(device):
-    torch.use_deterministic_algorithms(False)  # opcheck compares runs, poison would differ
-    for weight in (torch.randn(32, 64), torch.randn(64, 64).t()):
-        torch.library.opcheck(
-            torch.ops.pdp.compress_2to4.default,
-            (weight.to(device, torch.float16),),
-            test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-        )
-
-
 def test_compiles_without_a_graph_break(device):
     weight = torch.randn(64, 128, device=device).bfloat16()
     compiled = torch.compile(lambda w: compress_2to4(w), fullgraph=True)

@@ -197,21 +197,6 @@ def test_compiles_without_a_graph_break(device, dynamic):
     assert torch.equal(*grads)
 
 
-def test_opcheck(device):
-    torch.use_deterministic_algorithms(False)  # opcheck compares runs, poison would differ
-    weight = torch.randn(4, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
-    tau = torch.tensor(0.1, device=device)
-    calls = [
-        (torch.ops.pdp.soft_mask_nm, (weight, tau, 4, 2, 1, True, torch.bfloat16, True)),
-        (torch.ops.pdp.soft_mask_nm, (weight[:, :, ::2], tau, 4, 2, 1, False, None, False)),
-        (torch.ops.pdp.soft_mask_nm_backward, (weight, None, weight, tau, 4, 2, 1, False)),
-        (torch.ops.pdp.hard_mask_nm, (weight, 4, 2, 1)),
-    ]
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for operator, arguments in calls:
-        torch.library.opcheck(operator.default, arguments, test_utils=checks)
-
-
 def test_autocast_writes_w_hat_in_its_dtype(device):
     weight = torch.randn(4, 8, device=device, requires_grad=True)
     with torch.autocast(device, torch.bfloat16):

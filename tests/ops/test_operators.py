@@ -8,6 +8,7 @@ import torch
 from pdp_kernels import (
     hard_mask,
     hard_mask_channel,
+    ops,
     pdp_mask,
     pdp_mask_channel,
     pdp_threshold,
@@ -20,7 +21,15 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def sample_inputs(device):
-    """(operator, arguments) of every schema: dtypes, layouts, optional arguments."""
+    """Yield (operator, arguments) of every schema: dtypes, layouts, optional arguments."""
+    weight = torch.randn(4, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
+    tau = torch.tensor(0.1, device=device)
+    yield "soft_mask_nm", (weight, tau, 4, 2, 1, True, torch.bfloat16, True)
+    yield "soft_mask_nm", (weight[:, :, ::2], tau, 4, 2, 1, False, None, False)
+    yield "soft_mask_nm_backward", (weight, None, weight, tau, 4, 2, 1, False)
+    yield "hard_mask_nm", (weight, 4, 2, 1)
+    for matrix in (torch.randn(32, 64, device=device), torch.randn(64, 64, device=device).t()):
+        yield "compress_2to4", (matrix.half(),)
     counts = torch.tensor([3, 0], device=device)
     for dtype in DTYPES:
         weight = torch.randn(4, 6, 2, 2, device=device).to(dtype)
@@ -50,9 +59,12 @@ def sample_inputs(device):
 
 def test_opcheck(device):
     torch.use_deterministic_algorithms(False)  # opcheck compares runs, poison would differ
+    checked = set()
     for name, arguments in sample_inputs(device):
         operator = getattr(torch.ops.pdp, name).default
         torch.library.opcheck(operator, arguments, test_utils=CHECKS)
+        checked.add(name)
+    assert checked == set(ops.schemas.SCHEMAS)
 
 
 @pytest.fixture(autouse=True)
