@@ -16,7 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from instruments.fake_cuda.streams import Stream, Streams
+from instruments.fake_cuda.streams import Stream, Streams, Uses
 
 # Operations that copy their result, or its size, to the host.
 WAITING = frozenset(
@@ -67,8 +67,7 @@ class Block:
     device: int
     bytes: int
     storage: StorageWeakRef
-    written: tuple[Stream, int] | None = None
-    read: dict[Stream, int] = field(default_factory=dict)
+    uses: Uses = field(default_factory=Uses)
 
 
 Placed = list[tuple[torch.Tensor, Block | None]]
@@ -213,7 +212,7 @@ class DeviceWork(TorchDispatchMode):
         for tensor in tensors_in(results) if place is not None else ():
             block = device.put(tensor, place)
             if operation.works and block is not None and device.capture is None:
-                device.streams.note(block, stream, writes=True)
+                device.streams.note(block.uses, stream, writes=True)
         if device.capture is not None:
             device.capture.calls.append((call, args, kwargs, results))
         if device.peak is not None:
@@ -302,8 +301,8 @@ class DeviceWork(TorchDispatchMode):
         device.streams.launch(stream)
         for tensor, block in blocks:
             if block is not None:
-                device.streams.check(block, stream, id(tensor) in written, str(call))
-                device.streams.note(block, stream, id(tensor) in written)
+                device.streams.check(block.uses, stream, id(tensor) in written, str(call))
+                device.streams.note(block.uses, stream, id(tensor) in written)
 
 
 def in_backward() -> bool:

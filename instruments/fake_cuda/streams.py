@@ -7,10 +7,15 @@ runs in order here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
-if TYPE_CHECKING:
-    from instruments.fake_cuda.device import Block
+
+@dataclass
+class Uses:
+    """The last write of a storage, and each stream's last read since: streams and their times."""
+
+    written: tuple[Stream, int] | None = None
+    read: dict[Stream, int] = field(default_factory=dict)
 
 
 class Stream:
@@ -93,10 +98,10 @@ class Streams:
         learn(stream.known, self.host)
         stream.time += 1
 
-    def check(self, block: Block, stream: Stream, writes: bool, what: str) -> None:
-        before = dict(block.read) if writes else {}
-        if block.written is not None:
-            learn(before, dict([block.written]))
+    def check(self, uses: Uses, stream: Stream, writes: bool, what: str) -> None:
+        before = dict(uses.read) if writes else {}
+        if uses.written is not None:
+            learn(before, dict([uses.written]))
         for other, time in before.items():
             if other is not stream and stream.known.get(other, 0) < time:
                 raise RuntimeError(
@@ -104,11 +109,11 @@ class Streams:
                     "one must wait for the other"
                 )
 
-    def note(self, block: Block, stream: Stream, writes: bool) -> None:
+    def note(self, uses: Uses, stream: Stream, writes: bool) -> None:
         if writes:
-            block.written, block.read = (stream, stream.time), {}
+            uses.written, uses.read = (stream, stream.time), {}
         else:
-            block.read[stream] = stream.time
+            uses.read[stream] = stream.time
 
 
 def learn(known: dict[Stream, int], more: dict[Stream, int]) -> None:
