@@ -107,7 +107,8 @@ def test_the_archive_has_every_part_as_soon_as_it_ends(tmp_path):
     """
     run(parts(tmp_path, script))
     assert archived(tmp_path, "second.log") == "one\n"
-    assert archived(tmp_path, "third.log").splitlines()[1:] == ["first,ok,0", "second,ok,0"]
+    ended = [line.split(",")[:2] for line in archived(tmp_path, "third.log").splitlines()[1:]]
+    assert ended == [["first", "ok"], ["second", "ok"]]
 
 
 def test_parts_that_are_started_run_together(tmp_path):
@@ -150,8 +151,12 @@ def test_a_run_that_is_ended_from_outside_leaves_what_it_has(tmp_path, number):
         part third {NEVER} true
     """
     text = parts(out, script)
+    # bash cannot trap a signal that it was started to ignore, as background jobs are.
     process = subprocess.Popen(
-        ["bash", "-uo", "pipefail", "-c", text], cwd=ROOT, stdout=subprocess.DEVNULL
+        ["bash", "-uo", "pipefail", "-c", text],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     wait_until(lambda: begun.exists() and begun.read_text().endswith("\n"))
     running = int(begun.read_text())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from studies import data, train_image, train_text
+from studies import train_image, train_text
 from studies.command_line import budget_of
 from studies.methods import METHODS, NM_METHODS, make_method
 from studies.methods.base import Mask
@@ -14,7 +14,7 @@ from studies.methods.magnitude import ACDC
 from studies.train_image import ImageTask, load_images
 from studies.train_text import SIZES, TextTask
 from studies.training import Recipe, train
-from tests.support.studies import digits_mlp, read_csv
+from tests.support.studies import digits_mlp, read_csv, short_text
 
 RECIPE = Recipe(epochs=4, batch=64, lr=0.1, weight_decay=5e-4)
 
@@ -102,7 +102,7 @@ def test_resumed_training_equals_the_uninterrupted_one(digits, name, tmp_path):
 def test_resumed_training_repeats_dropout(tmp_path):
     size = SIZES["tiny"]._replace(layers=1, dropout=0.2)
     recipe = size.recipe._replace(epochs=2)
-    task = TextTask(data.help_text(), size.context, recipe.batch, steps_per_epoch=3)
+    task = TextTask(short_text(), size.context, recipe.batch, steps_per_epoch=3)
 
     def train_gpt(**arguments):
         torch.manual_seed(0)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from studies import grid, sap_mnist, train_image, train_text
+from studies import data, grid, sap_mnist, train_image, train_text
 from studies.command_line import budget_of
 from studies.methods import make_method
 from studies.tables import Row, plot_by_setting, plot_by_sparsity, write_table
-from tests.support.studies import digits_mlp, read_csv
+from tests.support.studies import digits_mlp, read_csv, short_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,9 @@ def test_train_image(network, call_main, tmp_path):
     assert sum(int((w == 0).sum()) for w in weights) == math.floor(0.8 * total + 0.5)
 
 
-def test_train_text(call_main, tmp_path):
+def test_train_text(call_main, monkeypatch, tmp_path):
+    text = short_text()
+    monkeypatch.setattr(data, "help_text", lambda: text)
     short = ("--size", "tiny", "--epochs", 2, "--steps-per-epoch", 5, "--out", tmp_path)
     output = call_main(train_text, *short, "--method", "str", "--str-decay", 100)
     assert "str: test loss" in output
