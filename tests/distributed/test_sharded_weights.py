@@ -265,6 +265,7 @@ def groups_of_ranks(rank):
         ],
         "apart": [distribute(a, mesh["tensor"], "0"), distribute(b, mesh["data"], "1")],
         "replicated": [a.to(device), distribute(b, mesh, "--")],
+        "two dimensions of three": [distribute(a, init_device_mesh(device, (2, 1, 2)), "00-")],
     }
     return {
         name: (
@@ -279,7 +280,12 @@ def test_a_list_on_several_meshes_takes_the_fewest_groups(backend):
     """One group if it contains all others; none for weights that every rank holds."""
     torch.manual_seed(0)
     a, b, c = torch.randn(3, 40, 8).unbind()
-    lists = {"nested": ([a, b, c, c], 4), "apart": ([a, b], 8), "replicated": ([a, b], 0)}
+    lists = {
+        "nested": ([a, b, c, c], 4),
+        "apart": ([a, b], 8),
+        "replicated": ([a, b], 0),
+        "two dimensions of three": ([a], 4),
+    }
     for results in results_on_ranks(groups_of_ranks, 4, backend=backend):
         for name, (weights, count) in lists.items():
             found, sent, counts = results[name]
@@ -322,8 +328,8 @@ def test_masks_of_groups_and_gradients_are_those_of_one_process(backend):
 
 
 def mistakes(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Shard
 
     mesh = init_device_mesh(device_of(rank).type, (2,))
     weight = torch.randn(4, 4, device=mesh.device_type)
@@ -335,6 +341,15 @@ def mistakes(rank):
         pdp_mask_channel(sharded, 0.5)
     with pytest.raises(ValueError, match="mask must be distributed as the weight is"):
         pq_index(sharded, mask=weight > 0)
+    # The placements give each rank two of the four rows, and the shard has three.
+    given = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
+    unaccounted = DTensor.from_local(weight[:3], mesh, [Shard(0)], **given)
+    with pytest.raises(ValueError, match=r"has a shard of shape \(3, 4\), which its placements"):
+        channel_norms(unaccounted, 0)
+    of_rank_0 = distribute(weight, DeviceMesh(mesh.device_type, [0]), "0")
+    if rank == 1:
+        with pytest.raises(ValueError, match="must be on a device mesh that has this rank"):
+            pdp_thresholds([of_rank_0], 0.5)
 
 
 def test_bad_arguments_raise_on_every_rank(backend):

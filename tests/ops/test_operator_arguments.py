@@ -160,3 +160,11 @@ def test_wrong_arguments_of_a_triton_kernel_raise(name, index):
     check(*arguments)
     with pytest.raises(ValueError, match=r"must .*got|must be"):
         check(*placed(changed(arguments, changes[index]), "cpu", "meta"))
+
+
+@pytest.mark.parametrize("name", [name for name in OF_TRITON if name.endswith("_backward")])
+def test_one_of_two_gradients_of_a_triton_kernel_may_be_missing(name):
+    check = getattr(ops.arguments, name)
+    grad_w_hat, grad_mask, *rest = CASES[name][0]
+    check(None, grad_mask, *rest)
+    check(grad_w_hat, None, *rest)

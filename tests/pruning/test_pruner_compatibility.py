@@ -153,6 +153,18 @@ def test_attention_computes_with_masked_projections(kind, training):
     assert type(model.out_proj) is type(expected.out_proj)
 
 
+def test_attention_may_have_an_output_projection_that_is_not_pruned():
+    model = nn.MultiheadAttention(16, 2, batch_first=True)
+    expected = copy.deepcopy(model)
+    PDPPruner(model, PDPConfig(0.5, exclude=["out_proj"], relative_tau=0.1, **AT_ONCE))
+    with torch.no_grad():
+        expected.in_proj_weight.copy_(pdp_mask(expected.in_proj_weight, 0.5, relative_tau=0.1))
+    inputs = torch.randn(2, 5, 16)
+    torch.testing.assert_close(
+        model(inputs, inputs, inputs)[0], expected(inputs, inputs, inputs)[0]
+    )
+
+
 def test_an_encoder_layer_is_masked_in_its_inference_path_too():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     pruner = PDPPruner(model, PDPConfig(0.5, **AT_ONCE))

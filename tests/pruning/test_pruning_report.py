@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -103,6 +104,20 @@ def test_multiply_accumulates_equal_those_by_hand():
     assert report.kept_macs == sum(macs.values()) // 2 + attention
     assert model.training and model.cross.training
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_looked_up_embedding_multiplies_nothing():
+    model = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 4))
+    pruner = pruned(model, sparsity=0.5, scope="layer", include=[nn.Embedding, nn.Linear])
+    report = pruner.report(torch.arange(6))
+    assert [layer.macs for layer in report.layers] == [0, 6 * 16 * 4]
+
+
+def test_plot_names_the_package_it_misses(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = pruned(nn.Sequential(nn.Linear(24, 8)), sparsity=0.5).report()
+    with pytest.raises(ImportError, match="plot needs matplotlib: pip install matplotlib"):
+        report.plot(tmp_path / "report.png")
 
 
 def test_table_plain_data_and_plot_show_the_counts(tmp_path):
