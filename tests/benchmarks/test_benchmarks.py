@@ -44,7 +44,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("step", "provider", "mask"), CASES)
-def test_every_provider_is_right(device, step, provider, mask, dtype):
+def test_every_provider_is_correct(device, step, provider, mask, dtype):
     batch = batch_of(dtype=dtype, mask=mask, device=device)
     with torch.compiler.set_stance("force_eager"):
         answer = STEPS[step].providers[provider](batch)()
@@ -54,13 +54,13 @@ def test_every_provider_is_right(device, step, provider, mask, dtype):
 @pytest.mark.parametrize(
     ("step", "mask"), [("mask", "pruner"), ("mask-2:4", "pruner"), ("mask-channel", "pruner")]
 )
-def test_what_is_compiled_compiles(step, mask):
+def test_compiled_providers_compile(step, mask):
     batch = batch_of(mask=mask)
     assert STEPS[step].check(batch, STEPS[step].providers["compiled"](batch)()) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threshold_that_answers_are_held_against(device, dtype):
+def test_oracle_threshold_is_the_midpoint_of_two_magnitudes(device, dtype):
     weight = torch.tensor([4.0, -1.0, 3.0, -2.0, 0.5], dtype=dtype).to(device)
     found = [exact_threshold(weight, sparsity).item() for sparsity in (0.2, 0.5, 0.8)]
     assert found == [0.75, 2.5, 3.5]
@@ -84,14 +84,14 @@ def spoiled(answer, index):
 
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("step", [step for step in STEPS if step != "pack-2:4"])
-def test_an_answer_that_is_off_by_a_hundredth_is_wrong(step, index):
+def test_an_error_of_one_percent_is_reported(step, index):
     batch = batch_of()
     provider = "ours" if "ours" in STEPS[step].providers else step
     answer = STEPS[step].providers[provider](batch)()
     assert STEPS[step].check(batch, spoiled(answer, index)) is not None
 
 
-def test_packed_weights_that_stand_elsewhere_are_wrong():
+def test_packed_weights_in_the_wrong_place_are_reported():
     batch = batch_of(dtype=torch.bfloat16)
     values, metadata = STEPS["pack-2:4"].providers["ours"](batch)()[0]
     assert STEPS["pack-2:4"].check(batch, [(values.flip(0), metadata)]) is not None
@@ -147,7 +147,7 @@ def broken_step(monkeypatch):
     return list(providers)
 
 
-def test_what_fails_becomes_a_note_and_the_others_are_timed(broken_step):
+def test_failures_become_notes_and_the_other_providers_are_timed(broken_step):
     bench = Bench(CPU, set(broken_step), budget=0.01, limit=1)
     rows = {row.provider: row for row in bench.measure("65536", "broken", [batch_of()])}
     assert {name: row.note for name, row in rows.items()} == {
@@ -167,7 +167,7 @@ def run_benchmark(monkeypatch, *words):
     return benchmark.main()
 
 
-def test_an_input_that_cannot_be_made_costs_its_own_rows(monkeypatch, tmp_path, capsys):
+def test_an_input_that_fails_costs_only_its_own_rows(monkeypatch, tmp_path, capsys):
     result = tmp_path / "rows.csv"
     words = ("--inputs", "1", "4096", "--steps", "copy", "forward", "--budget", "0.01")
     assert run_benchmark(monkeypatch, *words, "--providers", "copy", "ours", "--out", str(result))
@@ -235,7 +235,7 @@ def test_headlines_are_those_of_the_papers_mask():
     assert report.format_headlines(rows) == line
 
 
-def test_commit_may_be_told(monkeypatch):
+def test_commit_comes_from_the_environment_if_it_is_set(monkeypatch):
     monkeypatch.setenv("PDP_COMMIT", "0123abc")
     assert describe_environment(CPU)["commit"] == "0123abc"
 

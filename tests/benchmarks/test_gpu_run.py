@@ -143,7 +143,7 @@ def has_ended(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_ended_from_outside_leaves_what_it_has(tmp_path, number):
+def test_a_run_that_a_signal_ends_keeps_its_results(tmp_path, number):
     begun, out = tmp_path / "begun", tmp_path / "out"
     script = f"""
         part first {NEVER} echo one
@@ -216,7 +216,7 @@ def gpu_run(tmp_path):
     return run
 
 
-def test_everything_runs_in_order_of_worth_with_arguments_that_are_understood(gpu_run, tmp_path):
+def test_all_parts_run_in_order_of_importance_with_valid_arguments(gpu_run, tmp_path):
     result, ended, calls = gpu_run()
     assert {name: how for name, how in ended.items() if how != "ok"} == {}
     assert (result.returncode, result.stderr) == (0, "")

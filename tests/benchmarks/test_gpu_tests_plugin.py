@@ -70,7 +70,7 @@ def test_a_test_that_hangs_costs_one_test(tests_run):
     assert "crashed while running 'test_it.py::test_hang'" in failures
 
 
-def test_a_failure_is_written_down_once(tests_run):
+def test_a_failure_is_written_once(tests_run):
     _, failures, _ = tests_run
     assert failures.count("test_wrong (call)") == failures.count("assert (1 + 1) == 3") == 1
 

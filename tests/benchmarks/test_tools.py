@@ -41,7 +41,7 @@ def test_every_triton_kernel_is_right(case, rounding_interpreter):
     assert smoke.run(case, CPU, triton=True) == "ok"
 
 
-def test_an_answer_that_is_wrong_is_told_with_its_place():
+def test_a_wrong_answer_is_reported_with_its_position():
     case = next(case for case in smoke.cases(torch.float32) if case.operator == "soft_mask")
     answer = list(smoke.expected(case))
     answer[0] = answer[0].float()
@@ -50,7 +50,7 @@ def test_an_answer_that_is_wrong_is_told_with_its_place():
     assert verdict.endswith("at 7; 1 of 4099 are wrong")
 
 
-def test_an_exact_answer_may_not_differ_at_all():
+def test_exact_answers_have_no_tolerance():
     case = next(case for case in smoke.cases(torch.float32) if case.operator == "thresholds")
     (exact,) = smoke.expected(case)
     assert smoke.difference(case, (exact.float(),)) is None
@@ -123,14 +123,14 @@ def row_of(choice, median, step="forward"):
     return Row(choice, 1, 1000, "float32", "pruner", step, "ours", 6.0, median, gb_per_s=1 / median)
 
 
-def test_the_fastest_choice_of_a_sweep_stands_first():
+def test_the_fastest_choice_of_a_sweep_comes_first():
     rows = [row_of("a X=1", 2.0), row_of("a X=2", 1.0), row_of("b X=1", 3.0)]
     lines = sweep.format_sweep(rows).splitlines()
     assert [line[:5] for line in lines] == ["a X=2", "a X=1", "b X=1"]
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_every_variant_changes_the_sources_it_is_built_from(name, tmp_path):
+def test_every_variant_changes_exactly_its_own_sources(name, tmp_path):
     folder = variants.folder_of(tmp_path, name)
     variants.copy_sources(folder, variants.VARIANTS[name])
     assert not list(folder.glob("pdp_kernels/*.so"))
@@ -141,7 +141,7 @@ def test_every_variant_changes_the_sources_it_is_built_from(name, tmp_path):
         assert (copy.read_text() != path.read_text()) == (path.name in files)
 
 
-def test_a_constant_that_is_not_there_is_no_variant():
+def test_an_unknown_constant_is_rejected():
     source = "struct A {\n  static constexpr int kX = 1;\n};\nconstexpr int kY = 2;\n"
     changed = variants.changed(source, variants.Change("a.cuh", "kX", "3", "A"))
     assert changed == source.replace("kX = 1", "kX = 3")

@@ -54,7 +54,7 @@ def test_method_meets_the_sparsity_exactly_in_plain_weights(digits, name):
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"dense", "sr-ste", "pdp", "pdp-paper"}))
-def test_finalize_prunes_what_the_method_has_not(name):
+def test_finalize_prunes_what_the_method_left(name):
     model = digits_mlp()
     method = make_method(name, model, budget_of(0.9, "unstructured", 10))
     assert method.sparsity() < 0.05 or name == "dnw"  # which prunes from the start
@@ -169,12 +169,12 @@ def test_acdc_phases():
         ((0.5, "unstructured", 10, 5, 6), "warmup and ramp"),
     ],
 )
-def test_budget_that_cannot_be(arguments, message):
+def test_invalid_budgets_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         budget_of(*arguments)
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("gmp", "2:4"), ("sr-ste", "unstructured")])
-def test_method_of_another_pattern(name, pattern):
+def test_methods_reject_patterns_that_they_cannot_prune(name, pattern):
     with pytest.raises(ValueError, match="method"):
         make_method(name, digits_mlp(), budget_of(0.5, pattern, 4))

@@ -54,7 +54,7 @@ def test_train_text(call_main, monkeypatch, tmp_path):
     assert losses[1] < losses[0] < 5  # ln 103 = 4.63 by chance
 
 
-def test_setting_of_another_method(call_main, tmp_path):
+def test_settings_of_another_method_are_rejected(call_main, tmp_path):
     with pytest.raises(ValueError, match=r"tau must be left out with method gmp, got 0\.1"):
         call_main(train_image, "--method", "gmp", "--tau", 0.1, "--out", tmp_path)
 
