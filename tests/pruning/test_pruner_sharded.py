@@ -1,137 +1,29 @@
 """PDPPruner prunes models sharded by FSDP2 or tensor parallelism as it does on one process."""
 
 import math
-import os
-import time
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner
-from tests.support.ranks import (
-    BACKENDS,
-    DIED,
-    TIMEOUT,
-    device_of,
-    results_on_mortal_ranks,
-    results_on_ranks,
+from tests.support.ranks import BACKENDS, device_of, results_on_ranks
+from tests.support.sharded import assert_same_bits, with_collectives
+from tests.support.sharded_training import (
+    BATCH,
+    PATTERNS,
+    batches,
+    config,
+    fully_sharded,
+    global_weights,
+    mesh_of,
+    network,
+    outcome,
+    sgd,
+    sharded,
+    thresholds_of,
+    train,
 )
-from tests.support.sharded import assert_same_bits, global_tensor, with_collectives
-
-STEPS = 10
-BATCH = 12  # divisible by every number of ranks
-PATTERNS = {
-    "unstructured": {"sparsity": 0.7},
-    "channel": {"sparsity": 0.5, "pattern": "channel", "channel_norm": "rms"},
-    "N:M": {"pattern": "1:2"},
-}
-
-
-def network(device="cpu"):
-    torch.manual_seed(0)
-    layers = [nn.Linear(20, 36), nn.Tanh(), nn.Linear(36, 24), nn.Tanh(), nn.Linear(24, 7)]
-    return nn.Sequential(*layers).to(device)
-
-
-def batches(device="cpu"):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(STEPS, BATCH, size, generator=generator).to(device) for size in (20, 7)]
-
-
-def config(pattern="unstructured"):
-    return PDPConfig(**PATTERNS[pattern], warmup=0.5, ramp=1.5, tau=1e-3)
-
-
-def mesh_of(rank, shape, names=None):
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(device_of(rank).type, shape, mesh_dim_names=names)
-
-
-def fully_sharded(model, mesh, **options):
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
-def tensor_parallel(model, mesh):
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-
-
-def sharded(model, rank, ranks, how):
-    """Return the sharded model, and the index and number of the chunks this rank trains on."""
-    if how == "FSDP":
-        return fully_sharded(model, mesh_of(rank, (ranks,))), (rank, ranks)
-    if how == "FSDP that keeps global weights after a forward":
-        mesh = mesh_of(rank, (ranks,))
-        return fully_sharded(model, mesh, reshard_after_forward=False), (rank, ranks)
-    if how == "replicas of FSDP":
-        return fully_sharded(model, mesh_of(rank, (2, ranks // 2), ("r", "s"))), (rank, ranks)
-    if how == "tensor parallelism":
-        return tensor_parallel(model, mesh_of(rank, (ranks,))), (0, 1)
-    mesh = mesh_of(rank, (2, ranks // 2), ("data", "tensor"))
-    model = tensor_parallel(model, mesh["tensor"])
-    return fully_sharded(model, mesh["data"]), (rank // (ranks // 2), 2)
-
-
-def train(model, pruner, optimizer, data, part=(0, 1), steps=range(STEPS), microbatches=1):
-    """Train, and return the thresholds after each step."""
-    thresholds = []
-    for step in steps:
-        inputs, targets = (each[step].chunk(part[1])[part[0]] for each in data)
-        for x, y in zip(inputs.chunk(microbatches), targets.chunk(microbatches), strict=True):
-            (nn.functional.mse_loss(model(x).to(y.dtype), y) / microbatches).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        pruner.step((step + 1) / 4)
-        thresholds.append(thresholds_of(pruner))
-    return thresholds
-
-
-def thresholds_of(pruner):
-    return [t.cpu() for t in pruner.state_dict()["thresholds"].values()]
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-
-
-def global_weights(model):
-    return [global_tensor(parameter.detach()) for parameter in model.parameters()]
-
-
-def outcome(model, pruner, thresholds, data):
-    """Finish a training, and return everything a user can see of it."""
-    model.eval()
-    outputs = model(data[0][0])
-    model.train()
-    pruner.verify_replicas()
-    reports = [pruner.report()]
-    pruner.finalize()
-    reports.append(pruner.report())
-    return {
-        "thresholds": thresholds,
-        "outputs": global_tensor(outputs.detach()),
-        "prune counts": pruner.prune_counts,
-        "weights": global_weights(model),
-        "pruned": [[layer.pruned for layer in report.layers] for report in reports],
-        "soft": [layer.soft for layer in reports[0].layers],
-        "flipped": [layer.flipped for layer in reports[1].layers],
-        "histogram": reports[0].mask_histogram,
-        "classes": [type(module).__name__ for module in model.modules()],
-    }
 
 
 def trained(pattern, device, rank=0, ranks=1, how=None, pruner_first=False):
@@ -378,130 +270,3 @@ def count_collectives(rank):
 
 def test_a_step_takes_four_collectives(backend):
     assert results_on_ranks(count_collectives, 2, backend=backend) == [4, 4]
-
-
-def save(rank, folder):
-    import torch.distributed.checkpoint as dcp
-
-    model = fully_sharded(network(), mesh_of(rank, (4,)))
-    pruner, optimizer, data = PDPPruner(model, config()), sgd(model), batches()
-    train(model, pruner, optimizer, data, (rank, 4), range(6))
-    dcp.save({"model": model.state_dict(), "pruner": pruner}, checkpoint_id=f"{folder}/checkpoint")
-    return pruner.state_dict()
-
-
-def resume(rank, folder):
-    import torch.distributed.checkpoint as dcp
-
-    model = fully_sharded(network(), mesh_of(rank, (2,)))
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    pruner = PDPPruner(model, config())
-    weights = model.state_dict()
-    dcp.load({"model": weights, "pruner": pruner}, checkpoint_id=f"{folder}/checkpoint")
-    model.load_state_dict(weights)
-    resumed = pruner.state_dict()
-    data = batches()
-    thresholds = train(model, pruner, sgd(model), data, (rank, 2), range(6, STEPS))
-    return resumed, outcome(model, pruner, thresholds, data)
-
-
-def test_a_checkpoint_of_four_ranks_resumes_on_two(tmp_path):
-    states = results_on_ranks(save, 4, tmp_path)
-    results = results_on_ranks(resume, 2, tmp_path)
-    for state in states:
-        for resumed, _ in results:
-            assert str(resumed) == str(state)  # bit for bit, but for digits that are not printed
-            for name, t in state["thresholds"].items():
-                assert_same_bits(resumed["thresholds"][name], t, name)
-    # The optimizer began anew, so that the comparison is a training that does so too.
-    model = network()
-    pruner, data = PDPPruner(model, config()), batches()
-    train(model, pruner, sgd(model), data, steps=range(6))
-    thresholds = train(model, pruner, sgd(model), data, steps=range(6, STEPS))
-    expected = outcome(model, pruner, thresholds, data)
-    for name in ("thresholds", "weights"):
-        torch.testing.assert_close(results[0][1][name], expected[name], rtol=1e-4, atol=1e-6)
-
-
-def drift(rank, how):
-    model = network(device_of(rank))
-    if how == "replicas of FSDP":
-        model, _ = sharded(model, rank, 4, how)
-    pruner = PDPPruner(model, config())
-    pruner.step(1.0)
-    pruner.verify_replicas()
-    with torch.no_grad():
-        if rank == 2:
-            weight = model[2].weight
-            (weight.to_local() if hasattr(weight, "to_local") else weight)[0, 0] += 0.5
-    pruner.step(1.5)
-    with pytest.raises(RuntimeError) as caught:
-        pruner.verify_replicas()
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("how", "expected"),
-    [
-        ("data parallel", "2.weight is not the same on ranks [0, 1, 3] and [2]"),
-        ("replicas of FSDP", "shard (0,) of 2.weight is not the same on ranks [0] and [2]"),
-    ],
-)
-def test_a_replica_that_drifts_is_named(backend, how, expected):
-    messages = results_on_ranks(drift, 4, how, backend=backend)
-    assert len(set(messages)) == 1
-    assert expected in messages[0]
-    assert "0.weight" not in messages[0]
-
-
-def test_one_process_has_no_replicas():
-    PDPPruner(network(), config()).verify_replicas()
-
-
-def lose_a_rank(rank, what):
-    model = fully_sharded(network(), mesh_of(rank, (2,)))
-    pruner = PDPPruner(model, config())
-    pruner.step(1.0)
-    if rank == 1 and what == "dies":
-        os._exit(1)
-    if rank == 1:
-        time.sleep(TIMEOUT)  # until it is killed
-    if what == "does not answer":
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
-    try:
-        pruner.step(1.5)
-    except RuntimeError as error:
-        return type(error).__name__
-    raise AssertionError("the step went on without the other rank")
-
-
-@pytest.mark.parametrize("what", ["dies", "does not answer"])
-def test_a_lost_rank_is_an_error_of_the_process_group(what):
-    survivor, lost = results_on_mortal_ranks(lose_a_rank, 2, what, awaited=[0])
-    assert lost is DIED
-    assert survivor in ("RuntimeError", "DistBackendError", "DistNetworkError")
-
-
-def die_while_saving(rank, folder):
-    import torch.distributed.checkpoint as dcp
-
-    model = fully_sharded(network(), mesh_of(rank, (2,)))
-    pruner = PDPPruner(model, config())
-    state = {"model": model.state_dict(), "pruner": pruner}
-    dcp.save(state, checkpoint_id=f"{folder}/first")
-    if rank == 1:
-        os._exit(1)
-    try:
-        dcp.save(state, checkpoint_id=f"{folder}/second")
-    except Exception as error:
-        return type(error).__name__
-    raise AssertionError("the checkpoint was saved without the other rank")
-
-
-def test_a_checkpoint_that_breaks_off_does_not_count(tmp_path):
-    survivor, lost = results_on_mortal_ranks(die_while_saving, 2, tmp_path)
-    assert lost is DIED
-    assert isinstance(survivor, str)
-    assert (tmp_path / "first" / ".metadata").exists()
-    assert not (tmp_path / "second" / ".metadata").exists()

@@ -1,0 +1,69 @@
+"""A pruner resumes from its state bit for bit, and refuses the state of another."""
+
+import copy
+
+import pytest
+import torch
+
+from pdp_kernels import PDPConfig, PDPPruner
+from tests.support.models import mlp, train
+
+CONFIGS = {
+    "global": PDPConfig(0.9, warmup=2, ramp=4),
+    "reallocated": PDPConfig(0.9, warmup=2, ramp=3, reallocate=0.5),
+    "paper": PDPConfig.paper(0.9, warmup=2, epsilon=0.3, tau=1e-2),
+    "channel": PDPConfig(0.5, pattern="channel", warmup=2, ramp=4, anneal=6),
+    "2:4": PDPConfig(pattern="2:4", warmup=2, ramp=4),
+}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 12])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_resuming_equals_the_uninterrupted_run_bitwise(name, stop, tmp_path):
+    progresses = [step / 3 for step in range(1, 19)]
+
+    def start():
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, optimizer, PDPPruner(model, CONFIGS[name])
+
+    def go(run, part):
+        model, optimizer, pruner = run
+        for progress in part:
+            train(model, pruner, [progress], optimizer, seed=round(progress * 3))
+
+    whole = start()
+    go(whole, progresses)
+    first = start()
+    go(first, progresses[:stop])
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    second = start()
+    states = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for part, state in reversed(list(zip(second, states, strict=True))):  # in any order
+        part.load_state_dict(state)
+    go(second, progresses[stop:])
+    for run in (whole, second):
+        run[2].finalize()
+    for own, other in zip(whole[0].parameters(), second[0].parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_state_of_another_pruner_is_refused_and_changes_nothing():
+    pruner = PDPPruner(mlp(), PDPConfig(0.9, warmup=0, ramp=1))
+    pruner.step(0.5)
+    before = copy.deepcopy(pruner.state_dict())
+    other_config = PDPPruner(mlp(), PDPConfig(0.8, warmup=0, ramp=1)).state_dict()
+    other_model = PDPPruner(mlp()[:3], PDPConfig(0.9, warmup=0, ramp=1)).state_dict()
+    for state, error, message in (
+        ([], TypeError, "state_dict must be a mapping, got list"),
+        ({}, ValueError, "state_dict must have keys"),
+        (other_config, ValueError, "configuration with sparsity = 0.9, got 0.8"),
+        (other_model, ValueError, "must have the weights"),
+        (before | {"thresholds": {}}, ValueError, "must have thresholds of"),
+    ):
+        with pytest.raises(error, match=message):
+            pruner.load_state_dict(state)
+    after = pruner.state_dict()
+    assert torch.equal(after.pop("prune_counts"), before.pop("prune_counts"))
+    assert after == before

@@ -1,0 +1,36 @@
+"""A small model, and how the tests of pruners train it."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+AT_ONCE = {"warmup": 0, "ramp": 0}
+
+
+def mlp(dtype=torch.float32, device="cpu"):
+    return nn.Sequential(
+        nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8)
+    ).to(device, dtype)
+
+
+def weights_of(model):
+    return [weight for weight in model.parameters() if weight.dim() >= 2]
+
+
+def zeros_of(model):
+    return [int((weight == 0).sum()) for weight in weights_of(model)]
+
+
+def train(model, pruner, progresses, optimizer=None, seed=1):
+    """Take a step of training before each step of the pruner."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    weight = next(model.parameters())
+    model.train()
+    for progress in progresses:
+        inputs = torch.randn(16, 24, generator=generator).to(weight)
+        targets = torch.randn(16, 8, generator=generator).to(weight)
+        functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step(progress)
