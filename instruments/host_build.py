@@ -84,6 +84,7 @@ class HostBuild:
         return result, buffered
 
     def digit_counts(self, weights: Sequence[Tensor], prefixes: Tensor, digit: int):
+        assert prefixes.dtype == torch.int64
         bytes_each = weights[0].element_size()
         bins = 1 << reference.DIGIT_BITS[bytes_each][digit]
         counts = torch.full((len(weights) * bins + GUARD,), -7)

@@ -71,7 +71,7 @@ def operators(
     bits = reference.DIGIT_BITS[size]
     for digit in range(len(bits)):
         keys = torch.stack([weight[0].abs() for weight in weights])
-        prefixes = reference.magnitude_keys(keys) >> sum(bits[digit:])
+        prefixes = reference.magnitude_keys(keys).long() >> sum(bits[digit:])
         yield (
             f"digit_counts, digit {digit}",
             size,
