@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from pdp_kernels.distributed.shards import is_distributed, shard_starts
 from pdp_kernels.ops.arguments import DTYPES, MAX_GROUP
@@ -193,13 +192,6 @@ def check_non_negative(name: str, value: float) -> None:
     check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
 
 
 def check_exponents(p: float, q: float) -> None:

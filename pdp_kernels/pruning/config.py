@@ -25,7 +25,7 @@ RECOMMENDED_RELATIVE_TAU = (1.0, 0.02)
 
 _OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau")
 
-Temperature = float | tuple[float, float]
+Temperature = float | tuple[float, float] | list[float]
 Scope = Literal["global", "layer"]
 RampShape = Literal["linear", "cubic"]
 Channels = Literal["output", "input"]
@@ -122,6 +122,8 @@ class PDPConfig:
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("tau", "relative_tau"):  # a list of two is the pair that it means
+            object.__setattr__(self, name, _from_plain(name, getattr(self, name)))
         _check_one_of("scope", self.scope, get_args(Scope))
         _check_one_of("ramp_shape", self.ramp_shape, get_args(RampShape))
         _check_one_of("channel_dim", self.channel_dim, get_args(Channels))
@@ -301,8 +303,9 @@ def _fraction(passed: float, length: float) -> float:
 
 
 def _start_and_end(temperature: Temperature) -> tuple[float, float]:
-    if isinstance(temperature, tuple):
-        return temperature
+    if isinstance(temperature, (tuple, list)):
+        start, end = temperature
+        return float(start), float(end)
     return float(temperature), float(temperature)
 
 
@@ -344,8 +347,8 @@ def _check_temperatures(prefix: str, tau: Any, relative_tau: Any) -> None:
     for name, value in ((f"{prefix}tau", tau), (f"{prefix}relative_tau", relative_tau)):
         if value is None:
             continue
-        ends = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, tuple) and len(value) != 2:
+        ends = value if isinstance(value, (tuple, list)) else (value,)
+        if isinstance(value, (tuple, list)) and len(value) != 2:
             raise ValueError(f"{name} must be a number or (start, end), got {value}")
         for end in ends:
             check_number(name, end)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class DeviceTables:
         self._targets = targets
         self._masks = masks
         self._tables: list[DeviceTable] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickle forgets that masks hold slices of a table: a copy makes new tables.
+        return {**vars(self), "_tables": []}
 
     def set_schedule(
         self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
@@ -102,8 +107,7 @@ class DeviceTable:
         self._prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
         self._thresholds = torch.full((size,), -math.inf, dtype=dtype, device=device)
         for index, mask in enumerate(self._masks):
-            mask.threshold = self._thresholds[index]
-            mask.prune_count = self._prune_counts[index : index + 1]
+            mask.hold(self._thresholds[index], self._prune_counts[index : index + 1])
 
     def set_temperatures(self, config: PDPConfig, progress: float) -> None:
         for temperatures, tau in self._taus.items():

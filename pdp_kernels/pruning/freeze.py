@@ -1,13 +1,14 @@
 """Fine-tuning of a pruned model whose zeros stay zero."""
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pdp_kernels.distributed.shards import local_shard
-from pdp_kernels.functional.validation import check_optimizer
+from pdp_kernels.distributed.shards import is_sharded, local_shard
+from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
 
 
 class FrozenZeros:
@@ -61,6 +62,9 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
     Returns:
         A `FrozenZeros`. Its remove() lets the zeros change again.
 
+    Warns:
+        UserWarning: no weight is zero (not checked if one of them is sharded).
+
     Raises:
         TypeError: optimizer is no torch.optim.Optimizer; a weight is no tensor.
         ValueError: a weight is no parameter of the optimizer.
@@ -74,9 +78,9 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
         >>> weight.tolist()
         [0.0, 1.5]
     """
-    check_optimizer(optimizer)
+    optimizer = torch_optimizer(optimizer)
     weights = list(weights)
-    trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    trained = parameter_ids(optimizer)
     for index, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
             raise TypeError(
@@ -91,4 +95,7 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
         for value in optimizer.state.get(weight, {}).values():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 local_shard(value).masked_fill_(local_shard(weight) == 0, 0)
+    # A shard without zeros may be one of a global weight with zeros.
+    if not any(is_sharded(weight) or (weight == 0).any() for weight in weights):
+        warnings.warn("freeze_zeros found no zero to keep in the weights", stacklevel=2)
     return FrozenZeros(weights, optimizer)

@@ -71,3 +71,20 @@ def _is_hugging_face_conv1d(layer: nn.Module) -> bool:
         cls.__name__ == "Conv1D" and cls.__module__.partition(".")[0] == "transformers"
         for cls in type(layer).__mro__
     )
+
+
+def parameter_of(layer: nn.Module, name: str) -> Tensor:
+    """Return a layer's Parameter of this name, which is trained and pruned."""
+    weight = layer._parameters.get(name)
+    if weight is None:
+        raise not_a_parameter(layer, name)
+    return weight
+
+
+def not_a_parameter(layer: nn.Module, name: str) -> RuntimeError:
+    """Return the error of a masked weight that other code replaces or computes."""
+    return RuntimeError(
+        f"the {name} of a {type(layer).__name__.replace('Masked', '')} that PDPPruner masks must "
+        "stay a Parameter: apply weight_norm, spectral_norm, torch.nn.utils.prune and "
+        "parametrizations after finalize, or exclude the layer"
+    )

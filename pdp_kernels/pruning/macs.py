@@ -1,6 +1,7 @@
 """Multiply-accumulates of one inference, for the model and for each pruned weight."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
         # The fused attention does not call its layers, and FlopCounterMode misses its kernels.
         torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-            model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+            _run(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for handle in handles:
@@ -50,6 +51,15 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
         for layer, training in modes.items():
             layer.training = training
     return flops.get_total_flops() // 2, counts
+
+
+def _run(model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, Mapping):
+        model(**inputs)
+    elif isinstance(inputs, tuple):
+        model(*inputs)
+    else:
+        model(inputs)
 
 
 def _uses_of_each_element(

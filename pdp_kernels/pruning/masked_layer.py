@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pdp_kernels.distributed.shards import is_distributed, map_shards
-from pdp_kernels.pruning.layers import layers_read
+from pdp_kernels.pruning.layers import layers_read, not_a_parameter, parameter_of
 from pdp_kernels.pruning.masks import WeightMask
 
 
@@ -48,8 +48,15 @@ class MaskedLayer(nn.Module):
         module: Any = super()  # torch leaves _apply without annotations
         module._apply(fn, recurse)
         for name, mask in self.pdp_masks.items():
-            mask.to(cast(Tensor, self._parameters[name]))
+            mask.to(parameter_of(self, name))
         return self
+
+    def _replicate_for_data_parallel(self) -> "MaskedLayer":
+        raise RuntimeError(
+            "torch.nn.DataParallel cannot run layers that PDPPruner masks, as its replicas would "
+            "share one masked weight: use DistributedDataParallel, or one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class exists at run time only, so a pickle names the class that it was made from.
@@ -112,8 +119,7 @@ def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
 
 def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     """Return the weight for a forward: softly masked in training, else with exact zeros."""
-    parameters: dict[str, Any] = layer._parameters
-    weight: Tensor = parameters[name]
+    weight = parameter_of(layer, name)
     if layer.training:
         return mask.soft(weight)
     kept = mask.kept(weight)
@@ -131,11 +137,14 @@ def _masked_class(cls: type, names: tuple[str, ...]) -> type:
 
 
 def _shown_or_parameter(name: str) -> property:
-    def get(layer: MaskedLayer) -> Tensor | None:
+    def get(layer: MaskedLayer) -> Tensor:
         shown = layer.pdp_shown[name]
-        return layer._parameters[name] if shown is None else shown
+        return parameter_of(layer, name) if shown is None else shown
 
-    return property(get)
+    def set(layer: MaskedLayer, value: object) -> None:
+        raise not_a_parameter(layer, name)
+
+    return property(get, set)
 
 
 def _new(cls: type, names: tuple[str, ...], *args: Any) -> Any:

@@ -61,7 +61,7 @@ class WeightMask(ABC):
 
     def to(self, weight: Tensor) -> None:
         """Move the constants to the weight's device and threshold dtype."""
-        self.tau = self.tau.to(weight.device, threshold_dtype([weight]))
+        self.tau = _moved(self.tau, weight.device, threshold_dtype([weight]), 1.0)
 
 
 class SelectedMask(WeightMask):
@@ -78,10 +78,17 @@ class SelectedMask(WeightMask):
     def set_ramp(self, fraction: float) -> None:
         """Do nothing: a `DeviceTable` writes prune_count, for all masks at once."""
 
+    def hold(self, threshold: Tensor, prune_count: Tensor) -> None:
+        """Take these tensors for threshold and prune_count, and write the old values into them."""
+        if hasattr(self, "threshold") and not self.threshold.is_meta:
+            threshold.copy_(self.threshold)
+            prune_count.copy_(self.prune_count)
+        self.threshold, self.prune_count = threshold, prune_count
+
     def to(self, weight: Tensor) -> None:
         super().to(weight)
-        self.threshold = self.threshold.to(self.tau)
-        self.prune_count = self.prune_count.to(weight.device)
+        self.threshold = _moved(self.threshold, weight.device, self.tau.dtype, -math.inf)
+        self.prune_count = _moved(self.prune_count, weight.device, torch.int64, 0)
 
     def _soft_mask(self, values: Tensor) -> Tensor:
         return torch.ops.pdp.soft_mask(
@@ -183,6 +190,13 @@ class GroupMask(WeightMask):
         # The weight may have been sharded after the pruner checked it.
         if is_distributed(weight):
             check_divisible("a masked layer's weight", weight, self.m, self.dim)
+
+
+def _moved(values: Tensor, device: torch.device, dtype: torch.dtype, keep_all: float) -> Tensor:
+    """Move the constants of a mask. From the meta device come none: all weights are kept."""
+    if values.is_meta and device.type != "meta":
+        return torch.full_like(values, keep_all, device=device, dtype=dtype)
+    return values.to(device, dtype)
 
 
 def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -> list[Tensor]:

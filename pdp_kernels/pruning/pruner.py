@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.distributed.replicas import compare_replicas
 from pdp_kernels.distributed.shards import local_shard, reshard
-from pdp_kernels.functional.validation import check_non_negative, check_optimizer, check_positive
+from pdp_kernels.functional.validation import check_non_negative, check_positive
 from pdp_kernels.pruning.budgets import check_budgets, final_counts
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.device_table import DeviceTables
@@ -20,6 +20,7 @@ from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
 from pdp_kernels.pruning.macs import count_macs
 from pdp_kernels.pruning.masked_layer import mask_model, unmask_model
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask
+from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
 from pdp_kernels.pruning.report import PruningReport, ReportHistory
 from pdp_kernels.pruning.targets import Target, find_targets
 
@@ -84,7 +85,8 @@ class PDPPruner:
 
     def __init__(self, model: nn.Module, config: PDPConfig) -> None:
         if not isinstance(config, PDPConfig):
-            raise TypeError(f"config must be a PDPConfig, got {type(config).__name__}")
+            hint = ": use PDPConfig.from_dict" if isinstance(config, Mapping) else ""
+            raise TypeError(f"config must be a PDPConfig, got {type(config).__name__}{hint}")
         self._targets = find_targets(model, config)
         check_budgets(self._targets, config)
         self._shapes = [target.weight.shape for target in self._targets]
@@ -92,6 +94,7 @@ class PDPPruner:
         self._tables = DeviceTables(self._targets, self._masks)
         self._followers: list[tuple[nn.Module, list[Target]]] = []
         self._finalized = False
+        self._hook: RemovableHandle | None = None
         self._history = ReportHistory()
         self.model = model
         self.config = config
@@ -132,9 +135,11 @@ class PDPPruner:
 
         The progress grows by 1 / steps_per_epoch each time, from where it is. Steps that a
         GradScaler skips do not count. With several optimizers attach to the one that steps last.
+        `finalize` removes the hook. A pickled pruner, or a deepcopy of one, is not attached.
 
         Args:
-            optimizer: any torch.optim.Optimizer.
+            optimizer: any torch.optim.Optimizer that trains a weight to prune, or a wrapper of one
+                such as accelerate's.
             steps_per_epoch: the number of optimizer steps in an epoch.
 
         Returns:
@@ -142,17 +147,31 @@ class PDPPruner:
 
         Raises:
             TypeError: optimizer is no torch.optim.Optimizer; steps_per_epoch is no number.
-            ValueError: steps_per_epoch is not positive and finite.
+            ValueError: steps_per_epoch is not positive and finite; the optimizer has none of the
+                weights to prune.
+            RuntimeError: the pruner is attached already, or finalized.
         """
-        check_optimizer(optimizer)
+        optimizer = torch_optimizer(optimizer)
         check_positive("steps_per_epoch", steps_per_epoch)
+        self._check_owns_model()
+        if self._is_attached():
+            raise RuntimeError(
+                "the pruner is attached already, and would take two steps at once: call remove() "
+                "of the handle that attach returned"
+            )
+        if not parameter_ids(optimizer) & {id(target.weight) for target in self._targets}:
+            raise ValueError(
+                "optimizer must have a weight that the pruner prunes, such as "
+                f"{self._targets[0].name}, got a {type(optimizer).__name__} without any"
+            )
 
         def after_step(*_: object) -> None:
             # From a count of steps, so that resuming repeats the same floating point numbers.
             steps = round(self.progress * steps_per_epoch) + 1
             self.step(steps / steps_per_epoch)
 
-        return optimizer.register_step_post_hook(after_step)
+        self._hook = optimizer.register_step_post_hook(after_step)
+        return self._hook
 
     def follow(self, copy: nn.Module) -> None:
         """Let a copy of the model, such as an average of its weights, follow the schedule.
@@ -208,6 +227,8 @@ class PDPPruner:
                 local_shard(target.weight).masked_fill_(~mask.kept(target.weight), 0)
             unmask_model(model)
         self._followers.clear()
+        if self._hook is not None:
+            self._hook.remove()
         self._finalized = True
 
     def freeze(self, optimizer: Optimizer) -> FrozenZeros:
@@ -236,8 +257,9 @@ class PDPPruner:
         next report can count those that changed.
 
         Args:
-            inputs: what the model is called with (a tuple: its arguments), to count the
-                multiply-accumulates of one inference; None leaves them out.
+            inputs: what the model is called with, to count the multiply-accumulates of one
+                inference: one argument, a tuple of arguments, or a mapping of keyword arguments.
+                None leaves them out.
 
         Returns:
             The `PruningReport`.
@@ -306,6 +328,15 @@ class PDPPruner:
         for name, threshold in self._thresholds().items():
             threshold.copy_(state_dict["thresholds"][name])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hook": None}
+
+    def _is_attached(self) -> bool:
+        if self._hook is None:
+            return False
+        hooks = self._hook.hooks_dict_ref()
+        return hooks is not None and self._hook.id in hooks
+
     def _mask(self, model: nn.Module, targets: list[Target]) -> None:
         """Put the masks on the weights of a model, in place of any that are there."""
         masks: dict[nn.Module, dict[str, WeightMask]] = {}
@@ -319,6 +350,7 @@ class PDPPruner:
         """Raise a RuntimeError if the model no longer has these masks on these weights."""
         if self._finalized:
             raise RuntimeError("the pruner is finalized: make a new one to prune on")
+        self._check_layers()
         for target, mask, shape in zip(self._targets, self._masks, self._shapes, strict=True):
             if target.weight.shape != shape:
                 raise RuntimeError(
@@ -334,8 +366,20 @@ class PDPPruner:
                         "finalize, has taken the model over"
                     )
 
+    def _check_layers(self) -> None:
+        """Raise a RuntimeError if a layer has been replaced. A wrapper around it does no harm."""
+        holders = (holder for target in self._targets for holder in target.holders)
+        moved = [holder for holder in holders if not holder.has_its_name(self.model)]
+        layers = set(map(id, self.model.modules())) if moved else set()
+        for holder in moved:
+            if id(holder.layer) not in layers:
+                raise RuntimeError(
+                    f"the model no longer has the layer whose {holder.weight_name} is masked: make "
+                    "a new pruner after replacing a layer"
+                )
+
     def _allocates_at(self, progress: float) -> bool:
-        if progress < self.config.warmup:
+        if progress < self.config.warmup or any(t.weight.is_meta for t in self._targets):
             return False
         return self.prune_counts is None or self.config.reallocates(self.progress, progress)
 

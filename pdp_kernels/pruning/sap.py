@@ -14,12 +14,12 @@ from torch.utils.hooks import RemovableHandle
 from pdp_kernels.functional.pq_index import Scope, pq_index
 from pdp_kernels.functional.sap_counts import sap_prune_counts
 from pdp_kernels.functional.validation import (
-    check_optimizer,
     check_plain_weight,
     check_sap_settings,
     check_scope,
 )
 from pdp_kernels.pruning.layers import layer_weights
+from pdp_kernels.pruning.optimizers import torch_optimizer
 
 
 class SAPRound(NamedTuple):
@@ -207,8 +207,7 @@ class SAPPruner:
         Raises:
             TypeError: optimizer is no torch.optim.Optimizer.
         """
-        check_optimizer(optimizer)
-        return optimizer.register_step_post_hook(lambda *_: self.mask_weights())
+        return torch_optimizer(optimizer).register_step_post_hook(lambda *_: self.mask_weights())
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, initial values, settings and history, without the model's own state."""

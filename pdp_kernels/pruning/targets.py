@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from pdp_kernels.functional.validation import check_weight
 from pdp_kernels.pruning.config import LayerPlan, PDPConfig
-from pdp_kernels.pruning.layers import WeightSlot, weight_slots
+from pdp_kernels.pruning.layers import WeightSlot, parameter_of, weight_slots
 from pdp_kernels.pruning.masks import WeightMask
 
 
@@ -29,6 +29,13 @@ class Holder:
     layer: nn.Module
     slot: WeightSlot
     attention: nn.Module | None
+
+    def has_its_name(self, model: nn.Module) -> bool:
+        """Whether the model still has this layer under its name: no wrapper, no other layer."""
+        module: nn.Module | None = model
+        for name in self.layer_name.split(".") if self.layer_name else ():
+            module = module and module._modules.get(name)
+        return module is self.layer
 
     @property
     def weight_name(self) -> str:
@@ -64,8 +71,7 @@ class Target:
     def weight(self) -> Tensor:
         """The Parameter as it is now; others may replace it at any time."""
         holder = self.holders[0]
-        parameters: dict[str, Any] = holder.layer._parameters
-        return parameters[holder.slot.name]
+        return parameter_of(holder.layer, holder.slot.name)
 
     @property
     def units(self) -> int:

@@ -1,0 +1,18 @@
+"""Optimizers as the user has them: wrapped or not, with any parameters."""
+
+from torch.optim import Optimizer
+
+
+def torch_optimizer(optimizer: object) -> Optimizer:
+    """Return the optimizer. Of a wrapper, such as accelerate's, return the one that it wraps."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    wrapped = getattr(optimizer, "optimizer", None)
+    return torch_optimizer(wrapped) if isinstance(wrapped, Optimizer) else optimizer
+
+
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """Return the ids of the parameters that an optimizer trains."""
+    return {id(weight) for group in optimizer.param_groups for weight in group["params"]}

@@ -1,0 +1,242 @@
+"""What users do to a pruner and its model either works or says what to do instead."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros
+
+CONFIG = PDPConfig(sparsity=0.8, warmup=0, ramp=4)
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def train_to_the_end(pruner):
+    """Train the pruner's model, step by step, and return the fraction of zeros in its weights."""
+    model = pruner.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(8):
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step((step + 1) / 2)
+    pruner.finalize()
+    weights = [model[0].weight, model[2].weight]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(w.numel() for w in weights)
+
+
+def pickled(pruner):
+    return pickle.loads(pickle.dumps(pruner))
+
+
+def saved(pruner):
+    buffer = io.BytesIO()
+    torch.save(pruner, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy, saved])
+def test_a_copied_pruner_prunes_its_own_model(copied, pattern):
+    pruner = PDPPruner(small_model(), PDPConfig(0.75, warmup=0, ramp=4, pattern=pattern))
+    pruner.step(1.0)
+    other = copied(pruner)
+    outputs = [each.model.eval()(torch.ones(16)) for each in (pruner, other)]
+    assert torch.equal(*outputs)  # the thresholds of before, until its next step
+    for name, threshold in pruner.state_dict()["thresholds"].items():
+        assert torch.equal(other.state_dict()["thresholds"][name], threshold)
+    sparsities = []
+    for each in (other, pruner):  # the first must not change the second
+        torch.manual_seed(1)
+        each.model.train()
+        sparsities.append(train_to_the_end(each))
+    assert sparsities[0] == sparsities[1] > 0.7
+    assert torch.equal(other.model[0].weight, pruner.model[0].weight)
+
+
+def attached(steps_per_epoch=2):
+    model = small_model()
+    pruner = PDPPruner(model, CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return pruner, optimizer, pruner.attach(optimizer, steps_per_epoch)
+
+
+def step(optimizer):
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
+def test_finalize_detaches_the_pruner():
+    pruner, optimizer, _ = attached()
+    step(optimizer)
+    assert pruner.progress == 0.5
+    pruner.step(4.0)
+    pruner.finalize()
+    frozen = pruner.freeze(optimizer)
+    step(optimizer)
+    frozen.remove()
+
+
+def test_attaching_twice_raises_until_the_first_handle_is_removed():
+    pruner, optimizer, handle = attached()
+    with pytest.raises(RuntimeError, match="attached already"):
+        pruner.attach(optimizer, 2)
+    handle.remove()
+    pruner.attach(optimizer, 2)
+    step(optimizer)
+    assert pruner.progress == 0.5
+
+
+def test_a_copied_pruner_is_not_attached():
+    pruner, optimizer, _ = attached()
+    other = pickle.loads(pickle.dumps(pruner))
+    step(optimizer)
+    assert (pruner.progress, other.progress) == (0.5, 0.0)
+    other.attach(torch.optim.SGD(other.model.parameters(), lr=0.1), 2)
+
+
+def test_an_optimizer_of_other_weights_raises():
+    pruner = PDPPruner(small_model(), CONFIG)
+    with pytest.raises(ValueError, match=r"such as 0\.weight, got a SGD without any"):
+        pruner.attach(torch.optim.SGD(small_model().parameters(), lr=0.1), 2)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that wraps another, as accelerate's does: without torch's own attributes."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self.optimizer.step()
+
+
+def test_a_wrapped_optimizer_is_unwrapped():
+    model = small_model()
+    pruner = PDPPruner(model, CONFIG)
+    optimizer = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    pruner.attach(optimizer, 2)
+    step(optimizer)
+    assert pruner.progress == 0.5
+    pruner.step(4.0)
+    pruner.finalize()
+    pruner.freeze(optimizer)
+    step(optimizer)
+    assert (model[0].weight == 0).any()
+
+
+def test_data_parallel_is_refused():
+    model = small_model()
+    PDPPruner(model, CONFIG)
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model[0]._replicate_for_data_parallel()  # as torch.nn.DataParallel does, on several GPUs
+
+
+def test_a_replaced_layer_raises():
+    model = small_model()
+    pruner = PDPPruner(model, CONFIG)
+    model[2] = nn.Linear(32, 8)
+    for call in (lambda: pruner.step(1.0), pruner.finalize):
+        with pytest.raises(RuntimeError, match=r"no longer has the layer whose 2\.weight"):
+            call()
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+def test_a_layer_that_is_wrapped_later_stays_pruned():
+    model = small_model()
+    pruner = PDPPruner(model, CONFIG)
+    model[2] = Wrapped(model[2])
+    pruner.step(4.0)
+    pruner.finalize()
+    assert (model[2].layer.weight == 0).any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: nn.utils.weight_norm(layer),
+        lambda layer: nn.utils.spectral_norm(layer),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.orthogonal(layer),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "parametrized weight_norm", "orthogonal"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_later_raises(change):
+    model = small_model()
+    pruner = PDPPruner(model, CONFIG)
+    message = "the weight of a .*Linear that PDPPruner masks must stay a Parameter"
+    with pytest.raises(RuntimeError, match=message):
+        change(model[0])
+        model(torch.randn(4, 16))
+    with pytest.raises(RuntimeError, match=message):
+        pruner.step(1.0)
+
+
+def test_a_temperature_may_be_a_list_of_two():
+    config = PDPConfig(0.5, relative_tau=[1.0, 0.02])
+    assert config == PDPConfig(0.5, relative_tau=(1.0, 0.02))
+    overridden = PDPConfig(0.5, overrides={"0": {"tau": [1, 0.5]}})
+    assert overridden.plan(overridden.overrides["0"]).temperatures == (1.0, 0.5)
+    with pytest.raises(ValueError, match=r"relative_tau must be a number or \(start, end\)"):
+        PDPConfig(0.5, relative_tau=[1.0, 0.1, 0.02])
+
+
+def test_a_mapping_for_the_configuration_names_from_dict():
+    with pytest.raises(TypeError, match=r"must be a PDPConfig, got dict: use PDPConfig\.from_dict"):
+        PDPPruner(small_model(), {"sparsity": 0.5})
+
+
+class OfKeywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.linear(input_ids)
+
+
+def test_a_report_takes_keyword_arguments_as_a_mapping():
+    pruner = PDPPruner(OfKeywords(), CONFIG)
+    inputs = torch.randn(4, 16)
+    assert pruner.report({"input_ids": inputs}).macs == pruner.report(inputs).macs == 4 * 16 * 8
+
+
+def test_freezing_a_dense_model_warns():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="found no zero to keep"):
+        freeze_zeros([model[0].weight], optimizer)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
+def test_a_model_may_be_on_the_meta_device_at_first(pattern):
+    with torch.device("meta"):
+        model = small_model()
+    sparsity = None if pattern == "2:4" else 0.8
+    pruner = PDPPruner(model, PDPConfig(sparsity, warmup=0, ramp=4, pattern=pattern))
+    model.to_empty(device="cpu")
+    for layer in (model[0], model[2]):
+        layer.reset_parameters()
+    assert torch.isfinite(model(torch.randn(4, 16))).all()
+    assert train_to_the_end(pruner) > 0.45
