@@ -51,6 +51,11 @@ class MaskedLayer(nn.Module):
             mask.to(parameter_of(self, name))
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, mask in self.pdp_masks.items():
+            mask.weight_loaded |= f"{prefix}{name}" in state_dict
+
     def _replicate_for_data_parallel(self) -> "MaskedLayer":
         raise RuntimeError(
             "torch.nn.DataParallel cannot run layers that PDPPruner masks, as its replicas would "

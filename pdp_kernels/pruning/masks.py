@@ -36,12 +36,14 @@ class WeightMask(ABC):
     Attributes:
         relative: whether tau is relative to the squared threshold.
         tau: the temperature, ().
+        weight_loaded: whether the weight has come from a state_dict since the last step.
     """
 
     tau: Tensor
 
     def __init__(self, relative: bool) -> None:
         self.relative = relative
+        self.weight_loaded = False
 
     @abstractmethod
     def soft(self, weight: Tensor) -> Tensor:

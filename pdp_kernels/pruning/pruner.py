@@ -129,6 +129,7 @@ class PDPPruner:
             self.prune_counts = self._allocate()
         self._set_schedule(float(progress))
         self._tables.find_thresholds()
+        self._forget_loads()
 
     def attach(self, optimizer: Optimizer, steps_per_epoch: float) -> RemovableHandle:
         """Call `step` after each step of the optimizer, until handle.remove().
@@ -202,8 +203,12 @@ class PDPPruner:
         """Set exactly as many weights to zero as asked for, and take the masks off.
 
         The model and its followers are plain afterwards, with the classes, Parameters and keys from
-        before the pruner. If the schedule has not reached its end, a warning says so, and the
-        sparsity is met all the same.
+        before the pruner. The sparsity is met even if the schedule has not reached its end.
+
+        Warns:
+            UserWarning: the schedule has not reached its end; or the weights were loaded after the
+                last step without the pruner's state, as a best checkpoint is. Weights from before
+                the end of the ramp lose accuracy when they are pruned at once.
 
         Raises:
             RuntimeError: as `step`.
@@ -219,9 +224,17 @@ class PDPPruner:
                 "sparsity reached: the rest is pruned at once",
                 stacklevel=2,
             )
+        elif any(mask.weight_loaded for mask in self._masks):
+            warnings.warn(
+                "finalize prunes weights that were loaded after the last step. If they are from "
+                f"before progress {self._end_of_ramp():g}, where the ramp ends, they have not "
+                "learned to do without the others: choose the best checkpoint after the ramp, and "
+                "load the pruner's state_dict with its weights",
+                stacklevel=2,
+            )
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
-        self._set_schedule(self.config.warmup + self.config.ramp_epochs)
+        self._set_schedule(self._end_of_ramp())
         for model, targets in models:
             for target, mask in zip(targets, self._masks, strict=True):
                 local_shard(target.weight).masked_fill_(~mask.kept(target.weight), 0)
@@ -327,6 +340,7 @@ class PDPPruner:
         self._set_schedule(state_dict["progress"])
         for name, threshold in self._thresholds().items():
             threshold.copy_(state_dict["thresholds"][name])
+        self._forget_loads()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hook": None}
@@ -390,6 +404,13 @@ class PDPPruner:
         """Set the prune counts and temperatures of this progress. The thresholds stay."""
         self.progress = progress
         self._tables.set_schedule(self.config, progress, self.prune_counts)
+
+    def _end_of_ramp(self) -> float:
+        return self.config.warmup + self.config.ramp_epochs
+
+    def _forget_loads(self) -> None:
+        for mask in self._masks:
+            mask.weight_loaded = False
 
     def _thresholds(self) -> dict[str, Tensor]:
         """Return the threshold of each weight that has one."""

@@ -240,3 +240,41 @@ def test_a_model_may_be_on_the_meta_device_at_first(pattern):
         layer.reset_parameters()
     assert torch.isfinite(model(torch.randn(4, 16))).all()
     assert train_to_the_end(pruner) > 0.45
+
+
+def loading_run():
+    """Return a pruner at the end of its schedule, and the checkpoint of an early step."""
+    pruner = PDPPruner(small_model(), CONFIG)
+    pruner.step(1.0)
+    early = copy.deepcopy((pruner.model.state_dict(), pruner.state_dict()))
+    pruner.step(4.0)
+    return pruner, *early
+
+
+def test_finalizing_an_early_checkpoint_warns():
+    pruner, weights, _ = loading_run()
+    pruner.model.load_state_dict(weights)
+    with pytest.warns(UserWarning, match="loaded after the last step.*before progress 4"):
+        pruner.finalize()
+
+
+def test_finalizing_an_early_checkpoint_with_its_pruner_warns_of_the_schedule():
+    pruner, weights, state = loading_run()
+    pruner.model.load_state_dict(weights)
+    pruner.load_state_dict(state)
+    with pytest.warns(UserWarning, match="at progress 1 with .* of the sparsity reached"):
+        pruner.finalize()
+
+
+@pytest.mark.filterwarnings("error")
+def test_finalizing_a_resumed_training_is_silent():
+    pruner, _, state = loading_run()
+    end = pruner.state_dict()
+    pruner.model.load_state_dict(copy.deepcopy(pruner.model.state_dict()))
+    pruner.load_state_dict(end)
+    pruner.finalize()
+    pruner, weights, state = loading_run()
+    pruner.model.load_state_dict(weights)
+    pruner.load_state_dict(state)
+    pruner.step(4.0)  # trains on
+    pruner.finalize()
