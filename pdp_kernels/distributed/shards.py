@@ -27,12 +27,16 @@ def is_distributed(weight: Tensor) -> TypeGuard["DTensor"]:
 
 def reshard(model: nn.Module) -> None:
     """Let FSDP put its sharded parameters back where a forward has left gathered ones."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules of a model that `fully_shard` has sharded."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def sharding_dims(weight: "DTensor") -> tuple[int, ...]:

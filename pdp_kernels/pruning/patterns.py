@@ -24,10 +24,8 @@ class Pattern(ABC):
         """Return the number of units that a sparsity counts in a weight: weights or channels."""
 
     @abstractmethod
-    def check_fits(
-        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
-    ) -> None:
-        """Raise a ValueError if the weight of these layers cannot have the pattern."""
+    def misfit(self, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]) -> str | None:
+        """Return what the weight of these layers must be and is not, or None if it fits."""
 
     @abstractmethod
     def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
@@ -44,10 +42,8 @@ class UnstructuredPattern(Pattern):
     def units(self, weight: Tensor, slot: WeightSlot) -> int:
         return weight.numel()
 
-    def check_fits(
-        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
-    ) -> None:
-        """Every weight fits."""
+    def misfit(self, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]) -> str | None:
+        return None
 
     def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
         return UnstructuredMask(relative)
@@ -70,14 +66,13 @@ class GroupPattern(Pattern):
     def units(self, weight: Tensor, slot: WeightSlot) -> int:
         return weight.numel()
 
-    def check_fits(
-        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
-    ) -> None:
-        if weight.shape[slot.inputs] % self.m:
-            raise ValueError(
-                f"model's {name} must have a number of inputs that is divisible by M = {self.m}, "
-                f"got shape {tuple(weight.shape)}; exclude it"
-            )
+    def misfit(self, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]) -> str | None:
+        if weight.shape[slot.inputs] % self.m == 0:
+            return None
+        return (
+            f"must have a number of inputs that is divisible by M = {self.m}, got shape "
+            f"{tuple(weight.shape)}"
+        )
 
     def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
         return GroupMask(relative, self.n, self.m, slot.inputs)
@@ -101,14 +96,13 @@ class ChannelPattern(Pattern):
     def units(self, weight: Tensor, slot: WeightSlot) -> int:
         return weight.shape[self._dim(slot)]
 
-    def check_fits(
-        self, name: str, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]
-    ) -> None:
-        if self._dim(slot) == 1 and any(getattr(layer, "groups", 1) > 1 for layer in layers):
-            raise ValueError(
-                f"model's {name} must not be that of a grouped convolution, whose {self.channels} "
-                "channels are not along one dimension; exclude it"
-            )
+    def misfit(self, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]) -> str | None:
+        if self._dim(slot) != 1 or all(getattr(layer, "groups", 1) == 1 for layer in layers):
+            return None
+        return (
+            f"must not be that of a grouped convolution, whose {self.channels} channels are not "
+            "along one dimension"
+        )
 
     def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
         return ChannelMask(relative, self._dim(slot), self.norm == "rms")

@@ -1,5 +1,6 @@
 """PDPPruner: Algorithm 1 of the paper around the user's training loop."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.distributed.replicas import compare_replicas
-from pdp_kernels.distributed.shards import local_shard, reshard
+from pdp_kernels.distributed.shards import fsdp_modules, local_shard, reshard
 from pdp_kernels.functional.validation import check_non_negative, check_positive
 from pdp_kernels.pruning.budgets import check_budgets, final_counts
 from pdp_kernels.pruning.config import PDPConfig
@@ -236,13 +237,39 @@ class PDPPruner:
             self.prune_counts = self._allocate()
         self._set_schedule(self._end_of_ramp())
         for model, targets in models:
-            for target, mask in zip(targets, self._masks, strict=True):
-                local_shard(target.weight).masked_fill_(~mask.kept(target.weight), 0)
+            self._prune([target.weight for target in targets])
             unmask_model(model)
         self._followers.clear()
         if self._hook is not None:
             self._hook.remove()
         self._finalized = True
+
+    @torch.no_grad()
+    def pruned_copy(self) -> nn.Module:
+        """Return a plain copy of the model, pruned to the current sparsity of the schedule.
+
+        The copy is what the model computes in evaluation mode now, as exact zeros in ordinary
+        layers: for export, evaluation or serving in mid-training. The model trains on as it was.
+
+        Returns:
+            A deepcopy without masks, hooks of the model included.
+
+        Raises:
+            RuntimeError: as `step`; or `fully_shard` has sharded the model, which then cannot be
+                copied.
+        """
+        self._check_owns_model()
+        if fsdp_modules(self.model):
+            raise RuntimeError(
+                "pruned_copy needs a model that copy.deepcopy can copy, and one under fully_shard "
+                "is none: gather its state_dict into an unsharded model, and prune that"
+            )
+        copies: dict[int, Any] = {}
+        model = copy.deepcopy(self.model, copies)
+        weights = [copies[id(target.weight)] for target in self._targets]
+        self._prune(weights)
+        unmask_model(model)
+        return model
 
     def freeze(self, optimizer: Optimizer) -> FrozenZeros:
         """Keep the zeros while the finalized model is trained further: `freeze_zeros`.
@@ -404,6 +431,11 @@ class PDPPruner:
         """Set the prune counts and temperatures of this progress. The thresholds stay."""
         self.progress = progress
         self._tables.set_schedule(self.config, progress, self.prune_counts)
+
+    def _prune(self, weights: list[Tensor]) -> None:
+        """Set what the hard masks prune to zero, in the model's weights or a copy's."""
+        for weight, mask in zip(weights, self._masks, strict=True):
+            local_shard(weight).masked_fill_(~mask.kept(weight), 0)
 
     def _end_of_ramp(self) -> float:
         return self.config.warmup + self.config.ramp_epochs

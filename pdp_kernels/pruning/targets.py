@@ -78,10 +78,10 @@ class Target:
         """The number of weights, or of channels, that the sparsity counts."""
         return self.plan.pattern.units(self.weight, self.holders[0].slot)
 
-    def check_pattern_fits(self) -> None:
-        """Raise a ValueError if the weight cannot have the pattern of the plan."""
+    def misfit(self) -> str | None:
+        """Return why the weight cannot have the pattern of the plan, or None."""
         layers = [holder.layer for holder in self.holders]
-        self.plan.pattern.check_fits(self.name, self.weight, self.holders[0].slot, layers)
+        return self.plan.pattern.misfit(self.weight, self.holders[0].slot, layers)
 
     def new_mask(self) -> WeightMask:
         return self.plan.pattern.new_mask(self.holders[0].slot, self.plan.relative)
@@ -100,14 +100,23 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
         _check_prunable(holders)
         target = Target(holders, _plan(holders, config))
         if target.weight.numel():
-            target.check_pattern_fits()
             targets.append(target)
+    _check_patterns_fit(targets, config)
     if not targets:
         raise ValueError(
             "model must have a weight that the configuration prunes, got a "
             f"{type(model).__name__} without any"
         )
     return targets
+
+
+def _check_patterns_fit(targets: list[Target], config: PDPConfig) -> None:
+    """Raise one ValueError for all weights that cannot have their patterns."""
+    reasons = {target.name: reason for target in targets if (reason := target.misfit())}
+    if reasons:
+        texts = "; ".join(f"model's {name} {reason}" for name, reason in reasons.items())
+        left_out = [*config.exclude, *reasons]
+        raise ValueError(f"{texts}: exclude={left_out!r} leaves out what does not fit")
 
 
 def _candidates(model: nn.Module) -> list[list[Holder]]:

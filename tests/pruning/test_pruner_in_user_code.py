@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros
+from tests.support.ranks import results_on_ranks
+from tests.support.sharded_training import mesh_of
 
 CONFIG = PDPConfig(sparsity=0.8, warmup=0, ramp=4)
 
@@ -278,3 +280,51 @@ def test_finalizing_a_resumed_training_is_silent():
     pruner.load_state_dict(state)
     pruner.step(4.0)  # trains on
     pruner.finalize()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
+def test_a_pruned_copy_is_plain_and_computes_what_the_model_evaluates(pattern):
+    sparsity = None if pattern == "2:4" else 0.75
+    pruner = PDPPruner(small_model(), PDPConfig(sparsity, warmup=0, ramp=4, pattern=pattern))
+    pruner.step(2.0)
+    before = copy.deepcopy(pruner.model.state_dict())
+    pruned = pruner.pruned_copy()
+    inputs = torch.randn(4, 16)
+    assert torch.equal(pruned(inputs), pruner.model.eval()(inputs))
+    assert [type(layer) for layer in pruned] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert (pruned[0].weight == 0).any()
+    for name, value in pruner.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    pruner.step(4.0)
+    pruner.finalize()
+
+
+def test_a_pruned_copy_exports_without_operators_of_this_package():
+    pruner = PDPPruner(small_model(), CONFIG)
+    pruner.step(2.0)
+    exported = torch.export.export(pruner.pruned_copy().eval(), (torch.randn(4, 16),))
+    assert "pdp" not in str(exported.graph)
+
+
+def test_all_layers_that_do_not_fit_a_pattern_are_named_at_once():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 4))
+    all_three = r"exclude=\['1', '0\.weight', '2\.weight'\] leaves out"
+    with pytest.raises(ValueError, match=rf"got shape \(8, 6\);.*got shape \(4, 5\): {all_three}"):
+        PDPPruner(model, PDPConfig(pattern="2:4", exclude=["1"]))
+    PDPPruner(model, PDPConfig(pattern="2:4", exclude=["0.weight", "2.weight"]))
+
+
+def copy_under_fsdp(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    model = small_model()
+    fully_shard(model, mesh=mesh_of(rank, (ranks,)))
+    pruner = PDPPruner(model, CONFIG)
+    with pytest.raises(RuntimeError, match="one under fully_shard is none"):
+        pruner.pruned_copy()
+    pruner.step(4.0)
+    return True
+
+
+def test_a_pruned_copy_under_fsdp_is_refused():
+    assert results_on_ranks(copy_under_fsdp, 2) == [True, True]

@@ -148,7 +148,7 @@ BAD_MODELS = {
         nn.Conv2d(4, 4, 3, groups=2),
         {"pattern": "channel", "channel_dim": "input"},
         ValueError,
-        "grouped convolution.*exclude it",
+        "grouped convolution.*exclude=.* leaves out what does not fit",
     ),
     "include": (mlp(), {"include": ["fc*"]}, ValueError, "include must match layers.*'fc\\*'"),
     "include type": (mlp(), {"include": [nn.Conv2d]}, ValueError, "include must match layers"),
