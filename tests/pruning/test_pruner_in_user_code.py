@@ -327,4 +327,4 @@ def copy_under_fsdp(rank, ranks):
 
 
 def test_a_pruned_copy_under_fsdp_is_refused():
-    assert results_on_ranks(copy_under_fsdp, 2) == [True, True]
+    assert results_on_ranks(copy_under_fsdp, 2, 2) == [True, True]
