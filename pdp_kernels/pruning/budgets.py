@@ -1,7 +1,7 @@
 """Final prune counts: the sparsity of each layer, or its part of a global budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from pdp_kernels.functional.allocation import check_budget, global_prune_counts
@@ -9,6 +9,8 @@ from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.patterns import Pattern
 from pdp_kernels.pruning.targets import Target
+
+NEARLY_ALL = 0.99  # pruned beyond this fraction, a layer computes next to nothing
 
 
 def check_budgets(targets: Sequence[Target], config: PDPConfig) -> None:
@@ -45,6 +47,29 @@ def final_counts(
         )
         counts.update(zip((targets[index].name for index in members), allocated, strict=True))
     return {target.name: counts[target.name] for target in targets}
+
+
+def nearly_emptied(
+    targets: Sequence[Target], counts: Mapping[str, int], config: PDPConfig
+) -> dict[str, float]:
+    """Return the layers of which a global budget prunes far more than of the model.
+
+    Those are layers that lose more than 99%, or all their units if the budget itself is as high.
+
+    Returns:
+        For each such target's name, the fraction that is pruned.
+    """
+    fractions = {
+        target.name: counts[target.name] / target.units
+        for target in targets
+        if target.plan.sparsity is None
+    }
+    limit = NEARLY_ALL if not fractions or _global_sparsity(config) < NEARLY_ALL else 1.0
+    return {
+        name: fraction
+        for name, fraction in fractions.items()
+        if fraction > NEARLY_ALL and fraction >= limit
+    }
 
 
 def _budgets(targets: Sequence[Target]) -> list[list[int]]:

@@ -47,6 +47,19 @@ class LayerPlan(NamedTuple):
     temperatures: tuple[float, float]
 
 
+# The fields that say when and how softly weights are pruned, but not which or how many.
+SCHEDULE_FIELDS = (
+    "tau",
+    "relative_tau",
+    "anneal",
+    "warmup",
+    "ramp",
+    "epsilon",
+    "ramp_shape",
+    "reallocate",
+)
+
+
 @dataclass(frozen=True)
 class PDPConfig:
     """What `PDPPruner` prunes, how far and when. Times are in epochs, fractions included.

@@ -97,5 +97,5 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
                 local_shard(value).masked_fill_(local_shard(weight) == 0, 0)
     # A shard without zeros may be one of a global weight with zeros.
     if not any(is_sharded(weight) or (weight == 0).any() for weight in weights):
-        warnings.warn("freeze_zeros found no zero to keep in the weights", stacklevel=2)
+        warnings.warn("freeze_zeros found no zero to keep in the weights", stacklevel=3)
     return FrozenZeros(weights, optimizer)

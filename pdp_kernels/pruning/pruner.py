@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from pdp_kernels.distributed.replicas import compare_replicas
 from pdp_kernels.distributed.shards import fsdp_modules, local_shard, reshard
 from pdp_kernels.functional.validation import check_non_negative, check_positive
-from pdp_kernels.pruning.budgets import check_budgets, final_counts
-from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.budgets import check_budgets, final_counts, nearly_emptied
+from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
 from pdp_kernels.pruning.macs import count_macs
@@ -96,6 +96,7 @@ class PDPPruner:
         self._followers: list[tuple[nn.Module, list[Target]]] = []
         self._finalized = False
         self._hook: RemovableHandle | None = None
+        self._emptied: set[str] = set()  # layers that a warning has named
         self._history = ReportHistory()
         self.model = model
         self.config = config
@@ -116,6 +117,9 @@ class PDPPruner:
 
         Args:
             progress: where the training is, in epochs, fractions included.
+
+        Warns:
+            UserWarning: a global budget prunes more than 99% of a layer.
 
         Raises:
             TypeError: progress is no number.
@@ -223,7 +227,7 @@ class PDPPruner:
             warnings.warn(
                 f"finalize was called at progress {self.progress:g} with {reached:.0%} of the "
                 "sparsity reached: the rest is pruned at once",
-                stacklevel=2,
+                stacklevel=3,
             )
         elif any(mask.weight_loaded for mask in self._masks):
             warnings.warn(
@@ -231,7 +235,7 @@ class PDPPruner:
                 f"before progress {self._end_of_ramp():g}, where the ramp ends, they have not "
                 "learned to do without the others: choose the best checkpoint after the ramp, and "
                 "load the pruner's state_dict with its weights",
-                stacklevel=2,
+                stacklevel=3,
             )
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
@@ -345,11 +349,14 @@ class PDPPruner:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, new_schedule: bool = False) -> None:
         """Go on where a state was taken, bit for bit. The model has its own state_dict.
 
         Args:
             state_dict: what `state_dict` returned.
+            new_schedule: accept a state of another schedule (temperature, warmup, ramp, anneal,
+                reallocate), to extend a training for example. This pruner's schedule then goes on
+                from the progress of the state.
 
         Raises:
             TypeError: state_dict is no mapping.
@@ -359,7 +366,7 @@ class PDPPruner:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         self._check_owns_model()
-        _check_state(state_dict, self.state_dict())
+        _check_state(state_dict, self.state_dict(), SCHEDULE_FIELDS if new_schedule else ())
         counts = state_dict["prune_counts"].tolist()
         is_allocated = _NOT_ALLOCATED not in counts
         names = state_dict["weights"]
@@ -425,7 +432,18 @@ class PDPPruner:
         return self.prune_counts is None or self.config.reallocates(self.progress, progress)
 
     def _allocate(self) -> dict[str, int]:
-        return final_counts(self._targets, self._masks, self.config)
+        counts = final_counts(self._targets, self._masks, self.config)
+        emptied = nearly_emptied(self._targets, counts, self.config)
+        if emptied.keys() - self._emptied:
+            self._emptied.update(emptied)
+            layers = ", ".join(f"{fraction:.1%} of {name}" for name, fraction in emptied.items())
+            warnings.warn(
+                f"the global budget of {self.config.sparsity:.0%} prunes {layers}, whose weights "
+                "are smaller than those of other layers: set max_layer_sparsity (such as 0.98), "
+                'give them a sparsity in overrides, or use scope="layer"',
+                stacklevel=4,  # the caller of step, behind no_grad
+            )
+        return counts
 
     def _set_schedule(self, progress: float) -> None:
         """Set the prune counts and temperatures of this progress. The thresholds stay."""
@@ -460,15 +478,24 @@ def _layout(targets: list[Target]) -> dict[str, tuple[tuple[int, ...], torch.dty
     }
 
 
-def _check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a state is not of a pruner with this configuration and model."""
+def _check_state(
+    state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence[str] = ()
+) -> None:
+    """Raise a ValueError if a state is not of a pruner with this configuration and model.
+
+    Args:
+        state: the state to check.
+        own: the pruner's state.
+        free: the fields of the configuration that may differ.
+    """
     if state.keys() != own.keys():
         raise ValueError(f"state_dict must have keys {list(own)}, got {list(state)}")
     for name, value in own["config"].items():
-        if state["config"].get(name) != value:
+        if name not in free and state["config"].get(name) != value:
+            hint = ": new_schedule=True goes on with this pruner's schedule"
             raise ValueError(
                 f"state_dict must be of a configuration with {name} = {value!r}, "
-                f"got {state['config'].get(name)!r}"
+                f"got {state['config'].get(name)!r}{hint if name in SCHEDULE_FIELDS else ''}"
             )
     if state["weights"] != own["weights"]:
         raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pdp_kernels.distributed.shards import ShardedList, local_shard
+from pdp_kernels.pruning.budgets import NEARLY_ALL
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask
 from pdp_kernels.pruning.targets import Target
 
@@ -114,6 +115,9 @@ class PruningReport(NamedTuple):
         if self.macs is not None and self.kept_macs is not None:
             kept = self.kept_macs / self.macs if self.macs else 1.0
             lines.append(f"multiply-accumulates: {self.kept_macs:,} of {self.macs:,} ({kept:.2%})")
+        emptied = [layer.name for layer in self.layers if layer.sparsity > NEARLY_ALL]
+        if emptied:
+            lines.append(f"more than {NEARLY_ALL:.0%} pruned: {', '.join(emptied)}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:

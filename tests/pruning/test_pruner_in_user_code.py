@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros
 from tests.support.ranks import results_on_ranks
 from tests.support.sharded_training import mesh_of
 
-CONFIG = PDPConfig(sparsity=0.8, warmup=0, ramp=4)
+CONFIG = PDPConfig(sparsity=0.8, scope="layer", warmup=0, ramp=4)
 
 
 def small_model():
@@ -328,3 +329,52 @@ def copy_under_fsdp(rank, ranks):
 
 def test_a_pruned_copy_under_fsdp_is_refused():
     assert results_on_ranks(copy_under_fsdp, 2, 2) == [True, True]
+
+
+def with_a_small_head(std=0.001):
+    model = small_model()
+    nn.init.normal_(model[2].weight, std=std)
+    return model
+
+
+def test_a_layer_that_a_global_budget_empties_is_named_once():
+    config = PDPConfig(0.8, warmup=1, ramp=4, reallocate=1)
+    pruner = PDPPruner(with_a_small_head(), config)
+    with pytest.warns(UserWarning, match=r"budget of 80% prunes 100\.0% of 2\.weight, whose"):
+        pruner.step(1.0)
+    with warnings.catch_warnings(action="error"):
+        pruner.step(2.0)  # allocates again
+    pruner.step(5.0)
+    assert "more than 99% pruned: 2.weight" in str(pruner.report())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options",
+    [{"max_layer_sparsity": 0.98}, {"scope": "layer"}, {"overrides": {"2": {"sparsity": 0.5}}}],
+)
+def test_what_the_warning_proposes_keeps_the_layer(options):
+    pruner = PDPPruner(with_a_small_head(), PDPConfig(0.8, warmup=0, ramp=4, **options))
+    pruner.step(4.0)
+    pruner.finalize()
+    assert (pruner.model[2].weight != 0).any()
+    assert "more than" not in str(pruner.report())
+
+
+def test_a_training_is_extended_with_a_new_schedule():
+    short = PDPPruner(small_model(), PDPConfig.for_epochs(0.8, epochs=10))
+    short.step(5.0)
+    model = small_model()
+    model.load_state_dict(short.model.state_dict())
+    long = PDPPruner(model, PDPConfig.for_epochs(0.8, epochs=20))
+    with pytest.raises(ValueError, match="new_schedule=True goes on with this pruner's schedule"):
+        long.load_state_dict(short.state_dict())
+    long.load_state_dict(short.state_dict(), new_schedule=True)
+    assert long.progress == 5.0 and long.prune_counts == short.prune_counts
+    thresholds = [each.state_dict()["thresholds"]["0.weight"] for each in (long, short)]
+    assert torch.equal(*thresholds)
+    long.step(20.0)
+    long.finalize()
+    with pytest.raises(ValueError, match=r"configuration with sparsity = 0\.9, got 0\.8$"):
+        other = PDPPruner(small_model(), PDPConfig.for_epochs(0.9, epochs=10))
+        other.load_state_dict(short.state_dict(), new_schedule=True)
