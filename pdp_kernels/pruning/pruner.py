@@ -136,7 +136,9 @@ class PDPPruner:
         self._tables.find_thresholds()
         self._forget_loads()
 
-    def attach(self, optimizer: Optimizer, steps_per_epoch: float) -> RemovableHandle:
+    def attach(
+        self, optimizer: Optimizer, steps_per_epoch: float, epochs: float | None = None
+    ) -> RemovableHandle:
         """Call `step` after each step of the optimizer, until handle.remove().
 
         The progress grows by 1 / steps_per_epoch each time, from where it is. Steps that a
@@ -147,18 +149,25 @@ class PDPPruner:
             optimizer: any torch.optim.Optimizer that trains a weight to prune, or a wrapper of one
                 such as accelerate's.
             steps_per_epoch: the number of optimizer steps in an epoch.
+            epochs: the length of the training, if a warning shall tell that the schedule is longer.
 
         Returns:
             The handle of the hook.
 
+        Warns:
+            UserWarning: the training ends before the ramp.
+
         Raises:
-            TypeError: optimizer is no torch.optim.Optimizer; steps_per_epoch is no number.
-            ValueError: steps_per_epoch is not positive and finite; the optimizer has none of the
-                weights to prune.
+            TypeError: optimizer is no torch.optim.Optimizer; steps_per_epoch or epochs is no
+                number.
+            ValueError: steps_per_epoch or epochs is not positive and finite; the optimizer has none
+                of the weights to prune.
             RuntimeError: the pruner is attached already, or finalized.
         """
         optimizer = torch_optimizer(optimizer)
         check_positive("steps_per_epoch", steps_per_epoch)
+        if epochs is not None:
+            check_positive("epochs", epochs)
         self._check_owns_model()
         if self._is_attached():
             raise RuntimeError(
@@ -176,6 +185,13 @@ class PDPPruner:
             steps = round(self.progress * steps_per_epoch) + 1
             self.step(steps / steps_per_epoch)
 
+        if epochs is not None and epochs < self._end_of_ramp():
+            warnings.warn(
+                f"a training of {epochs:g} epochs ends before the ramp does, at "
+                f"{self._end_of_ramp():g}, with {self.config.ramp_at(epochs):.0%} of the sparsity: "
+                "PDPConfig.for_epochs fits a schedule to a training",
+                stacklevel=2,
+            )
         self._hook = optimizer.register_step_post_hook(after_step)
         return self._hook
 

@@ -88,6 +88,36 @@ class PruningReport(NamedTuple):
         """Return the report as plain data that json can write."""
         return self._asdict() | {"layers": [layer._asdict() for layer in self.layers]}
 
+    def scalars(self, prefix: str = "pdp/") -> dict[str, float]:
+        """Return the report as one flat mapping, for TensorBoard, Weights & Biases and the like.
+
+        Names have the form prefix + quantity for the model, and prefix + quantity + "/" + weight
+        for a layer. What a report leaves out as None is left out here.
+
+        Args:
+            prefix: what each name begins with.
+
+        Example:
+            >>> from pdp_kernels import PDPConfig, PDPPruner
+            >>> model = torch.nn.Linear(4, 1, bias=False)
+            >>> pruner = PDPPruner(model, PDPConfig(0.5, warmup=0, ramp=1))
+            >>> pruner.step(1.0)
+            >>> pruner.report().scalars()["pdp/sparsity/weight"]
+            0.5
+        """
+        values: dict[str, float | None] = {
+            "progress": self.progress,
+            "sparsity": self.sparsity,
+            "flipped": self.flips[-1][1] if self.flips else None,
+            "macs": self.macs,
+            "kept_macs": self.kept_macs,
+        }
+        for layer in self.layers:
+            values[f"sparsity/{layer.name}"] = layer.sparsity
+            values[f"threshold/{layer.name}"] = layer.threshold
+            values[f"soft/{layer.name}"] = layer.soft
+        return {f"{prefix}{name}": value for name, value in values.items() if value is not None}
+
     def __str__(self) -> str:
         rows = [_COLUMNS]
         for layer in self.layers:

@@ -378,3 +378,28 @@ def test_a_training_is_extended_with_a_new_schedule():
     with pytest.raises(ValueError, match=r"configuration with sparsity = 0\.9, got 0\.8$"):
         other = PDPPruner(small_model(), PDPConfig.for_epochs(0.9, epochs=10))
         other.load_state_dict(short.state_dict(), new_schedule=True)
+
+
+def test_a_schedule_longer_than_the_training_warns():
+    model = small_model()
+    pruner = PDPPruner(model, PDPConfig.paper(0.8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(
+        UserWarning, match="of 5 epochs ends before the ramp.*with 0% of the sparsity"
+    ):
+        pruner.attach(optimizer, 10, epochs=5).remove()
+    with warnings.catch_warnings(action="error"):
+        pruner.attach(optimizer, 10, epochs=100)
+
+
+def test_scalars_are_flat_numbers():
+    pruner = PDPPruner(small_model(), CONFIG)
+    pruner.step(4.0)
+    first, second = pruner.report().scalars(), pruner.report(torch.ones(1, 16)).scalars("p/")
+    assert first["pdp/sparsity"] == pytest.approx(0.8, abs=0.01)
+    assert first["pdp/threshold/0.weight"] == float(pruner.state_dict()["thresholds"]["0.weight"])
+    assert "pdp/flipped" not in first and second["p/flipped"] == 0
+    assert second["p/macs"] == 16 * 32 + 32 * 8
+    assert all(isinstance(value, (int, float)) for value in (first | second).values())
+    pruner.finalize()
+    assert "pdp/threshold/0.weight" not in pruner.report().scalars()
