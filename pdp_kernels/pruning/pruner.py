@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pdp_kernels.distributed.replicas import compare_replicas
 from pdp_kernels.distributed.shards import fsdp_modules, local_shard, reshard
 from pdp_kernels.functional.validation import check_non_negative, check_positive
 from pdp_kernels.pruning.budgets import check_budgets, final_counts, nearly_emptied
+from pdp_kernels.pruning.checks import check_layers, check_masks, check_state
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
@@ -382,7 +383,7 @@ class PDPPruner:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         self._check_owns_model()
-        _check_state(state_dict, self.state_dict(), SCHEDULE_FIELDS if new_schedule else ())
+        check_state(state_dict, self.state_dict(), SCHEDULE_FIELDS if new_schedule else ())
         counts = state_dict["prune_counts"].tolist()
         is_allocated = _NOT_ALLOCATED not in counts
         names = state_dict["weights"]
@@ -414,33 +415,8 @@ class PDPPruner:
         """Raise a RuntimeError if the model no longer has these masks on these weights."""
         if self._finalized:
             raise RuntimeError("the pruner is finalized: make a new one to prune on")
-        self._check_layers()
-        for target, mask, shape in zip(self._targets, self._masks, self._shapes, strict=True):
-            if target.weight.shape != shape:
-                raise RuntimeError(
-                    f"{target.name} had shape {tuple(shape)} and now has "
-                    f"{tuple(target.weight.shape)}: FullyShardedDataParallel flattens weights, "
-                    "fully_shard does not"
-                )
-            for holder in target.holders:
-                masks = vars(holder.layer).get("pdp_masks", {})
-                if masks.get(holder.slot.name) is not mask:
-                    raise RuntimeError(
-                        f"{target.name} no longer has the masks of this pruner: another pruner, or "
-                        "finalize, has taken the model over"
-                    )
-
-    def _check_layers(self) -> None:
-        """Raise a RuntimeError if a layer has been replaced. A wrapper around it does no harm."""
-        holders = (holder for target in self._targets for holder in target.holders)
-        moved = [holder for holder in holders if not holder.has_its_name(self.model)]
-        layers = set(map(id, self.model.modules())) if moved else set()
-        for holder in moved:
-            if id(holder.layer) not in layers:
-                raise RuntimeError(
-                    f"the model no longer has the layer whose {holder.weight_name} is masked: make "
-                    "a new pruner after replacing a layer"
-                )
+        check_layers(self.model, self._targets)
+        check_masks(self._targets, self._masks, self._shapes)
 
     def _allocates_at(self, progress: float) -> bool:
         if progress < self.config.warmup or any(t.weight.is_meta for t in self._targets):
@@ -492,33 +468,3 @@ def _layout(targets: list[Target]) -> dict[str, tuple[tuple[int, ...], torch.dty
         target.name: (tuple(target.weight.shape), target.weight.dtype, target.weight.device)
         for target in targets
     }
-
-
-def _check_state(
-    state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence[str] = ()
-) -> None:
-    """Raise a ValueError if a state is not of a pruner with this configuration and model.
-
-    Args:
-        state: the state to check.
-        own: the pruner's state.
-        free: the fields of the configuration that may differ.
-    """
-    if state.keys() != own.keys():
-        raise ValueError(f"state_dict must have keys {list(own)}, got {list(state)}")
-    for name, value in own["config"].items():
-        if name not in free and state["config"].get(name) != value:
-            hint = ": new_schedule=True goes on with this pruner's schedule"
-            raise ValueError(
-                f"state_dict must be of a configuration with {name} = {value!r}, "
-                f"got {state['config'].get(name)!r}{hint if name in SCHEDULE_FIELDS else ''}"
-            )
-    if state["weights"] != own["weights"]:
-        raise ValueError(
-            f"state_dict must have the weights {own['weights']}, got {state['weights']}"
-        )
-    if state["thresholds"].keys() != own["thresholds"].keys():
-        raise ValueError(
-            f"state_dict must have thresholds of {list(own['thresholds'])}, "
-            f"got {list(state['thresholds'])}"
-        )

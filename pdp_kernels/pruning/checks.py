@@ -1,0 +1,72 @@
+"""Checks of a pruner: whether its model and its state are still those that it was made for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdp_kernels.pruning.config import SCHEDULE_FIELDS
+from pdp_kernels.pruning.masks import WeightMask
+from pdp_kernels.pruning.targets import Target
+
+
+def check_layers(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise a RuntimeError if a layer has been replaced. A wrapper around it does no harm."""
+    holders = (holder for target in targets for holder in target.holders)
+    moved = [holder for holder in holders if not holder.has_its_name(model)]
+    layers = set(map(id, model.modules())) if moved else set()
+    for holder in moved:
+        if id(holder.layer) not in layers:
+            raise RuntimeError(
+                f"the model no longer has the layer whose {holder.weight_name} is masked: make a "
+                "new pruner after replacing a layer"
+            )
+
+
+def check_masks(
+    targets: Sequence[Target], masks: Sequence[WeightMask], shapes: Sequence[torch.Size]
+) -> None:
+    """Raise a RuntimeError if weights no longer have their masks, or their shapes."""
+    for target, mask, shape in zip(targets, masks, shapes, strict=True):
+        if target.weight.shape != shape:
+            raise RuntimeError(
+                f"{target.name} had shape {tuple(shape)} and now has "
+                f"{tuple(target.weight.shape)}: FullyShardedDataParallel flattens weights, "
+                "fully_shard does not"
+            )
+        for holder in target.holders:
+            held = vars(holder.layer).get("pdp_masks", {})
+            if held.get(holder.slot.name) is not mask:
+                raise RuntimeError(
+                    f"{target.name} no longer has the masks of this pruner: another pruner, or "
+                    "finalize, has taken the model over"
+                )
+
+
+def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence[str] = ()) -> None:
+    """Raise a ValueError if a state is not of a pruner with this configuration and model.
+
+    Args:
+        state: the state to check.
+        own: the pruner's state.
+        free: the fields of the configuration that may differ.
+    """
+    if state.keys() != own.keys():
+        raise ValueError(f"state_dict must have keys {list(own)}, got {list(state)}")
+    for name, value in own["config"].items():
+        if name not in free and state["config"].get(name) != value:
+            hint = ": new_schedule=True goes on with this pruner's schedule"
+            raise ValueError(
+                f"state_dict must be of a configuration with {name} = {value!r}, "
+                f"got {state['config'].get(name)!r}{hint if name in SCHEDULE_FIELDS else ''}"
+            )
+    if state["weights"] != own["weights"]:
+        raise ValueError(
+            f"state_dict must have the weights {own['weights']}, got {state['weights']}"
+        )
+    if state["thresholds"].keys() != own["thresholds"].keys():
+        raise ValueError(
+            f"state_dict must have thresholds of {list(own['thresholds'])}, "
+            f"got {list(state['thresholds'])}"
+        )
