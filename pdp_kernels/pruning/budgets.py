@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from pdp_kernels.functional.allocation import check_budget, global_prune_counts
+from pdp_kernels.functional.allocation import allocate, check_budget
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.patterns import Pattern
@@ -40,10 +40,13 @@ def final_counts(
     for members in _budgets(targets):
         # A pattern that leaves the sparsity to a global budget has masks with a threshold.
         selected = [cast(SelectedMask, masks[index]) for index in members]
-        allocated = global_prune_counts(
-            selection_values(selected, [targets[index].weight for index in members]),
+        weights = [targets[index].weight for index in members]
+        allocated = allocate(
+            selection_values(selected, weights),
+            [tuple(weight.shape) for weight in weights],
             _global_sparsity(config),
-            max_layer_sparsity=config.max_layer_sparsity,
+            config.allocation,
+            config.max_layer_sparsity,
         )
         counts.update(zip((targets[index].name for index in members), allocated, strict=True))
     return {target.name: counts[target.name] for target in targets}

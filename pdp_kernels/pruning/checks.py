@@ -1,12 +1,13 @@
 """Checks of a pruner: whether its model and its state are still those that it was made for."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from pdp_kernels.pruning.config import SCHEDULE_FIELDS
+from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.masks import WeightMask
 from pdp_kernels.pruning.targets import Target
 
@@ -54,12 +55,14 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence
     """
     if state.keys() != own.keys():
         raise ValueError(f"state_dict must have keys {list(own)}, got {list(state)}")
+    # A field that is younger than the state has its default there.
+    found = {field.name: field.default for field in fields(PDPConfig)} | state["config"]
     for name, value in own["config"].items():
-        if name not in free and state["config"].get(name) != value:
+        if name not in free and found[name] != value:
             hint = ": new_schedule=True goes on with this pruner's schedule"
             raise ValueError(
                 f"state_dict must be of a configuration with {name} = {value!r}, "
-                f"got {state['config'].get(name)!r}{hint if name in SCHEDULE_FIELDS else ''}"
+                f"got {found[name]!r}{hint if name in SCHEDULE_FIELDS else ''}"
             )
     if state["weights"] != own["weights"]:
         raise ValueError(

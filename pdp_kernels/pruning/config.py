@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from pdp_kernels.functional.allocation import Allocation, check_allocation
 from pdp_kernels.functional.soft_mask import PAPER_TAU
 from pdp_kernels.functional.soft_mask_channel import Norm
 from pdp_kernels.functional.validation import (
@@ -92,6 +93,9 @@ class PDPConfig:
         ramp_shape: "cubic" or "linear".
         reallocate: epochs after which the pruner allocates a global budget again, until the ramp
             ends. Default never: the paper allocates it once, at the end of the warm-up.
+        allocation: how the layers share a global budget: "magnitude" (the paper's single
+            threshold), "lamp", "erk" or "uniform", as in `global_prune_counts`. Only "magnitude"
+            depends on the scale of the layers.
         max_layer_sparsity: the largest fraction of a layer that a global budget may prune. The
             other layers prune the rest, so that the total stays.
         channel_dim: which channels the pattern "channel" prunes, "output" or "input". Batch norm
@@ -127,6 +131,7 @@ class PDPConfig:
     epsilon: float | None = None
     ramp_shape: RampShape = "cubic"
     reallocate: float | None = None
+    allocation: Allocation = "magnitude"
     max_layer_sparsity: float = 1.0
     channel_dim: Channels = "output"
     channel_norm: Norm = "rms"
@@ -139,6 +144,12 @@ class PDPConfig:
             object.__setattr__(self, name, _from_plain(name, getattr(self, name)))
         _check_one_of("scope", self.scope, get_args(Scope))
         _check_one_of("ramp_shape", self.ramp_shape, get_args(RampShape))
+        check_allocation(self.allocation)
+        if self.scope == "layer" and self.allocation != "magnitude":
+            raise ValueError(
+                f'allocation must be left out with scope "layer", which has no global budget, got '
+                f"{self.allocation!r}"
+            )
         _check_one_of("channel_dim", self.channel_dim, get_args(Channels))
         _check_one_of("channel_norm", self.channel_norm, NORMS)
         _check_sparsity(self.sparsity, self.scope, self._parsed("pattern", self.pattern))

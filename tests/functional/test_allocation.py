@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pdp_kernels import global_prune_counts
+from tests.support.ranks import results_on_ranks
+from tests.support.sharded_training import mesh_of
 from tests.support.weights import DTYPES
 
 RATIOS = (0, 1e-4, 0.3, 0.5, 0.9, 0.999, 1)
@@ -99,3 +101,119 @@ def test_bad_arguments_raise():
         global_prune_counts(torch.ones(3), 0.5)
     with pytest.raises(ValueError, match="at least one tensor"):
         global_prune_counts([], 0.5)
+
+
+def lamp_counts(layers, sparsity):
+    """Return the prune counts that sorting all LAMP scores together gives."""
+    scores = []
+    for layer in layers:
+        squares = layer.flatten().double().square().sort(descending=True).values
+        score = (squares / squares.cumsum(0)).flip(0).nan_to_num(0)
+        scores.append(score if layer.dtype == torch.float64 else score.float())
+    return counts_of_sorting(scores, sparsity)
+
+
+@pytest.mark.parametrize("sparsity", RATIOS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lamp_equals_sorting_all_scores(dtype, sparsity, device):
+    layers = layers_of(dtype)
+    on_device = [layer.to(device) for layer in layers]
+    found = global_prune_counts(on_device, sparsity, allocation="lamp")
+    expected = lamp_counts(layers, sparsity)
+    assert sum(found) == sum(expected)
+    # Sums of squares in another order may swap two scores at the boundary.
+    assert all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=True))
+
+
+def test_lamp_of_a_layer_of_known_scores():
+    # Squares 1, 4, 4, 16 have the scores 1/25, 4/24, 4/20, 1; the other layer's are 1/3, 1/2, 1.
+    layers = [torch.tensor([1.0, -2.0, 2.0, 4.0]), torch.full((3,), 1e-30)]
+    counts = [global_prune_counts(layers, k / 7, allocation="lamp") for k in range(8)]
+    assert counts == [[0, 0], [1, 0], [2, 0], [3, 0], [3, 1], [3, 2], [4, 2], [4, 3]]
+
+
+def test_lamp_does_not_depend_on_the_scale_of_layers():
+    layers = [torch.randn(40, 30, dtype=torch.float64) for _ in range(3)]
+    scaled = [layer * 4.0**power for layer, power in zip(layers, (-500, 0, 400), strict=True)]
+    found = [global_prune_counts(each, 0.9, allocation="lamp") for each in (layers, scaled)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_lamp_of_weights_that_are_not_finite_raises(value):
+    with pytest.raises(ValueError, match="needs finite weights, got NaN or inf"):
+        global_prune_counts([torch.tensor([1.0, value])], 0.5, allocation="lamp")
+
+
+def erk_densities(shapes, sparsity):
+    """Return the densities of Evci et al.'s own procedure: layers that would exceed 1 are dense."""
+    dense = set()
+    while True:
+        sizes = {i: math.prod(shape) for i, shape in enumerate(shapes)}
+        free = [i for i in sizes if i not in dense]
+        left = (1 - sparsity) * sum(sizes.values()) - sum(sizes[i] for i in dense)
+        raw = {i: sum(shapes[i]) / math.prod(shapes[i]) for i in free}
+        e = left / sum(raw[i] * sizes[i] for i in free)
+        above = [i for i in free if e * raw[i] > 1]
+        if not above:
+            return [1.0 if i in dense else e * raw[i] for i in sizes]
+        dense.update(above)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9, 0.99])
+def test_erk_equals_its_authors_procedure(sparsity):
+    shapes = [(16, 3, 3, 3), (64, 16, 3, 3), (256, 64), (10, 256), (7,)]
+    layers = [torch.ones(shape) for shape in shapes]
+    counts = global_prune_counts(layers, sparsity, allocation="erk")
+    assert sum(counts) == math.floor(sparsity * sum(map(math.prod, shapes)) + 0.5)
+    for shape, count, density in zip(shapes, counts, erk_densities(shapes, sparsity), strict=True):
+        assert abs(count - (1 - density) * math.prod(shape)) <= 1
+
+
+@pytest.mark.parametrize("sparsity", RATIOS)
+def test_uniform_prunes_the_same_fraction_of_each_layer(sparsity):
+    sizes = (1, 7, 100, 0, 333, 4096)
+    counts = global_prune_counts([torch.ones(n) for n in sizes], sparsity, allocation="uniform")
+    assert sum(counts) == math.floor(sparsity * sum(sizes) + 0.5)
+    assert all(abs(count - sparsity * n) <= 1 for count, n in zip(counts, sizes, strict=True))
+
+
+def test_remainders_go_to_the_earlier_layers():
+    layers = [torch.ones(3), torch.ones(3), torch.ones(3), torch.ones(3)]
+    assert global_prune_counts(layers, 0.5, allocation="uniform") == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("allocation", ["lamp", "erk", "uniform"])
+@pytest.mark.parametrize("cap", [0.905, 0.92, 0.99])
+def test_every_allocation_keeps_the_caps_and_the_total(allocation, cap):
+    layers = [torch.randn(shape) for shape in ((100, 10), (10, 100, 3, 3), (5,), (300, 300))]
+    sizes = [layer.numel() for layer in layers]
+    counts = global_prune_counts(layers, 0.9, allocation=allocation, max_layer_sparsity=cap)
+    assert sum(counts) == math.floor(0.9 * sum(sizes) + 0.5)
+    assert all(count <= math.floor(cap * n) for count, n in zip(counts, sizes, strict=True))
+
+
+def test_another_allocation_raises():
+    with pytest.raises(ValueError, match=r"allocation must be 'magnitude' or .* got 'random'"):
+        global_prune_counts([torch.ones(3)], 0.5, allocation="random")
+
+
+def allocate_on_rank(rank, ranks):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    layers = [torch.randn(shape) for shape in ((7, 30), (16, 3, 3, 3), (50, 4))]
+    mesh = mesh_of(rank, (ranks,))
+    sharded = [distribute_tensor(layer, mesh, [Shard(0)]) for layer in layers]
+    for allocation in ("magnitude", "erk", "uniform"):
+        found = [
+            global_prune_counts(each, 0.8, allocation=allocation) for each in (layers, sharded)
+        ]
+        assert found[0] == found[1]
+    with pytest.raises(ValueError, match=r"got a weight of shape \(7, 30\) that is sharded"):
+        global_prune_counts(sharded, 0.8, allocation="lamp")
+    return True
+
+
+def test_sharded_weights_get_the_allocation_of_the_global_ones():
+    assert results_on_ranks(allocate_on_rank, 2, 2) == [True, True]

@@ -403,3 +403,34 @@ def test_scalars_are_flat_numbers():
     assert all(isinstance(value, (int, float)) for value in (first | second).values())
     pruner.finalize()
     assert "pdp/threshold/0.weight" not in pruner.report().scalars()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+@pytest.mark.parametrize("allocation", ["lamp", "erk", "uniform"])
+def test_other_allocations_do_not_empty_a_layer_of_small_weights(allocation, pattern):
+    config = PDPConfig(0.75, warmup=0, ramp=4, allocation=allocation, pattern=pattern)
+    pruner = PDPPruner(with_a_small_head(), config)
+    pruner.step(4.0)
+    units = [32, 8] if pattern == "channel" else [512, 256]
+    counts = list(pruner.prune_counts.values())
+    assert sum(counts) == 0.75 * sum(units)
+    assert all(count < size for count, size in zip(counts, units, strict=True))
+    pruner.finalize()
+
+
+def test_an_allocation_without_a_global_budget_raises():
+    with pytest.raises(ValueError, match='allocation must be left out with scope "layer"'):
+        PDPConfig(0.5, scope="layer", allocation="erk")
+
+
+def test_a_state_from_before_a_field_of_the_configuration_loads():
+    pruner = PDPPruner(small_model(), CONFIG)
+    state = pruner.state_dict()
+    del state["config"]["allocation"]
+    pruner.load_state_dict(state)
+    other = PDPPruner(small_model(), PDPConfig(0.8, warmup=0, ramp=4, allocation="erk"))
+    state = other.state_dict()
+    del state["config"]["allocation"]
+    with pytest.raises(ValueError, match="allocation = 'erk', got 'magnitude'"):
+        other.load_state_dict(state)
