@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pdp_kernels.distributed.shards import is_sharded, local_shard
+from pdp_kernels.distributed.shards import is_distributed, is_sharded, local_shard
 from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
 
 
@@ -53,7 +54,8 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
 
     The call sets their entries in the optimizer's state (momentum and the like) to 0 once. From
     then on each step sets their gradients to 0 before it, and the weights to 0 after it. Code that
-    uses a GradScaler or gradient clipping needs no change.
+    uses a GradScaler or gradient clipping needs no change. The quantized state of an 8-bit
+    optimizer stays as it is, which changes no zero.
 
     Args:
         weights: parameters of the optimizer; any may be a DTensor.
@@ -93,9 +95,16 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
             )
     for weight in weights:
         for value in optimizer.state.get(weight, {}).values():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
+            if _is_plain_state(value) and value.shape == weight.shape:
                 local_shard(value).masked_fill_(local_shard(weight) == 0, 0)
     # A shard without zeros may be one of a global weight with zeros.
     if not any(is_sharded(weight) or (weight == 0).any() for weight in weights):
         warnings.warn("freeze_zeros found no zero to keep in the weights", stacklevel=3)
     return FrozenZeros(weights, optimizer)
+
+
+def _is_plain_state(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of numbers: no quantized codes, no subclass that holds them."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return type(value) in (Tensor, nn.Parameter) or is_distributed(value)

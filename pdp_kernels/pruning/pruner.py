@@ -431,8 +431,8 @@ class PDPPruner:
             layers = ", ".join(f"{fraction:.1%} of {name}" for name, fraction in emptied.items())
             warnings.warn(
                 f"the global budget of {self.config.sparsity:.0%} prunes {layers}, whose weights "
-                "are smaller than those of other layers: set max_layer_sparsity (such as 0.98), "
-                'give them a sparsity in overrides, or use scope="layer"',
+                "are smaller than those of other layers: set max_layer_sparsity (such as 0.98) or "
+                'allocation="lamp", or give them a sparsity in overrides',
                 stacklevel=4,  # the caller of step, behind no_grad
             )
         return counts

@@ -101,3 +101,24 @@ def test_bad_arguments_raise():
         freeze_zeros(["weight"], optimizer)
     with pytest.raises(ValueError, match=r"weights\[1\] must be a parameter of the optimizer"):
         freeze_zeros([weight, nn.Parameter(torch.ones(3))], optimizer)
+
+
+class Quantized(torch.Tensor):
+    """A tensor subclass, as torchao's 8-bit optimizers keep as their state."""
+
+
+@pytest.mark.parametrize(
+    "quantized",
+    [lambda w: torch.full(w.shape, 7, dtype=torch.uint8), lambda w: (w + 7).as_subclass(Quantized)],
+)
+def test_a_quantized_state_stays_and_so_do_the_zeros(quantized):
+    weight = torch.nn.Parameter(torch.tensor([0.0, 2.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    state = quantized(weight.detach())
+    optimizer.state[weight]["codes"] = state
+    before = state.as_subclass(torch.Tensor).clone()
+    freeze_zeros([weight], optimizer)
+    assert torch.equal(state.as_subclass(torch.Tensor), before)
+    weight.sum().backward()
+    optimizer.step()
+    assert weight.tolist() == [0.0, 1.5]
