@@ -27,6 +27,7 @@ from pdp_kernels.pruning.semi_structured import (
     check_nm,
     to_semi_structured,
 )
+from pdp_kernels.pruning.sensitivity import SensitivityReport, sensitivity
 
 __all__ = [
     "ChannelReport",
@@ -39,6 +40,7 @@ __all__ = [
     "SAPPruner",
     "SAPRound",
     "SemiStructuredReport",
+    "SensitivityReport",
     "__version__",
     "build_info",
     "channel_norms",
@@ -57,5 +59,6 @@ __all__ = [
     "pdp_thresholds",
     "pq_index",
     "sap_prune_counts",
+    "sensitivity",
     "to_semi_structured",
 ]
