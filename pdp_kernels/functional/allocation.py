@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pdp_kernels.distributed.order_statistics import select_key
 from pdp_kernels.distributed.shards import ShardedList, is_sharded
-from pdp_kernels.functional.validation import check_ratio, check_weights
+from pdp_kernels.functional.validation import check_one_of, check_ratio, check_weights
 from pdp_kernels.ops.reference import magnitude_keys, threshold_dtype
 
 Allocation = Literal["magnitude", "lamp", "erk", "uniform"]
@@ -76,16 +76,10 @@ def global_prune_counts(
     """
     check_weights("weights", weights, one_device=False)
     check_ratio("sparsity", sparsity)
-    check_allocation(allocation)
+    check_one_of("allocation", allocation, get_args(Allocation))
     check_ratio("max_layer_sparsity", max_layer_sparsity)
     shapes = [tuple(weight.shape) for weight in weights]
     return allocate(weights, shapes, sparsity, allocation, max_layer_sparsity)
-
-
-def check_allocation(allocation: str) -> None:
-    if allocation not in get_args(Allocation):
-        accepted = " or ".join(map(repr, get_args(Allocation)))
-        raise ValueError(f"allocation must be {accepted}, got {allocation!r}")
 
 
 def allocate(

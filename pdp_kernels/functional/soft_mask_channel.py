@@ -1,5 +1,6 @@
 """Channel pruning: whole channels are masked, by their norms."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -11,9 +12,10 @@ from pdp_kernels.functional.hard_mask import hard_mask
 from pdp_kernels.functional.soft_mask import autocast_dtype, temperature_of
 from pdp_kernels.functional.threshold import threshold_of
 from pdp_kernels.functional.validation import (
+    NORMS,
     check_dim,
-    check_norm,
     check_one_given,
+    check_one_of,
     check_out_dtype,
     check_plain_weight,
     check_threshold,
@@ -130,7 +132,7 @@ def pdp_mask_channel(
     """
     check_plain_weight("weight", weight)
     check_dim("weight", weight, dim)
-    check_norm(norm)
+    check_one_of("norm", norm, NORMS)
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     temperature, relative = temperature_of(weight, tau, relative_tau)
@@ -174,12 +176,18 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: Norm = "l2") -> Tensor:
     """
     check_weight("weight", weight)
     check_dim("weight", weight, dim)
-    check_norm(norm)
-    weight = weight.detach()
-    dim, rms = dim % weight.dim(), norm == "rms"
-    if is_distributed(weight):
-        return sums.channel_norms([weight], [dim], rms)[0]
-    return torch.ops.pdp.channel_norms(weight, dim, rms)
+    check_one_of("norm", norm, NORMS)
+    return find_norms([weight.detach()], [dim % weight.dim()], norm == "rms")[0]
+
+
+def find_norms(weights: Sequence[Tensor], dims: Sequence[int], rms: bool) -> list[Tensor]:
+    """Return the channel norms of each detached weight, of the global one if it is sharded."""
+    if any(map(is_distributed, weights)):
+        return sums.channel_norms(weights, dims, rms)
+    return [
+        torch.ops.pdp.channel_norms(weight, dim, rms)
+        for weight, dim in zip(weights, dims, strict=True)
+    ]
 
 
 def hard_mask_channel(

@@ -150,9 +150,9 @@ def check_dim(name: str, weight: Tensor, dim: int) -> None:
         raise ValueError(f"dim must be a dimension of {name}, whose shape is {shape}, got {dim}")
 
 
-def check_norm(norm: str) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm must be {' or '.join(map(repr, NORMS))}, got {norm!r}")
+def check_one_of(name: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
 
 
 def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:

@@ -7,13 +7,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from pdp_kernels.functional.allocation import Allocation, check_allocation
+from pdp_kernels.functional.allocation import Allocation
 from pdp_kernels.functional.soft_mask import PAPER_TAU
 from pdp_kernels.functional.soft_mask_channel import Norm
 from pdp_kernels.functional.validation import (
     NORMS,
     check_non_negative,
     check_number,
+    check_one_of,
     check_positive,
     check_ratio,
     check_temperature,
@@ -142,16 +143,16 @@ class PDPConfig:
     def __post_init__(self) -> None:
         for name in ("tau", "relative_tau"):  # a list of two is the pair that it means
             object.__setattr__(self, name, _from_plain(name, getattr(self, name)))
-        _check_one_of("scope", self.scope, get_args(Scope))
-        _check_one_of("ramp_shape", self.ramp_shape, get_args(RampShape))
-        check_allocation(self.allocation)
+        check_one_of("scope", self.scope, get_args(Scope))
+        check_one_of("ramp_shape", self.ramp_shape, get_args(RampShape))
+        check_one_of("allocation", self.allocation, get_args(Allocation))
         if self.scope == "layer" and self.allocation != "magnitude":
             raise ValueError(
                 f'allocation must be left out with scope "layer", which has no global budget, got '
                 f"{self.allocation!r}"
             )
-        _check_one_of("channel_dim", self.channel_dim, get_args(Channels))
-        _check_one_of("channel_norm", self.channel_norm, NORMS)
+        check_one_of("channel_dim", self.channel_dim, get_args(Channels))
+        check_one_of("channel_norm", self.channel_norm, NORMS)
         _check_sparsity(self.sparsity, self.scope, self._parsed("pattern", self.pattern))
         _check_temperatures("", self.tau, self.relative_tau)
         _check_times(self)
@@ -239,6 +240,11 @@ class PDPConfig:
             return self.ramp
         return 1 / (PAPER_EPSILON if self.epsilon is None else self.epsilon)
 
+    @property
+    def ramp_end(self) -> float:
+        """The progress at which the ramp ends."""
+        return self.warmup + self.ramp_epochs
+
     def ramp_at(self, progress: float) -> float:
         """Return the fraction of the sparsity that is asked for at this progress, in [0, 1]."""
         x = _fraction(progress - self.warmup, self.ramp_epochs)
@@ -246,7 +252,7 @@ class PDPConfig:
 
     def reallocates(self, before: float, progress: float) -> bool:
         """Return whether a step from one progress to another allocates a global budget again."""
-        if self.reallocate is None or before >= self.warmup + self.ramp_epochs:
+        if self.reallocate is None or before >= self.ramp_end:
             return False
         # Progress is often a sum of fractions: its rounding must not delay a whole number.
         done, due = (
@@ -331,11 +337,6 @@ def _start_and_end(temperature: Temperature) -> tuple[float, float]:
         start, end = temperature
         return float(start), float(end)
     return float(temperature), float(temperature)
-
-
-def _check_one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
 
 
 def _check_sparsity(sparsity: Any, scope: str, pattern: Pattern) -> None:

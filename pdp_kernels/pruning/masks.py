@@ -22,6 +22,7 @@ from pdp_kernels.distributed.shards import (
     map_shards,
 )
 from pdp_kernels.functional.soft_mask import autocast_dtype, masked_weight
+from pdp_kernels.functional.soft_mask_channel import find_norms
 from pdp_kernels.functional.validation import check_divisible
 from pdp_kernels.ops.autograd import MaskedChannels
 from pdp_kernels.ops.reference import threshold_dtype
@@ -56,6 +57,10 @@ class WeightMask(ABC):
     @abstractmethod
     def kept(self, weight: Tensor) -> Tensor:
         """Return the hard mask of the local shard, bool, of a shape that broadcasts with it."""
+
+    def prune(self, weight: Tensor) -> None:
+        """Set the weights that the hard mask prunes to zero, in place."""
+        local_shard(weight).masked_fill_(~self.kept(weight), 0)
 
     @abstractmethod
     def set_ramp(self, fraction: float) -> None:
@@ -144,7 +149,7 @@ class ChannelMask(SelectedMask):
         return kept.view([-1 if dim == self.dim else 1 for dim in range(weight.dim())])
 
     def _norms(self, weight: Tensor) -> Tensor:
-        return _channel_norms([weight.detach()], [self.dim], self.rms)[0]
+        return find_norms([weight.detach()], [self.dim], self.rms)[0]
 
     def _of_shard(self, weight: Tensor, of_channels: Tensor) -> Tensor:
         """Return the values of the local shard's channels, given those of all channels."""
@@ -214,7 +219,7 @@ def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -
     values = [weight.detach() for weight in weights]
     channels = {index: mask for index, mask in enumerate(masks) if isinstance(mask, ChannelMask)}
     if channels:
-        norms = _channel_norms(
+        norms = find_norms(
             [values[index] for index in channels],
             [mask.dim for mask in channels.values()],
             next(iter(channels.values())).rms,  # one setting for the whole configuration
@@ -222,13 +227,3 @@ def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -
         for index, of_weight in zip(channels, norms, strict=True):
             values[index] = of_weight
     return values
-
-
-def _channel_norms(weights: Sequence[Tensor], dims: Sequence[int], rms: bool) -> list[Tensor]:
-    """Return the channel norms of each detached weight, of the global one if it is sharded."""
-    if any(map(is_distributed, weights)):
-        return sums.channel_norms(weights, dims, rms)
-    return [
-        torch.ops.pdp.channel_norms(weight, dim, rms)
-        for weight, dim in zip(weights, dims, strict=True)
-    ]

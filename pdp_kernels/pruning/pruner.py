@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.distributed.replicas import compare_replicas
-from pdp_kernels.distributed.shards import fsdp_modules, local_shard, reshard
+from pdp_kernels.distributed.shards import fsdp_modules, reshard
 from pdp_kernels.functional.validation import check_non_negative, check_positive
 from pdp_kernels.pruning.budgets import check_budgets, final_counts, nearly_emptied
 from pdp_kernels.pruning.checks import check_layers, check_masks, check_state
@@ -186,11 +186,11 @@ class PDPPruner:
             steps = round(self.progress * steps_per_epoch) + 1
             self.step(steps / steps_per_epoch)
 
-        if epochs is not None and epochs < self._end_of_ramp():
+        if epochs is not None and epochs < self.config.ramp_end:
             warnings.warn(
                 f"a training of {epochs:g} epochs ends before the ramp does, at "
-                f"{self._end_of_ramp():g}, with {self.config.ramp_at(epochs):.0%} of the sparsity: "
-                "PDPConfig.for_epochs fits a schedule to a training",
+                f"{self.config.ramp_end:g}, with {self.config.ramp_at(epochs):.0%} of the "
+                "sparsity: PDPConfig.for_epochs fits a schedule to a training",
                 stacklevel=2,
             )
         self._hook = optimizer.register_step_post_hook(after_step)
@@ -249,16 +249,17 @@ class PDPPruner:
         elif any(mask.weight_loaded for mask in self._masks):
             warnings.warn(
                 "finalize prunes weights that were loaded after the last step. If they are from "
-                f"before progress {self._end_of_ramp():g}, where the ramp ends, they have not "
+                f"before progress {self.config.ramp_end:g}, where the ramp ends, they have not "
                 "learned to do without the others: choose the best checkpoint after the ramp, and "
                 "load the pruner's state_dict with its weights",
                 stacklevel=3,
             )
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
-        self._set_schedule(self._end_of_ramp())
+        self._set_schedule(self.config.ramp_end)
         for model, targets in models:
-            self._prune([target.weight for target in targets])
+            for target, mask in zip(targets, self._masks, strict=True):
+                mask.prune(target.weight)
             unmask_model(model)
         self._followers.clear()
         if self._hook is not None:
@@ -287,8 +288,8 @@ class PDPPruner:
             )
         copies: dict[int, Any] = {}
         model = copy.deepcopy(self.model, copies)
-        weights = [copies[id(target.weight)] for target in self._targets]
-        self._prune(weights)
+        for target, mask in zip(self._targets, self._masks, strict=True):
+            mask.prune(copies[id(target.weight)])
         unmask_model(model)
         return model
 
@@ -441,14 +442,6 @@ class PDPPruner:
         """Set the prune counts and temperatures of this progress. The thresholds stay."""
         self.progress = progress
         self._tables.set_schedule(self.config, progress, self.prune_counts)
-
-    def _prune(self, weights: list[Tensor]) -> None:
-        """Set what the hard masks prune to zero, in the model's weights or a copy's."""
-        for weight, mask in zip(weights, self._masks, strict=True):
-            local_shard(weight).masked_fill_(~mask.kept(weight), 0)
-
-    def _end_of_ramp(self) -> float:
-        return self.config.warmup + self.config.ramp_epochs
 
     def _forget_loads(self) -> None:
         for mask in self._masks:

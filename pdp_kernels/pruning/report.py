@@ -9,6 +9,7 @@ from torch import Tensor
 from pdp_kernels.distributed.shards import ShardedList, local_shard
 from pdp_kernels.pruning.budgets import NEARLY_ALL
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask
+from pdp_kernels.pruning.plots import new_figure
 from pdp_kernels.pruning.targets import Target
 
 SOFT_ZONE = (0.1, 0.9)
@@ -159,13 +160,7 @@ class PruningReport(NamedTuple):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "PruningReport.plot needs matplotlib: pip install matplotlib"
-            ) from error
-        figure = Figure(figsize=(13, 3.8), layout="constrained")
+        figure = new_figure("PruningReport.plot", 13, 3.8)
         by_layer, histogram, over_time = figure.subplots(1, 3)
         by_layer.barh(
             [layer.name for layer in self.layers], [layer.sparsity for layer in self.layers]

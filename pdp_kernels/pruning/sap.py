@@ -20,6 +20,7 @@ from pdp_kernels.functional.validation import (
 )
 from pdp_kernels.pruning.layers import layer_weights
 from pdp_kernels.pruning.optimizers import torch_optimizer
+from pdp_kernels.pruning.plots import new_figure
 
 
 class SAPRound(NamedTuple):
@@ -268,10 +269,6 @@ class SAPPruner:
         """
         if not self.history:
             raise ValueError("history must hold at least one round to plot, got none: call step")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("SAPPruner.plot needs matplotlib: pip install matplotlib") from error
         rounds = [done.round for done in self.history]
         curves: dict[str, Sequence[float | None]] = {
             "PQ Index": [done.pq_index for done in self.history],
@@ -280,7 +277,7 @@ class SAPPruner:
         }
         if all(accuracy is None for accuracy in curves["accuracy"]):
             del curves["accuracy"]
-        figure = Figure(figsize=(4 * len(curves), 3.5), layout="constrained")
+        figure = new_figure("SAPPruner.plot", 4 * len(curves), 3.5)
         for axes, (label, values) in zip(
             figure.subplots(1, len(curves)), curves.items(), strict=True
         ):

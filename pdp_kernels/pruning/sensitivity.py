@@ -10,10 +10,10 @@ from torch import nn
 
 from pdp_kernels.distributed.shards import local_shard, reshard
 from pdp_kernels.functional.validation import check_ratio
-from pdp_kernels.ops.reference import threshold_dtype
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import MaskedLayer
 from pdp_kernels.pruning.masks import SelectedMask
+from pdp_kernels.pruning.plots import new_figure
 from pdp_kernels.pruning.targets import Target, find_targets
 
 
@@ -53,13 +53,7 @@ class SensitivityReport(NamedTuple):
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "SensitivityReport.plot needs matplotlib: pip install matplotlib"
-            ) from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure("SensitivityReport.plot", 7, 4.5)
         axes = figure.subplots()
         for name, values in self.values.items():
             axes.plot(self.sparsities, values, "o-", label=name)
@@ -144,11 +138,10 @@ def _value(
     mask = target.new_mask()
     assert isinstance(mask, SelectedMask)  # a pattern of any sparsity has a threshold
     count = math.floor(sparsity * target.units + 0.5)
-    threshold = torch.zeros((), dtype=threshold_dtype([weight]), device=weight.device)
-    mask.hold(threshold, torch.tensor([count], device=weight.device))
+    mask.prune_count = torch.tensor([count], device=weight.device)
     before = local_shard(weight).clone()
     try:
-        local_shard(weight).masked_fill_(~mask.kept(weight), 0)
+        mask.prune(weight)
         return float(evaluate(model))
     finally:
         reshard(model)
