@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner, hard_mask, hard_mask_channel, sensitivity
-
-
-def small_model():
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+from tests.support.models import small_model
 
 
 def zeros(model):

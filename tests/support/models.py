@@ -1,10 +1,13 @@
-"""A small model, and how the tests of pruners train it."""
+"""Small models, and how the tests of pruners train it."""
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from pdp_kernels import PDPConfig
+
 AT_ONCE = {"warmup": 0, "ramp": 0}
+CONFIG = PDPConfig(sparsity=0.8, scope="layer", warmup=0, ramp=4)
 
 
 def mlp(dtype=torch.float32, device="cpu"):
@@ -34,3 +37,21 @@ def train(model, pruner, progresses, optimizer=None, seed=1):
         optimizer.step()
         optimizer.zero_grad()
         pruner.step(progress)
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def train_to_the_end(pruner):
+    """Train the pruner's model, step by step, and return the fraction of zeros in its weights."""
+    model = pruner.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(8):
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step((step + 1) / 2)
+    pruner.finalize()
+    weights = [model[0].weight, model[2].weight]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(w.numel() for w in weights)

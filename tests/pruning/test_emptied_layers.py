@@ -1,0 +1,58 @@
+"""A layer that a global budget empties is named, and other allocations keep it."""
+
+import warnings
+
+import pytest
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner
+from tests.support.models import small_model
+
+
+def with_a_small_head(std=0.001):
+    model = small_model()
+    nn.init.normal_(model[2].weight, std=std)
+    return model
+
+
+def test_a_layer_that_a_global_budget_empties_is_named_once():
+    config = PDPConfig(0.8, warmup=1, ramp=4, reallocate=1)
+    pruner = PDPPruner(with_a_small_head(), config)
+    with pytest.warns(UserWarning, match=r"budget of 80% prunes 100\.0% of 2\.weight, whose"):
+        pruner.step(1.0)
+    with warnings.catch_warnings(action="error"):
+        pruner.step(2.0)  # allocates again
+    pruner.step(5.0)
+    assert "more than 99% pruned: 2.weight" in str(pruner.report())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options",
+    [{"max_layer_sparsity": 0.98}, {"scope": "layer"}, {"overrides": {"2": {"sparsity": 0.5}}}],
+)
+def test_what_the_warning_proposes_keeps_the_layer(options):
+    pruner = PDPPruner(with_a_small_head(), PDPConfig(0.8, warmup=0, ramp=4, **options))
+    pruner.step(4.0)
+    pruner.finalize()
+    assert (pruner.model[2].weight != 0).any()
+    assert "more than" not in str(pruner.report())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+@pytest.mark.parametrize("allocation", ["lamp", "erk", "uniform"])
+def test_other_allocations_do_not_empty_a_layer_of_small_weights(allocation, pattern):
+    config = PDPConfig(0.75, warmup=0, ramp=4, allocation=allocation, pattern=pattern)
+    pruner = PDPPruner(with_a_small_head(), config)
+    pruner.step(4.0)
+    units = [32, 8] if pattern == "channel" else [512, 256]
+    counts = list(pruner.prune_counts.values())
+    assert sum(counts) == 0.75 * sum(units)
+    assert all(count < size for count, size in zip(counts, units, strict=True))
+    pruner.finalize()
+
+
+def test_an_allocation_without_a_global_budget_raises():
+    with pytest.raises(ValueError, match='allocation must be left out with scope "layer"'):
+        PDPConfig(0.5, scope="layer", allocation="erk")

@@ -1,0 +1,153 @@
+"""Copies and checkpoints of a pruner and its model hold what they should."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner
+from tests.support.models import CONFIG, small_model, train_to_the_end
+from tests.support.ranks import results_on_ranks
+from tests.support.sharded_training import mesh_of
+
+
+def pickled(pruner):
+    return pickle.loads(pickle.dumps(pruner))
+
+
+def saved(pruner):
+    buffer = io.BytesIO()
+    torch.save(pruner, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy, saved])
+def test_a_copied_pruner_prunes_its_own_model(copied, pattern):
+    pruner = PDPPruner(small_model(), PDPConfig(0.75, warmup=0, ramp=4, pattern=pattern))
+    pruner.step(1.0)
+    other = copied(pruner)
+    outputs = [each.model.eval()(torch.ones(16)) for each in (pruner, other)]
+    assert torch.equal(*outputs)  # the thresholds of before, until its next step
+    for name, threshold in pruner.state_dict()["thresholds"].items():
+        assert torch.equal(other.state_dict()["thresholds"][name], threshold)
+    sparsities = []
+    for each in (other, pruner):  # the first must not change the second
+        torch.manual_seed(1)
+        each.model.train()
+        sparsities.append(train_to_the_end(each))
+    assert sparsities[0] == sparsities[1] > 0.7
+    assert torch.equal(other.model[0].weight, pruner.model[0].weight)
+
+
+def loading_run():
+    """Return a pruner at the end of its schedule, and the checkpoint of an early step."""
+    pruner = PDPPruner(small_model(), CONFIG)
+    pruner.step(1.0)
+    early = copy.deepcopy((pruner.model.state_dict(), pruner.state_dict()))
+    pruner.step(4.0)
+    return pruner, *early
+
+
+def test_finalizing_an_early_checkpoint_warns():
+    pruner, weights, _ = loading_run()
+    pruner.model.load_state_dict(weights)
+    with pytest.warns(UserWarning, match="loaded after the last step.*before progress 4"):
+        pruner.finalize()
+
+
+def test_finalizing_an_early_checkpoint_with_its_pruner_warns_of_the_schedule():
+    pruner, weights, state = loading_run()
+    pruner.model.load_state_dict(weights)
+    pruner.load_state_dict(state)
+    with pytest.warns(UserWarning, match="at progress 1 with .* of the sparsity reached"):
+        pruner.finalize()
+
+
+@pytest.mark.filterwarnings("error")
+def test_finalizing_a_resumed_training_is_silent():
+    pruner, _, state = loading_run()
+    end = pruner.state_dict()
+    pruner.model.load_state_dict(copy.deepcopy(pruner.model.state_dict()))
+    pruner.load_state_dict(end)
+    pruner.finalize()
+    pruner, weights, state = loading_run()
+    pruner.model.load_state_dict(weights)
+    pruner.load_state_dict(state)
+    pruner.step(4.0)  # trains on
+    pruner.finalize()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
+def test_a_pruned_copy_is_plain_and_computes_what_the_model_evaluates(pattern):
+    sparsity = None if pattern == "2:4" else 0.75
+    pruner = PDPPruner(small_model(), PDPConfig(sparsity, warmup=0, ramp=4, pattern=pattern))
+    pruner.step(2.0)
+    before = copy.deepcopy(pruner.model.state_dict())
+    pruned = pruner.pruned_copy()
+    inputs = torch.randn(4, 16)
+    assert torch.equal(pruned(inputs), pruner.model.eval()(inputs))
+    assert [type(layer) for layer in pruned] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert (pruned[0].weight == 0).any()
+    for name, value in pruner.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    pruner.step(4.0)
+    pruner.finalize()
+
+
+def test_a_pruned_copy_exports_without_operators_of_this_package():
+    pruner = PDPPruner(small_model(), CONFIG)
+    pruner.step(2.0)
+    exported = torch.export.export(pruner.pruned_copy().eval(), (torch.randn(4, 16),))
+    assert "pdp" not in str(exported.graph)
+
+
+def copy_under_fsdp(rank, ranks):
+    from torch.distributed.fsdp import fully_shard
+
+    model = small_model()
+    fully_shard(model, mesh=mesh_of(rank, (ranks,)))
+    pruner = PDPPruner(model, CONFIG)
+    with pytest.raises(RuntimeError, match="one under fully_shard is none"):
+        pruner.pruned_copy()
+    pruner.step(4.0)
+    return True
+
+
+def test_a_pruned_copy_under_fsdp_is_refused():
+    assert results_on_ranks(copy_under_fsdp, 2, 2) == [True, True]
+
+
+def test_a_training_is_extended_with_a_new_schedule():
+    short = PDPPruner(small_model(), PDPConfig.for_epochs(0.8, epochs=10))
+    short.step(5.0)
+    model = small_model()
+    model.load_state_dict(short.model.state_dict())
+    long = PDPPruner(model, PDPConfig.for_epochs(0.8, epochs=20))
+    with pytest.raises(ValueError, match="new_schedule=True goes on with this pruner's schedule"):
+        long.load_state_dict(short.state_dict())
+    long.load_state_dict(short.state_dict(), new_schedule=True)
+    assert long.progress == 5.0 and long.prune_counts == short.prune_counts
+    thresholds = [each.state_dict()["thresholds"]["0.weight"] for each in (long, short)]
+    assert torch.equal(*thresholds)
+    long.step(20.0)
+    long.finalize()
+    with pytest.raises(ValueError, match=r"configuration with sparsity = 0\.9, got 0\.8$"):
+        other = PDPPruner(small_model(), PDPConfig.for_epochs(0.9, epochs=10))
+        other.load_state_dict(short.state_dict(), new_schedule=True)
+
+
+def test_a_state_from_before_a_field_of_the_configuration_loads():
+    pruner = PDPPruner(small_model(), CONFIG)
+    state = pruner.state_dict()
+    del state["config"]["allocation"]
+    pruner.load_state_dict(state)
+    other = PDPPruner(small_model(), PDPConfig(0.8, warmup=0, ramp=4, allocation="erk"))
+    state = other.state_dict()
+    del state["config"]["allocation"]
+    with pytest.raises(ValueError, match="allocation = 'erk', got 'magnitude'"):
+        other.load_state_dict(state)
