@@ -31,18 +31,18 @@ CPU_TESTS := tests/test_installation.py tests/functional/test_threshold.py \
 test: CHOSEN := not slow
 test-full: CHOSEN := slow or not slow
 test test-full: export OMP_NUM_THREADS = 1
-test test-full: $(VENV)/built $(CPU_VENV)/tools
+test test-full: $(VENV)/built $(VENV)/stacks $(CPU_VENV)/tools
 	PYTHONPATH=. $(CPU_VENV)/bin/python $(PYTEST) -q $(CPU_TESTS) \
 		-m "($(CHOSEN)) and not gpu and not installed"
 	$(VENV)/bin/python $(PYTEST) -m "$(CHOSEN)"
 
 coverage: export OMP_NUM_THREADS = 1
-coverage: $(VENV)/built
+coverage: $(VENV)/built $(VENV)/stacks
 	$(VENV)/bin/python $(PYTEST) -m "not slow" --cov --cov-report term-missing:skip-covered
 
 # pyright follows no editable install: it verifies the Python files that a wheel would hold.
 TYPED := build/typed
-lint: $(VENV)/tools
+lint: $(VENV)/stacks
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
@@ -65,6 +65,11 @@ $(VENV)/tools: pyproject.toml Makefile
 	$(VENV)/bin/pip install --quiet --upgrade "pip>=25.1"
 	$(VENV)/bin/pip install --quiet "$(TORCH)" --group build --group test --group bench --group studies \
 		--group lint
+	touch $@
+
+# Beside the same torch, which another release of a library might replace.
+$(VENV)/stacks: $(VENV)/tools
+	$(VENV)/bin/pip install --quiet "$(TORCH)" --group test --group stacks
 	touch $@
 
 $(VENV)/built: $(VENV)/tools $(SOURCES)

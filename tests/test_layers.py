@@ -1,4 +1,4 @@
-"""The package has layers: ops, distributed, functional, pruning. Each imports only those below."""
+"""The package has layers, from ops to integrations. Each imports only those below."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -14,6 +14,7 @@ BELOW = {
     "distributed": {"ops"},
     "functional": {"ops", "distributed"},
     "pruning": {"ops", "distributed", "functional"},
+    "integrations": {"ops", "distributed", "functional", "pruning"},
 }
 OUTSIDE = {"benchmarks", "examples", "instruments", "studies", "tests", "triton_kernels"}
 
@@ -80,3 +81,10 @@ def test_private_names_are_not_imported():
         if found in TREES and name and name.startswith("_") and not name.startswith("__")
     }
     assert not private
+
+
+def test_the_package_does_not_import_its_integrations():
+    others = {module for module in TREES if layer(module) != "integrations"}
+    assert not [
+        m for m in others if any(layer(f) == "integrations" for f in IMPORTS[m] & TREES.keys())
+    ]

@@ -1,0 +1,1 @@
+"""Training libraries: each module needs its library, and the package imports none of them."""
