@@ -3,9 +3,10 @@
     python -m studies.grid methods --network mlp --data-dir DIR --workers 2 --out OUT
     python -m studies.grid tau --data-dir DIR --workers 2 --out OUT
     python -m studies.grid nm --data-dir DIR --workers 2 --out OUT
+    python -m studies.grid allocation --network mlp-small-head --data-dir DIR --out OUT
 
 methods: every method at every sparsity. tau: PDP's temperatures and ramps. nm: methods for N:M
-patterns. Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, so the same
+patterns. allocation: how PDP's layers share the budget. Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, so the same
 command continues where it was stopped. All rows together make OUT/<study>.md and OUT/<study>.png.
 """
 
@@ -103,7 +104,23 @@ def tau_settings() -> list[Setting]:
     return settings + [Setting(name, "pdp", options) for name, options in others.items()]
 
 
-STUDIES = {"methods": method_settings, "tau": tau_settings, "nm": nm_settings}
+def allocation_settings() -> list[Setting]:
+    """Return how the layers share a budget: by one threshold with or without a cap, or not."""
+    settings = {
+        "dense": ("dense", {}),
+        "magnitude without a cap": ("pdp", {"max_layer_sparsity": 1.0}),
+        "magnitude": ("pdp", {}),
+        **{name: ("pdp", {"allocation": name}) for name in ("lamp", "erk", "uniform")},
+    }
+    return [Setting(name, *setting) for name, setting in settings.items()]
+
+
+STUDIES = {
+    "methods": method_settings,
+    "tau": tau_settings,
+    "nm": nm_settings,
+    "allocation": allocation_settings,
+}
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -225,7 +242,8 @@ def main() -> None:
     order = {job.key: number for number, job in enumerate(jobs)}
     rows = sorted((row for row in read_rows(path) if row.key in order), key=lambda r: order[r.key])
     write_table(rows, path.with_suffix(".md"), shown_command())
-    plot = plot_by_sparsity if arguments.study == "methods" else plot_by_setting
+    by_sparsity = arguments.study in ("methods", "allocation")
+    plot = plot_by_sparsity if by_sparsity else plot_by_setting
     plot(rows, path.with_suffix(".png"))
     print(path.with_suffix(".md").read_text(), end="")
 

@@ -19,6 +19,15 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def with_small_head(network: nn.Sequential) -> nn.Sequential:
+    """Return the network with a new last layer of small weights, as fine-tuning starts with."""
+    head = network[-1]
+    assert isinstance(head, nn.Linear)
+    nn.init.normal_(head.weight, std=0.005)
+    nn.init.zeros_(head.bias)
+    return network
+
+
 def lenet(channels: int, size: int) -> nn.Sequential:
     """Return LeNet-5 for images of size x size, with the widths that pruning papers use.
 

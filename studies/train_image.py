@@ -21,17 +21,21 @@ from torch.nn.functional import pad
 from studies import data
 from studies.command_line import add_common_arguments, run
 from studies.data import Images
-from studies.networks import lenet, mlp, resnet20
+from studies.networks import lenet, mlp, resnet20, with_small_head
 from studies.training import Recipe
 
 # By name, for a number of channels and a size of images.
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda channels, size: mlp(channels * size * size, 300, 100, 10),
+    "mlp-small-head": lambda channels, size: with_small_head(
+        mlp(channels * size * size, 300, 100, 10)
+    ),
     "lenet": lenet,
     "resnet20": lambda channels, size: resnet20(channels),
 }
 RECIPES = {
     "mlp": Recipe(epochs=20, batch=128, lr=0.1, weight_decay=5e-4),
+    "mlp-small-head": Recipe(epochs=20, batch=128, lr=0.1, weight_decay=5e-4),
     "lenet": Recipe(epochs=20, batch=128, lr=0.05, weight_decay=5e-4),
     "resnet20": Recipe(epochs=100, batch=128, lr=0.1, weight_decay=5e-4, nesterov=True),
 }
@@ -95,7 +99,7 @@ def load_images(network: str, folder: Path | None) -> Images:
     """Return the normalized data set of a network; without a folder, the digits."""
     if folder is None:
         images = data.digits()
-        if network != "mlp":  # LeNet's convolutions need 16 pixels
+        if not network.startswith("mlp"):  # LeNet's convolutions need 16 pixels
             images = images._replace(
                 train_inputs=enlarged(images.train_inputs), test_inputs=enlarged(images.test_inputs)
             )

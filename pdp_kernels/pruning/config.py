@@ -98,7 +98,9 @@ class PDPConfig:
             threshold), "lamp", "erk" or "uniform", as in `global_prune_counts`. Only "magnitude"
             depends on the scale of the layers.
         max_layer_sparsity: the largest fraction of a layer that a global budget may prune. The
-            other layers prune the rest, so that the total stays.
+            other layers prune the rest, so that the total stays. By default each layer keeps at
+            least a tenth of the average density, 1 - (1 - sparsity) / 10; layers too small for
+            that have no cap. 1.0 lets a budget empty a layer, as the paper does.
         channel_dim: which channels the pattern "channel" prunes, "output" or "input". Batch norm
             rescales masked outputs: before one, prune the inputs of the next layer instead.
         channel_norm: "rms" (comparable between layers) or "l2", as in `pdp_mask_channel`.
@@ -133,7 +135,7 @@ class PDPConfig:
     ramp_shape: RampShape = "cubic"
     reallocate: float | None = None
     allocation: Allocation = "magnitude"
-    max_layer_sparsity: float = 1.0
+    max_layer_sparsity: float | None = None
     channel_dim: Channels = "output"
     channel_norm: Norm = "rms"
     include: Sequence[str | type] | None = None
@@ -156,7 +158,8 @@ class PDPConfig:
         _check_sparsity(self.sparsity, self.scope, self._parsed("pattern", self.pattern))
         _check_temperatures("", self.tau, self.relative_tau)
         _check_times(self)
-        check_ratio("max_layer_sparsity", self.max_layer_sparsity)
+        if self.max_layer_sparsity is not None:
+            check_ratio("max_layer_sparsity", self.max_layer_sparsity)
         if self.include is not None:
             _check_entries("include", self.include)
         _check_entries("exclude", self.exclude)
@@ -164,7 +167,7 @@ class PDPConfig:
 
     @classmethod
     def paper(cls, sparsity: float, **changes: Any) -> "PDPConfig":
-        """Return the paper's setting: tau = 1e-4, linear ramp, s = 16, epsilon = 0.015, global.
+        """Return the paper's setting: tau = 1e-4, linear ramp, s = 16, epsilon = 0.015, no cap.
 
         Args:
             sparsity: the fraction to prune, in [0, 1].
@@ -174,7 +177,12 @@ class PDPConfig:
             TypeError: as `PDPConfig`.
             ValueError: as `PDPConfig`.
         """
-        values: dict[str, Any] = {"sparsity": sparsity, "tau": PAPER_TAU, "ramp_shape": "linear"}
+        values: dict[str, Any] = {
+            "sparsity": sparsity,
+            "tau": PAPER_TAU,
+            "ramp_shape": "linear",
+            "max_layer_sparsity": 1.0,
+        }
         return cls(**(values | changes))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A layer that a global budget empties is named, and other allocations keep it."""
+"""A global budget empties no layer unless asked, and then names it."""
 
 import warnings
 
@@ -15,8 +15,33 @@ def with_a_small_head(std=0.001):
     return model
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sparsity, kept", [(0.5, 13), (0.8, 6), (0.9, 3)])
+def test_by_default_each_layer_keeps_a_tenth_of_the_average_density(sparsity, kept):
+    pruner = PDPPruner(with_a_small_head(), PDPConfig(sparsity, warmup=0, ramp=4))
+    pruner.step(4.0)
+    assert pruner.prune_counts == {
+        "0.weight": round(sparsity * 768) - 256 + kept,
+        "2.weight": 256 - kept,  # ceil((1 - sparsity) / 10 * 256) are kept
+    }
+    pruner.finalize()
+    assert int((pruner.model[2].weight != 0).sum()) == kept
+
+
+def test_layers_too_small_for_the_default_cap_have_none():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    nn.init.normal_(model[0].weight, std=0.001)
+    pruner = PDPPruner(model, PDPConfig(0.875, warmup=1, ramp=1))
+    with pytest.warns(UserWarning, match=r"prunes 100\.0% of 0\.weight"):
+        pruner.step(1.0)  # floor(0.9875 * 4) of each layer do not make 7
+
+
+def test_the_paper_s_setting_has_no_cap():
+    assert PDPConfig.paper(0.8).max_layer_sparsity == 1.0
+
+
 def test_a_layer_that_a_global_budget_empties_is_named_once():
-    config = PDPConfig(0.8, warmup=1, ramp=4, reallocate=1)
+    config = PDPConfig(0.8, warmup=1, ramp=4, reallocate=1, max_layer_sparsity=1.0)
     pruner = PDPPruner(with_a_small_head(), config)
     with pytest.warns(UserWarning, match=r"budget of 80% prunes 100\.0% of 2\.weight, whose"):
         pruner.step(1.0)
