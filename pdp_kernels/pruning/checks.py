@@ -1,5 +1,6 @@
-"""Checks of a pruner: whether its model and its state are still those that it was made for."""
+"""Checks of a pruner: whether its model, state and schedule fit what it is used for."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -72,4 +73,15 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence
         raise ValueError(
             f"state_dict must have thresholds of {list(own['thresholds'])}, "
             f"got {list(state['thresholds'])}"
+        )
+
+
+def check_length(config: PDPConfig, epochs: float, stacklevel: int) -> None:
+    """Warn if a training of this many epochs ends before the ramp does."""
+    if epochs < config.ramp_end:
+        warnings.warn(
+            f"a training of {epochs:g} epochs ends before the ramp does, at {config.ramp_end:g}, "
+            f"with {config.ramp_at(epochs):.0%} of the sparsity: PDPConfig.for_epochs fits a "
+            "schedule to a training",
+            stacklevel=stacklevel + 1,
         )

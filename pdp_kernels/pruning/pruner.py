@@ -15,7 +15,7 @@ from pdp_kernels.distributed.replicas import compare_replicas
 from pdp_kernels.distributed.shards import fsdp_modules, reshard
 from pdp_kernels.functional.validation import check_non_negative, check_positive
 from pdp_kernels.pruning.budgets import check_budgets, final_counts, nearly_emptied
-from pdp_kernels.pruning.checks import check_layers, check_masks, check_state
+from pdp_kernels.pruning.checks import check_layers, check_length, check_masks, check_state
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
@@ -186,13 +186,8 @@ class PDPPruner:
             steps = round(self.progress * steps_per_epoch) + 1
             self.step(steps / steps_per_epoch)
 
-        if epochs is not None and epochs < self.config.ramp_end:
-            warnings.warn(
-                f"a training of {epochs:g} epochs ends before the ramp does, at "
-                f"{self.config.ramp_end:g}, with {self.config.ramp_at(epochs):.0%} of the "
-                "sparsity: PDPConfig.for_epochs fits a schedule to a training",
-                stacklevel=2,
-            )
+        if epochs is not None:
+            check_length(self.config, epochs, stacklevel=2)
         self._hook = optimizer.register_step_post_hook(after_step)
         return self._hook
 
