@@ -34,13 +34,12 @@ def parse_config(config: PDPConfig | Mapping[str, Any] | float) -> PDPConfig | f
     return float(config)
 
 
-def fit_config(config: PDPConfig | float, epochs: float | None, stacklevel: int) -> PDPConfig:
+def fit_config(config: PDPConfig | float, epochs: float | None) -> PDPConfig:
     """Return the configuration for a training of this many epochs.
 
     Args:
         config: as `parse_config` returns it. A sparsity alone means `PDPConfig.for_epochs`.
         epochs: the length of the training; None if it is not known.
-        stacklevel: of the warning, counted from the caller.
 
     Warns:
         UserWarning: the training is known to end before the ramp does.
@@ -50,7 +49,7 @@ def fit_config(config: PDPConfig | float, epochs: float | None, stacklevel: int)
     """
     if isinstance(config, PDPConfig):
         if epochs is not None:
-            check_length(config, epochs, stacklevel + 1)
+            check_length(config, epochs, stacklevel=2)
         return config
     if epochs is None:
         raise ValueError(
@@ -60,13 +59,12 @@ def fit_config(config: PDPConfig | float, epochs: float | None, stacklevel: int)
     return PDPConfig.for_epochs(config, epochs)
 
 
-def resume(pruner: PDPPruner, state_dict: Mapping[str, Any], stacklevel: int) -> None:
+def resume(pruner: PDPPruner, state_dict: Mapping[str, Any]) -> None:
     """Load a pruner's state. Another schedule than the state's goes on from where that was.
 
     Args:
         pruner: the pruner of the training that goes on.
         state_dict: the state that a checkpoint holds.
-        stacklevel: of the warning, counted from the caller.
 
     Warns:
         UserWarning: the schedule is not that of the state, as where a training is extended.
@@ -82,5 +80,5 @@ def resume(pruner: PDPPruner, state_dict: Mapping[str, Any], stacklevel: int) ->
         warnings.warn(
             f"pruning goes on from progress {pruner.progress:g} with another schedule than that of "
             f"the checkpoint: {changes}",
-            stacklevel=stacklevel + 1,
+            stacklevel=2,
         )
