@@ -261,6 +261,11 @@ class PDPPruner:
             self._hook.remove()
         self._finalized = True
 
+    @property
+    def finalized(self) -> bool:
+        """Whether `finalize` has pruned the model and taken the masks off."""
+        return self._finalized
+
     @torch.no_grad()
     def pruned_copy(self) -> nn.Module:
         """Return a plain copy of the model, pruned to the current sparsity of the schedule.

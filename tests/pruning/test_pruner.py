@@ -331,7 +331,9 @@ def test_after_finalize_nothing_is_left_behind():
     parameters = list(model.parameters())
     pruner = PDPPruner(model, PDPConfig(0.9, **AT_ONCE))
     assert [type(layer) for layer in model.modules()] != classes
+    assert not pruner.finalized
     pruner.finalize()
+    assert pruner.finalized
     assert [type(layer) for layer in model.modules()] == classes
     assert {name: set(vars(layer)) for name, layer in model.named_modules()} == plain
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
