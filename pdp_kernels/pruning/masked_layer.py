@@ -16,6 +16,12 @@ from pdp_kernels.distributed.shards import is_distributed, map_shards
 from pdp_kernels.pruning.layers import layers_read, not_a_parameter, parameter_of
 from pdp_kernels.pruning.masks import WeightMask
 
+DATA_PARALLEL = (
+    "torch.nn.DataParallel cannot run layers that PDPPruner masks, as its replicas would share one "
+    "masked weight: use DistributedDataParallel (torchrun), or one GPU "
+    "(CUDA_VISIBLE_DEVICES=0)"
+)
+
 
 class MaskedLayer(nn.Module):
     """The first base of a masked layer's class, which `mask_model` makes.
@@ -57,11 +63,7 @@ class MaskedLayer(nn.Module):
             mask.weight_loaded |= f"{prefix}{name}" in state_dict
 
     def _replicate_for_data_parallel(self) -> "MaskedLayer":
-        raise RuntimeError(
-            "torch.nn.DataParallel cannot run layers that PDPPruner masks, as its replicas would "
-            "share one masked weight: use DistributedDataParallel, or one GPU "
-            "(CUDA_VISIBLE_DEVICES=0)"
-        )
+        raise RuntimeError(DATA_PARALLEL)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class exists at run time only, so a pickle names the class that it was made from.
