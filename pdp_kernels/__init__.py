@@ -18,6 +18,7 @@ from pdp_kernels.functional.threshold import pdp_threshold, pdp_thresholds
 from pdp_kernels.pruning.channel_report import ChannelReport, channel_report
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
+from pdp_kernels.pruning.one_shot import prune_one_shot
 from pdp_kernels.pruning.pruner import PDPPruner
 from pdp_kernels.pruning.report import LayerReport, PruningReport
 from pdp_kernels.pruning.sap import SAPPruner, SAPRound
@@ -58,6 +59,7 @@ __all__ = [
     "pdp_threshold",
     "pdp_thresholds",
     "pq_index",
+    "prune_one_shot",
     "sap_prune_counts",
     "sensitivity",
     "to_semi_structured",

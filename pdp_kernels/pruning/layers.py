@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+ATTENTION_INPUTS = ("query", "key", "value")  # of torch.nn.MultiheadAttention, in this order
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

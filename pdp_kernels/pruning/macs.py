@@ -1,7 +1,6 @@
 """Multiply-accumulates of one inference, for the model and for each pruned weight."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +8,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pdp_kernels.pruning.evaluation import evaluated, run_model
+from pdp_kernels.pruning.layers import ATTENTION_INPUTS
 from pdp_kernels.pruning.targets import Holder, Target
-
-_ATTENTION_INPUTS = ("query", "key", "value")
 
 
 @torch.no_grad()
@@ -23,8 +22,6 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
     a target; a weight that several layers use counts in each of them.
     """
     counts = [0] * len(targets)
-    modes = {layer: layer.training for layer in model.modules()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     handles = []
 
     def count_calls(index: int, holder: Holder) -> None:
@@ -39,27 +36,14 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
         for index, target in enumerate(targets):
             for holder in target.holders:
                 count_calls(index, holder)
-        model.eval()
-        # The fused attention does not call its layers, and FlopCounterMode misses its kernels.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
-            _run(model, inputs)
+        # FlopCounterMode misses the kernels of fused attention.
+        flops = FlopCounterMode(display=False)
+        with evaluated(model), sdpa_kernel(SDPBackend.MATH), flops:
+            run_model(model, inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for handle in handles:
             handle.remove()
-        for layer, training in modes.items():
-            layer.training = training
     return flops.get_total_flops() // 2, counts
-
-
-def _run(model: nn.Module, inputs: Any) -> None:
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    elif isinstance(inputs, tuple):
-        model(*inputs)
-    else:
-        model(inputs)
 
 
 def _uses_of_each_element(
@@ -68,8 +52,8 @@ def _uses_of_each_element(
     """Return the number of products that use one element of the weight, in one layer call."""
     layer, name = holder.layer, holder.slot.name
     if holder.attention is not None or isinstance(layer, nn.MultiheadAttention):
-        arguments = dict(zip(_ATTENTION_INPUTS, args, strict=False)) | kwargs
-        query, key, value = (_vectors(arguments[name]) for name in _ATTENTION_INPUTS)
+        arguments = dict(zip(ATTENTION_INPUTS, args, strict=False)) | kwargs
+        query, key, value = (_vectors(arguments[name]) for name in ATTENTION_INPUTS)
         by_name = {"k_proj_weight": key, "v_proj_weight": value}
         # The joint projection multiplies a third of its rows with each of them.
         return (query + key + value) / 3 if name == "in_proj_weight" else by_name.get(name, query)

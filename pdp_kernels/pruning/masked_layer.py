@@ -99,6 +99,19 @@ def unmask_model(model: nn.Module) -> None:
             del layer.pdp_masks, layer.pdp_shown
 
 
+def check_unmasked(model: nn.Module, advice: str) -> None:
+    """Raise a ValueError, which ends with this advice, if a layer of the model is masked."""
+    masked = [
+        name or type(layer).__name__
+        for name, layer in model.named_modules()
+        if isinstance(layer, MaskedLayer)
+    ]
+    if masked:
+        raise ValueError(
+            f"model must not have the masks of a pruner, got them on {', '.join(masked)}: {advice}"
+        )
+
+
 @functools.cache
 def original_class(cls: type) -> type:
     """Return the class that a layer of this class had before it was masked.

@@ -11,7 +11,7 @@ from torch import nn
 from pdp_kernels.distributed.shards import local_shard, reshard
 from pdp_kernels.functional.validation import check_ratio
 from pdp_kernels.pruning.config import PDPConfig
-from pdp_kernels.pruning.masked_layer import MaskedLayer
+from pdp_kernels.pruning.masked_layer import check_unmasked
 from pdp_kernels.pruning.masks import SelectedMask
 from pdp_kernels.pruning.plots import new_figure
 from pdp_kernels.pruning.targets import Target, find_targets
@@ -116,11 +116,7 @@ def sensitivity(
                 f"config must have a pattern of any sparsity for {target.name}, "
                 f"got {target.plan.pattern}"
             )
-        if any(isinstance(holder.layer, MaskedLayer) for holder in target.holders):
-            raise ValueError(
-                f"model must not have the masks of a pruner, got them on {target.name}: scan it "
-                "before the pruner is made, or pruner.pruned_copy()"
-            )
+    check_unmasked(model, "scan it before the pruner is made, or pruner.pruned_copy()")
     baseline = float(evaluate(model))
     values = {
         target.name: [_value(model, target, sparsity, evaluate) for sparsity in sparsities]

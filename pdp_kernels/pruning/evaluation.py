@@ -1,0 +1,33 @@
+"""A model in evaluation mode, and how it is run on the inputs that a caller gives."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, in which it calls each of its layers, and restore its mode.
+
+    Without it the fused attention of torch.nn reads the weights of layers that it does not call.
+    """
+    modes = {layer: layer.training for layer in model.modules()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for layer, training in modes.items():
+            layer.training = training
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with one argument, a tuple of arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
