@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
+from pdp_kernels.pruning.layers import is_quantized, quantized
+from pdp_kernels.pruning.masked_layer import mask_parents
 from pdp_kernels.pruning.masks import WeightMask
+from pdp_kernels.pruning.optimizers import parameter_ids
 from pdp_kernels.pruning.targets import Target
 
 
 def check_layers(model: nn.Module, targets: Sequence[Target]) -> None:
-    """Raise a RuntimeError if a layer has been replaced. A wrapper around it does no harm."""
+    """Raise a RuntimeError if a layer has been replaced. A wrapper around it does no harm.
+
+    Masks the wrapper if it reads the weight itself, as PEFT's may.
+    """
     holders = (holder for target in targets for holder in target.holders)
     moved = [holder for holder in holders if not holder.has_its_name(model)]
     layers = set(map(id, model.modules())) if moved else set()
@@ -24,6 +31,8 @@ def check_layers(model: nn.Module, targets: Sequence[Target]) -> None:
                 f"the model no longer has the layer whose {holder.weight_name} is masked: make a "
                 "new pruner after replacing a layer"
             )
+    if moved:
+        mask_parents(model)
 
 
 def check_masks(
@@ -31,6 +40,8 @@ def check_masks(
 ) -> None:
     """Raise a RuntimeError if weights no longer have their masks, or their shapes."""
     for target, mask, shape in zip(targets, masks, shapes, strict=True):
+        if is_quantized(target.weight):
+            raise quantized(target.name, target.weight)
         if target.weight.shape != shape:
             raise RuntimeError(
                 f"{target.name} had shape {tuple(shape)} and now has "
@@ -84,4 +95,39 @@ def check_length(config: PDPConfig, epochs: float, stacklevel: int) -> None:
             f"with {config.ramp_at(epochs):.0%} of the sparsity: PDPConfig.for_epochs fits a "
             "schedule to a training",
             stacklevel=stacklevel + 1,
+        )
+
+
+def check_end(
+    config: PDPConfig, progress: float, masks: Sequence[WeightMask], stacklevel: int
+) -> None:
+    """Warn if a pruner is finalized that has not pruned these weights gradually to the end."""
+    reached = config.ramp_at(progress)
+    if reached < 1:
+        warnings.warn(
+            f"finalize was called at progress {progress:g} with {reached:.0%} of the sparsity "
+            "reached: the rest is pruned at once",
+            stacklevel=stacklevel + 1,
+        )
+    elif any(mask.weight_loaded for mask in masks):
+        warnings.warn(
+            "finalize prunes weights that were loaded after the last step. If they are from before "
+            f"progress {config.ramp_end:g}, where the ramp ends, they have not learned to do "
+            "without the others: choose the best checkpoint after the ramp, and load the pruner's "
+            "state_dict with its weights",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise a ValueError if the optimizer trains no weight to prune, though some are trained.
+
+    Where all of them are frozen, as below PEFT's adapters, it must train others of the model.
+    """
+    trained = [target.weight for target in targets if target.weight.requires_grad]
+    expected = set(map(id, trained or model.parameters()))
+    if not parameter_ids(optimizer) & expected:
+        what = f"that the pruner prunes, such as {targets[0].name}" if trained else "of the model"
+        raise ValueError(
+            f"optimizer must have a weight {what}, got a {type(optimizer).__name__} without any"
         )

@@ -106,7 +106,8 @@ class PDPConfig:
         channel_norm: "rms" (comparable between layers) or "l2", as in `pdp_mask_channel`.
         include: what to prune. Default: the weights of Linear, ConvNd, ConvTransposeNd,
             MultiheadAttention and Hugging Face's Conv1D layers. An entry is a layer type, the name
-            of a type, or a glob for the name of a layer or weight.
+            of a type, or a glob for the name of a layer or weight. It means PEFT's adapters only if
+            it does not match the layer that they adapt, as "*lora_A*".
         exclude: what to leave alone; entries as in include.
         overrides: for an entry (a string), a mapping with another "sparsity", "pattern", "tau" or
             "relative_tau", or None to leave the layer alone. The first that matches counts. A layer

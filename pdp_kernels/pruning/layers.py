@@ -4,6 +4,10 @@ from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from pdp_kernels.distributed.shards import is_distributed
+from pdp_kernels.pruning.adapters import base_layer, is_tuner
 
 PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_INPUTS = ("query", "key", "value")  # of torch.nn.MultiheadAttention, in this order
@@ -63,6 +67,8 @@ def layers_read(layer: nn.Module, training: bool) -> list[nn.Module]:
     if isinstance(layer, nn.TransformerEncoderLayer) and not training:
         # Without gradients it computes everything in one fused call.
         return [layer.linear1, layer.linear2, layer.self_attn, layer.self_attn.out_proj]
+    if is_tuner(layer):
+        return [base_layer(layer)]  # DoRA needs its norm, HRA rotates it
     return []
 
 
@@ -80,6 +86,22 @@ def parameter_of(layer: nn.Module, name: str) -> Tensor:
     if weight is None:
         raise not_a_parameter(layer, name)
     return weight
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a library keeps the weight in a form of its own, as torchao and bitsandbytes do."""
+    cls = type(weight)
+    if cls in (Tensor, nn.Parameter) or is_distributed(weight):
+        return False
+    return is_traceable_wrapper_subclass(weight) or cls.__module__.startswith("bitsandbytes.")
+
+
+def quantized(what: str, weight: Tensor) -> RuntimeError:
+    """Return the error of a masked weight that other code has quantized."""
+    return RuntimeError(
+        f"{what} has masks of PDPPruner and was quantized ({type(weight).__name__}): call finalize "
+        "first and quantize the pruned model, or quantize pruner.pruned_copy()"
+    )
 
 
 def not_a_parameter(layer: nn.Module, name: str) -> RuntimeError:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pdp_kernels.distributed.shards import is_distributed, map_shards
-from pdp_kernels.pruning.layers import layers_read, not_a_parameter, parameter_of
+from pdp_kernels.pruning.adapters import is_tuner, is_tuner_class, merged_adapters
+from pdp_kernels.pruning.layers import (
+    is_quantized,
+    layers_read,
+    not_a_parameter,
+    parameter_of,
+    quantized,
+)
 from pdp_kernels.pruning.masks import WeightMask
 
 DATA_PARALLEL = (
@@ -84,10 +91,30 @@ def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) 
     """
     for layer, own in masks.items():
         _mask_layer(layer, own)
+    mask_parents(model)
+
+
+def mask_parents(model: nn.Module) -> None:
+    """Mask the layers that read or change the weights of masked ones, where they are not yet.
+
+    Raises:
+        RuntimeError: adapters have been merged into a masked weight.
+    """
+    parents = []
     for layer in model.modules():
-        children = layers_read(layer, training=False)
-        if layer not in masks and any(isinstance(child, MaskedLayer) for child in children):
-            _mask_layer(layer, {})
+        if isinstance(layer, MaskedLayer):
+            continue
+        children = [c for c in layers_read(layer, training=False) if isinstance(c, MaskedLayer)]
+        if children and merged_adapters(layer):
+            raise RuntimeError(
+                f"PEFT has merged adapters {merged_adapters(layer)} into weights that PDPPruner "
+                "masks, and the masks would prune the sums: call unmerge_adapter(), or finalize "
+                "before you merge"
+            )
+        if children or is_tuner(layer):
+            parents.append(layer)
+    for layer in parents:
+        _mask_layer(layer, {})
 
 
 def unmask_model(model: nn.Module) -> None:
@@ -140,6 +167,15 @@ def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
 def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     """Return the weight for a forward: softly masked in training, else with exact zeros."""
     weight = parameter_of(layer, name)
+    if is_quantized(weight):
+        cls: type = type(layer)
+        raise quantized(f"the {name} of a {original_class(cls).__name__}", weight)
+    is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if (is_tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "torch.onnx cannot export the masks of PDPPruner: export pruner.pruned_copy(), or the "
+            "model after finalize"
+        )
     if layer.training:
         return mask.soft(weight)
     kept = mask.kept(weight)
@@ -153,7 +189,16 @@ def _masked_class(cls: type, names: tuple[str, ...]) -> type:
     # FSDP and Dynamo report the class by its name and module.
     namespace: dict[str, Any] = {"__module__": __name__}
     namespace.update({name: _shown_or_parameter(name) for name in names})
+    if is_tuner_class(cls):
+        namespace["merge"] = _refuse_merge
     return type(f"Masked{cls.__name__}", (MaskedLayer, cls), namespace)
+
+
+def _refuse_merge(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "PEFT cannot merge adapters into weights that PDPPruner masks, as the masks would prune "
+        "the sums: call finalize first. The merged weights are dense; a new pruner can prune them"
+    )
 
 
 def _shown_or_parameter(name: str) -> property:

@@ -101,7 +101,7 @@ def prune_one_shot(
         squares = sum_input_squares(model, targets, calibration or (), forward or run_model)
         for target, each in zip(targets, squares, strict=True):
             _prune_by_score(target, each, counts[target.name])
-    return ReportHistory().report(targets, None, 0.0, None)
+    return ReportHistory().report(model, targets, None, 0.0, None)
 
 
 def _targets(

@@ -15,7 +15,14 @@ from pdp_kernels.distributed.replicas import compare_replicas
 from pdp_kernels.distributed.shards import fsdp_modules, reshard
 from pdp_kernels.functional.validation import check_non_negative, check_positive
 from pdp_kernels.pruning.budgets import check_budgets, final_counts, nearly_emptied
-from pdp_kernels.pruning.checks import check_layers, check_length, check_masks, check_state
+from pdp_kernels.pruning.checks import (
+    check_end,
+    check_layers,
+    check_length,
+    check_masks,
+    check_optimizer,
+    check_state,
+)
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
@@ -24,7 +31,8 @@ from pdp_kernels.pruning.masked_layer import mask_model, unmask_model
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask
 from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
 from pdp_kernels.pruning.report import PruningReport, ReportHistory
-from pdp_kernels.pruning.targets import Target, find_targets
+from pdp_kernels.pruning.step_counter import StepCounter
+from pdp_kernels.pruning.targets import Target, find_targets, layout
 
 _NOT_ALLOCATED = -1  # in a state_dict, until the end of the warm-up
 
@@ -49,6 +57,11 @@ class PDPPruner:
     to one whose forward reads the masked weight. So optimizers, state_dict, deepcopy, pickle, DDP
     and torch.compile see an ordinary model. A weight that several layers share is pruned once. It
     is left alone if one of these layers is not pruned, an embedding for example.
+
+    In a PEFT model the pruner prunes the base layers and, by default, no adapters. Base weights
+    that are frozen keep their magnitudes, are pruned by these, and the adapters learn to make up
+    for it. Merge after `finalize`; a merged weight is dense again, and a new pruner may prune it.
+    Quantize and export to ONNX after `finalize` too, or from `pruned_copy`.
 
     Under DDP, FSDP2 (`fully_shard`) and tensor parallelism every rank makes its own pruner, before
     or after the model is sharded. All ranks find the thresholds of the global weights.
@@ -99,6 +112,7 @@ class PDPPruner:
         self._hook: RemovableHandle | None = None
         self._emptied: set[str] = set()  # layers that a warning has named
         self._history = ReportHistory()
+        self._step_counter = StepCounter()
         self.model = model
         self.config = config
         self.progress: float = 0.0
@@ -120,7 +134,8 @@ class PDPPruner:
             progress: where the training is, in epochs, fractions included.
 
         Warns:
-            UserWarning: a global budget prunes more than 99% of a layer.
+            UserWarning: a global budget prunes more than 99% of a layer; or the progress seems to
+                count optimizer steps.
 
         Raises:
             TypeError: progress is no number.
@@ -133,6 +148,8 @@ class PDPPruner:
         reshard(self.model)
         if self._allocates_at(progress):
             self.prune_counts = self._allocate()
+        weights = [target.weight for target in self._targets]
+        self._step_counter.note(self.config, progress, weights, stacklevel=3)
         self._set_schedule(float(progress))
         self._tables.find_thresholds()
         self._forget_loads()
@@ -175,11 +192,7 @@ class PDPPruner:
                 "the pruner is attached already, and would take two steps at once: call remove() "
                 "of the handle that attach returned"
             )
-        if not parameter_ids(optimizer) & {id(target.weight) for target in self._targets}:
-            raise ValueError(
-                "optimizer must have a weight that the pruner prunes, such as "
-                f"{self._targets[0].name}, got a {type(optimizer).__name__} without any"
-            )
+        check_optimizer(optimizer, self.model, self._targets)
 
         def after_step(*_: object) -> None:
             # From a count of steps, so that resuming repeats the same floating point numbers.
@@ -209,7 +222,7 @@ class PDPPruner:
             ValueError: its weights have other names, shapes, dtypes or devices.
         """
         targets = find_targets(copy, self.config)
-        expected, got = _layout(self._targets), _layout(targets)
+        expected, got = layout(self._targets), layout(targets)
         if got != expected:
             raise ValueError(f"copy must have the weights {expected}, got {got}")
         self._mask(copy, targets)
@@ -234,21 +247,7 @@ class PDPPruner:
         models = ((self.model, self._targets), *self._followers)
         for model, _ in models:
             reshard(model)
-        reached = self.config.ramp_at(self.progress)
-        if reached < 1:
-            warnings.warn(
-                f"finalize was called at progress {self.progress:g} with {reached:.0%} of the "
-                "sparsity reached: the rest is pruned at once",
-                stacklevel=3,
-            )
-        elif any(mask.weight_loaded for mask in self._masks):
-            warnings.warn(
-                "finalize prunes weights that were loaded after the last step. If they are from "
-                f"before progress {self.config.ramp_end:g}, where the ramp ends, they have not "
-                "learned to do without the others: choose the best checkpoint after the ramp, and "
-                "load the pruner's state_dict with its weights",
-                stacklevel=3,
-            )
+        check_end(self.config, self.progress, self._masks, stacklevel=3)
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
         self._set_schedule(self.config.ramp_end)
@@ -296,6 +295,8 @@ class PDPPruner:
     def freeze(self, optimizer: Optimizer) -> FrozenZeros:
         """Keep the zeros while the finalized model is trained further: `freeze_zeros`.
 
+        Weights that do not train (requires_grad=False, not in the optimizer) need nothing.
+
         Args:
             optimizer: the optimizer that trains the model's weights.
 
@@ -310,7 +311,10 @@ class PDPPruner:
         if not self._finalized:
             raise RuntimeError("freeze keeps the zeros that finalize makes: call finalize first")
         reshard(self.model)
-        return freeze_zeros([target.weight for target in self._targets], optimizer)
+        weights = [target.weight for target in self._targets]
+        trained = parameter_ids(torch_optimizer(optimizer))
+        trains = [weight for weight in weights if weight.requires_grad or id(weight) in trained]
+        return freeze_zeros(trains, optimizer) if trains else FrozenZeros([], optimizer)
 
     def report(self, inputs: Any = None) -> PruningReport:
         """Return what is pruned so far, for each layer and in total: `PruningReport`.
@@ -329,7 +333,7 @@ class PDPPruner:
         macs = None if inputs is None else count_macs(self.model, self._targets, inputs)
         reshard(self.model)
         masks = None if self._finalized else self._masks
-        return self._history.report(self._targets, masks, self.progress, macs)
+        return self._history.report(self.model, self._targets, masks, self.progress, macs)
 
     @torch.no_grad()
     def verify_replicas(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -454,10 +458,3 @@ class PDPPruner:
             for target, mask in zip(self._targets, self._masks, strict=True)
             if isinstance(mask, SelectedMask)
         }
-
-
-def _layout(targets: list[Target]) -> dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]]:
-    return {
-        target.name: (tuple(target.weight.shape), target.weight.dtype, target.weight.device)
-        for target in targets
-    }

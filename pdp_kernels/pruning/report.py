@@ -4,16 +4,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pdp_kernels.distributed.shards import ShardedList, local_shard
 from pdp_kernels.pruning.budgets import NEARLY_ALL
+from pdp_kernels.pruning.layers import is_quantized
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask
 from pdp_kernels.pruning.plots import new_figure
 from pdp_kernels.pruning.targets import Target
 
 SOFT_ZONE = (0.1, 0.9)
 _BINS = 20
+_NAMED = 6  # in a line of the table
 _COLUMNS = ("weight", "shape", "pattern", "pruned", "sparsity", "threshold", "soft", "flipped")
 
 
@@ -64,6 +67,11 @@ class PruningReport(NamedTuple):
         macs: multiply-accumulates of one inference of the whole model with all weights, including
             layers that are not pruned; None without an input.
         kept_macs: the same with the kept weights; None without an input.
+        unpruned: the name and the number of weights of each layer that the pruner leaves alone, as
+            an embedding, an LSTM, an adapter or what is excluded. Biases, norms and other vectors
+            are left out.
+        frozen: the names of the pruned weights that do not train (requires_grad=False): they are
+            pruned by the magnitudes they have.
     """
 
     layers: list[LayerReport]
@@ -72,6 +80,8 @@ class PruningReport(NamedTuple):
     flips: list[tuple[float, float]]
     macs: int | None
     kept_macs: int | None
+    unpruned: list[tuple[str, int]]
+    frozen: list[str]
 
     @property
     def weights(self) -> int:
@@ -149,6 +159,16 @@ class PruningReport(NamedTuple):
         emptied = [layer.name for layer in self.layers if layer.sparsity > NEARLY_ALL]
         if emptied:
             lines.append(f"more than {NEARLY_ALL:.0%} pruned: {', '.join(emptied)}")
+        if self.unpruned:
+            largest = sorted(self.unpruned, key=lambda each: -each[1])
+            texts = [f"{name} ({weights:,} weights)" for name, weights in largest[:_NAMED]]
+            if others := largest[_NAMED:]:
+                texts.append(f"{len(others)} more ({sum(each[1] for each in others):,} weights)")
+            lines.append(f"not pruned: {', '.join(texts)}")
+        if self.frozen:
+            names = [*self.frozen[:_NAMED], f"{len(self.frozen) - _NAMED} more"]
+            names = self.frozen if len(self.frozen) <= _NAMED else names
+            lines.append(f"pruned without training (requires_grad=False): {', '.join(names)}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -189,12 +209,19 @@ class ReportHistory:
     @torch.no_grad()
     def report(
         self,
+        model: nn.Module,
         targets: list[Target],
         masks: list[WeightMask] | None,
         progress: float,
         macs: tuple[int, list[int]] | None,
     ) -> PruningReport:
         """Return a report. masks is None after finalize; macs is the result of `count_macs`."""
+        for target in targets:
+            if is_quantized(target.weight):
+                raise RuntimeError(
+                    f"{target.name} was quantized ({type(target.weight).__name__}), which keeps "
+                    "its zeros but not in a form that can be counted: report before"
+                )
         weights = [target.weight.detach() for target in targets]
         if masks is None:
             decisions = [local_shard(weight) != 0 for weight in weights]
@@ -228,7 +255,27 @@ class ReportHistory:
             flips=list(self._flips),
             macs=None if macs is None else macs[0],
             kept_macs=kept_macs,
+            unpruned=_unpruned(model, {id(target.weight) for target in targets}),
+            frozen=[target.name for target in targets if not target.weight.requires_grad],
         )
+
+
+def _unpruned(model: nn.Module, pruned: set[int]) -> list[tuple[str, int]]:
+    """Return the layers with matrices that are not pruned, and the number of weights in these.
+
+    A matrix is named by its layer, or by its own name if the layer contains other layers.
+    """
+    seen = set(pruned)
+    sizes: dict[str, int] = {}
+    for layer_name, layer in model.named_modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            if id(weight) in seen or is_lazy(weight) or weight.dim() < 2:
+                continue
+            seen.add(id(weight))
+            is_leaf = not layer._modules and layer_name
+            key = layer_name if is_leaf else ".".join(filter(None, (layer_name, name)))
+            sizes[key] = sizes.get(key, 0) + weight.numel()
+    return list(sizes.items())
 
 
 class _Counts(NamedTuple):

@@ -1,16 +1,23 @@
 """Targets: the weights of a model that a configuration prunes, and how."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pdp_kernels.functional.validation import check_weight
+from pdp_kernels.pruning.adapters import (
+    base_layer,
+    find_adapted,
+    merged_adapters,
+    rewrites_base,
+)
 from pdp_kernels.pruning.config import LayerPlan, PDPConfig
-from pdp_kernels.pruning.layers import WeightSlot, parameter_of, weight_slots
+from pdp_kernels.pruning.layers import WeightSlot, is_quantized, parameter_of, weight_slots
 from pdp_kernels.pruning.masks import WeightMask
 
 
@@ -23,12 +30,18 @@ class Holder:
         layer: the layer.
         slot: where the weight is in it.
         attention: the attention whose output projection the layer is, if it is one.
+        tuners: the layers of PEFT that wrap this one.
+        instead_of: for an adapter, the layer that it adapts (see `Adapted`).
+        is_adapter: whether it is an adapter, or a layer that PEFT has put out of use.
     """
 
     layer_name: str
     layer: nn.Module
     slot: WeightSlot
     attention: nn.Module | None
+    tuners: Sequence[nn.Module] = ()
+    instead_of: "Holder | None" = None
+    is_adapter: bool = False
 
     def has_its_name(self, model: nn.Module) -> bool:
         """Whether the model still has this layer under its name: no wrapper, no other layer."""
@@ -49,6 +62,11 @@ class Holder:
         names = (self.layer_name, self.weight_name)
         types = (cls.__name__ for layer in layers for cls in type(layer).__mro__)
         return any(fnmatchcase(name, entry) for name in names) or entry in types
+
+    def is_meant_by(self, entry: str | type) -> bool:
+        """Whether an entry of include means this layer: an adapter only if it means no other."""
+        adapted = self.instead_of
+        return self.matches(entry) and not (adapted is not None and adapted.matches(entry))
 
 
 @dataclass
@@ -94,9 +112,9 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
     candidates = _candidates(model)
     _check_used(config, [holder for holders in candidates for holder in holders])
     targets = []
-    for holders in candidates:
-        if not _is_wanted(holders, config):
-            continue
+    wanted = [holders for holders in candidates if _is_wanted(holders, config)]
+    _check_not_quantized(wanted, config)
+    for holders in wanted:
         _check_prunable(holders)
         target = Target(holders, _plan(holders, config))
         if target.weight.numel():
@@ -110,6 +128,16 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
     return targets
 
 
+def layout(
+    targets: Sequence[Target],
+) -> dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]]:
+    """Return the shape, dtype and device of each weight, by name."""
+    return {
+        target.name: (tuple(target.weight.shape), target.weight.dtype, target.weight.device)
+        for target in targets
+    }
+
+
 def _check_patterns_fit(targets: list[Target], config: PDPConfig) -> None:
     """Raise one ValueError for all weights that cannot have their patterns."""
     reasons = {target.name: reason for target in targets if (reason := target.misfit())}
@@ -119,13 +147,31 @@ def _check_patterns_fit(targets: list[Target], config: PDPConfig) -> None:
         raise ValueError(f"{texts}: exclude={left_out!r} leaves out what does not fit")
 
 
+def _check_not_quantized(wanted: list[list[Holder]], config: PDPConfig) -> None:
+    """Raise one TypeError for all weights that a library has quantized."""
+    found = {}
+    for holders in wanted:
+        weight = holders[0].layer._parameters.get(holders[0].slot.name)
+        if weight is not None and is_quantized(weight):
+            found[holders[0].weight_name] = weight
+    if found:
+        name, weight = next(iter(found.items()))
+        left_out = [*config.exclude, *found]
+        raise TypeError(
+            f"model's {name} must be an ordinary tensor, got {type(weight).__name__}: prune first "
+            f"and quantize the pruned model; exclude={left_out!r} leaves out what is quantized"
+        )
+
+
 def _candidates(model: nn.Module) -> list[list[Holder]]:
     """Return the holders of each weight that a configuration may select."""
     attentions = {
-        id(layer.out_proj): layer
+        id(base_layer(layer.out_proj)): layer
         for layer in model.modules()
         if isinstance(layer, nn.MultiheadAttention)
     }
+    adapted = find_adapted(model)
+    names = {id(layer): name for name, layer in model.named_modules()}
     by_weight: dict[object, list[Holder]] = {}
     for name, layer in model.named_modules():
         slots = weight_slots(layer) or [
@@ -138,6 +184,11 @@ def _candidates(model: nn.Module) -> list[list[Holder]]:
             # A parametrized weight has no Parameter: an error, but only if it is to be pruned.
             key = id(weight) if weight is not None else (id(layer), slot.name)
             holder = Holder(name, layer, slot, attentions.get(id(layer)))
+            holder.tuners = adapted.tuners.get(id(layer), ())
+            holder.is_adapter = id(layer) in adapted.instead_of
+            other = adapted.instead_of.get(id(layer))
+            if other is not None:
+                holder.instead_of = Holder(names[id(other)], other, slot, None)
             by_weight.setdefault(key, []).append(holder)
     return list(by_weight.values())
 
@@ -164,8 +215,8 @@ def _is_included(holder: Holder, config: PDPConfig) -> bool:
     if any(holder.matches(entry) for entry in config.exclude):
         return False
     if config.include is None:
-        return bool(weight_slots(holder.layer))
-    return any(holder.matches(entry) for entry in config.include)
+        return bool(weight_slots(holder.layer)) and not holder.is_adapter
+    return any(holder.is_meant_by(entry) for entry in config.include)
 
 
 def _first_match(entries: Mapping[str, Any], holders: list[Holder]) -> str | None:
@@ -222,6 +273,8 @@ def _check_prunable(holders: list[Holder]) -> None:
             )
         if is_lazy(weight):
             raise ValueError(f"model's {name} must have its shape: run the lazy layer once first")
+        for tuner in holder.tuners:
+            _check_tuner(name, tuner)
         if "forward" in vars(layer):
             raise ValueError(
                 f"model's layer {holder.layer_name!r} must have the forward of its class, got one "
@@ -234,3 +287,16 @@ def _check_prunable(holders: list[Holder]) -> None:
                 f"{tuple(weight.shape)}: FullyShardedDataParallel flattens weights, fully_shard "
                 "does not"
             )
+
+
+def _check_tuner(name: str, tuner: nn.Module) -> None:
+    if merged_adapters(tuner):
+        raise ValueError(
+            f"model's {name} must not have merged adapters, got {merged_adapters(tuner)}: call "
+            "unmerge_adapter(), or prune the model that merge_and_unload() returns"
+        )
+    if rewrites_base(tuner):
+        raise ValueError(
+            f"model's {name} cannot be pruned: this layer of PEFT (lora.{type(tuner).__name__}) "
+            "writes into it in each forward; exclude it"
+        )
