@@ -69,13 +69,32 @@ def layers_read(layer: nn.Module, training: bool) -> list[nn.Module]:
         return [layer.linear1, layer.linear2, layer.self_attn, layer.self_attn.out_proj]
     if is_tuner(layer):
         return [base_layer(layer)]  # DoRA needs its norm, HRA rotates it
-    return []
+    projection = _timm_projection(layer)
+    return [] if projection is None else [projection]
+
+
+def _timm_projection(layer: nn.Module) -> nn.Module | None:
+    """Return the projection of an attention of timm that uses its weight with another bias."""
+    children = layer._modules
+    if getattr(layer, "q_bias", None) is not None:  # BEiT, EVA, Swin Transformer V2
+        projection = children.get("qkv")
+    else:
+        projection = children.get("qkv_proj")  # MobileViTV2's cross attention reads rows of it
+    return projection if projection is not None and _is_of_library(layer, "timm") else None
 
 
 def _is_hugging_face_conv1d(layer: nn.Module) -> bool:
     """Whether it is the Conv1D of transformers (GPT-2): a Linear of weight (inputs, outputs)."""
+    return _is_of_library(layer, "transformers", "Conv1D")
+
+
+def _is_of_library(layer: nn.Module, library: str, name: str | None = None) -> bool:
+    """Whether a library defines the layer's class, or a base of it; of this name, if one is given.
+
+    The library need not be installed.
+    """
     return any(
-        cls.__name__ == "Conv1D" and cls.__module__.partition(".")[0] == "transformers"
+        cls.__module__.partition(".")[0] == library and name in (None, cls.__name__)
         for cls in type(layer).__mro__
     )
 

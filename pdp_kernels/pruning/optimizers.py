@@ -4,13 +4,20 @@ from torch.optim import Optimizer
 
 
 def torch_optimizer(optimizer: object) -> Optimizer:
-    """Return the optimizer. Of a wrapper, such as accelerate's, return the one that it wraps."""
+    """Return the optimizer. Of a wrapper, such as accelerate's, return the one that it wraps.
+
+    The hooks of its steps run from now on. timm's Lookahead leaves Optimizer.__init__ out, and its
+    hooks would wait for the first zero_grad, which calls this too.
+    """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
     wrapped = getattr(optimizer, "optimizer", None)
-    return torch_optimizer(wrapped) if isinstance(wrapped, Optimizer) else optimizer
+    if isinstance(wrapped, Optimizer):
+        return torch_optimizer(wrapped)
+    optimizer._patch_step_function()
+    return optimizer
 
 
 def parameter_ids(optimizer: Optimizer) -> set[int]:
