@@ -58,7 +58,7 @@ def sources():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     readme = {f"readme_{number}.py": block for number, block in enumerate(blocks)}
     examples = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
-    assert len(readme) >= 6 and len(examples) == 5
+    assert len(readme) >= 6 and len(examples) == 6
     return readme | examples | dict(doctests()) | {"overloads.py": PUBLIC + OVERLOADS}
 
 

@@ -65,6 +65,14 @@ def test_remove_channels_halves_the_hidden_layer(run_example):
     assert min(accuracies(output)) > 95
 
 
+def test_with_accelerate_prunes_and_goes_on_from_its_folder(run_example, tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(sys, "argv", ["with_accelerate.py", str(tmp_path / "state")])
+    first, resumed = (run_example("with_accelerate.py") for _ in range(2))
+    assert "90.0% zeros" in first and resumed == first
+    assert min(accuracies(first)) > 95
+
+
 def test_several_devices_prunes_the_global_weights_and_exits_cleanly():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
