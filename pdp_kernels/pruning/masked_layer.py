@@ -6,6 +6,7 @@ state_dict, DDP's buckets, FSDP's shards) sees the Parameter under its own name.
 
 import copyreg
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -164,14 +165,19 @@ def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
     layer.__class__ = _masked_class(cls, tuple(masks))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_in_onnx_export() -> bool:
+    onnx = sys.modules.get("torch.onnx")  # torch imports it when it is used first
+    return onnx is not None and onnx.is_in_onnx_export()
+
+
 def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     """Return the weight for a forward: softly masked in training, else with exact zeros."""
     weight = parameter_of(layer, name)
     if is_quantized(weight):
         cls: type = type(layer)
         raise quantized(f"the {name} of a {original_class(cls).__name__}", weight)
-    is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if (is_tracing or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+    if _is_in_onnx_export():
         raise RuntimeError(
             "torch.onnx cannot export the masks of PDPPruner: export pruner.pruned_copy(), or the "
             "model after finalize"
