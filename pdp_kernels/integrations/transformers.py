@@ -65,28 +65,28 @@ class PDPCallback(TrainerCallback, ExportableState):
 
     Pass it in `Trainer(callbacks=[PDPCallback(0.9)])`. What happens when:
 
-    - Training begins: the model gets the masks, wrapped by DDP, FSDP2 or torch.compile or not.
+    - Training begins: the model gets the masks, compiled, wrapped by DDP or not.
     - Each optimizer step: the schedule advances by one step. Progress is in epochs, fractions
       included: optimizer steps / optimizer steps in an epoch, as the Trainer counts them.
       Gradient accumulation is one step. Steps that a GradScaler skips do not count, unless a fused
       optimizer skips them on the device. With a data set without a length the whole training is
       one epoch.
     - Evaluation: the model computes with the exact hard mask of the sparsity reached so far.
-    - Logs: those with a training loss get `PruningReport.scalars`, in TensorBoard, W&B and
+    - Logs of the training loss get `PruningReport.scalars`, in TensorBoard, W&B and
       trainer.state.log_history. The console prints those of the whole model.
     - Checkpoints: dense weights and the pruner's state. `train(resume_from_checkpoint=...)` goes on
-      bit for bit. If the schedule has changed, to extend a training for example, the new one goes
-      on from where the old one was.
+      bit for bit, and from the last one of a whole training it finalizes at once. If the schedule
+      has changed, to extend a training for example, the new one goes on from where the old one was.
     - load_best_model_at_end, and early stopping: metrics from before the end of the ramp do not
       count, as an early model is the better the less it is pruned. If no evaluation follows the
       ramp, the last model stays. save_strategy "best" saves after each evaluation until then.
     - Training ends, after the best model is loaded: the weights get their exact zeros, and the
       masks are removed. `trainer.save_model` saves them.
 
-    A callback prunes one model, once: a second `train()` with the same model raises. A model_init
-    gives each training a new model, which is pruned anew, so that hyperparameter_search works.
-    The Trainer replaces the callback by a copy if you resume with
-    restore_callback_states_from_checkpoint=True: find it in trainer.callback_handler.callbacks.
+    A callback prunes one model, once. With a model_init each training has a new model, which is
+    pruned anew; so hyperparameter_search works. If you resume with
+    restore_callback_states_from_checkpoint=True, the Trainer replaces the callback by that of the
+    checkpoint: find it in trainer.callback_handler.callbacks.
 
     Args:
         config: a `PDPConfig`, a mapping for `PDPConfig.from_dict`, or the sparsity as a number in
@@ -102,7 +102,11 @@ class PDPCallback(TrainerCallback, ExportableState):
 
     Raises:
         TypeError: config is none of these; log or finalize is no bool.
-        ValueError: the sparsity is not in [0, 1]; or as `PDPConfig.from_dict`.
+        ValueError: the sparsity is not in [0, 1]; or as `PDPConfig.from_dict`. When the training
+            begins: the checkpoint has no state of this callback, or one of another configuration;
+            or as `PDPPruner`, for weights that FSDP1 has flattened for example.
+        RuntimeError: when the training begins: the callback has pruned this model already, or
+            several GPUs in one process (torch.nn.DataParallel).
 
     Warns:
         UserWarning: when the training begins, if it ends before the ramp, or if it resumes with

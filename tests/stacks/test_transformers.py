@@ -1,5 +1,6 @@
 """PDPCallback in the real Trainer of transformers: schedule, logs, models and mistakes."""
 
+import doctest
 import re
 import warnings
 
@@ -242,6 +243,11 @@ def test_a_wrong_config_raises(arguments, error, message):
 def test_a_wrong_switch_raises(name):
     with pytest.raises(TypeError, match=f"{name} must be a bool, got int"):
         PDPCallback(0.9, **{name: 1})
+
+
+def test_the_example_of_the_docstring_runs():
+    results = doctest.testmod(integration)
+    assert (results.failed, results.attempted) == (0, 3)
 
 
 def test_the_program_of_the_module_runs(tmp_path, monkeypatch):

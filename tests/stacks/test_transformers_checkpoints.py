@@ -9,6 +9,7 @@ from tests.support.trainer import (
     BATCHES,
     CONFIG,
     EPOCHS,
+    Recorder,
     assert_equal_states,
     bert,
     expected_zeros,
@@ -19,7 +20,12 @@ from tests.support.trainer import (
 
 pytest.importorskip("transformers")
 
-from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+from transformers import (
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+)
 
 from pdp_kernels import PDPConfig
 from pdp_kernels.integrations.transformers import PDPCallback
@@ -62,6 +68,45 @@ def test_a_resumed_log_goes_on_as_that_of_one_piece(uninterrupted, tmp_path):
     for one, other in zip(resumed.state.log_history, trainer.state.log_history, strict=True):
         common = {name for name in one if name.startswith("pdp/")} - {"pdp/flipped"}
         assert {name: one[name] for name in common} == {name: other[name] for name in common}
+
+
+class FailsOnce(Trainer):
+    """Raises an error in the batch after the seventh optimizer step, the first time."""
+
+    error = None
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 7 and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return super().training_step(*args, **kwargs)
+
+
+def test_an_interrupted_training_resumes_in_the_same_process(uninterrupted, tmp_path):
+    _, _, whole = uninterrupted
+    callback = PDPCallback(CONFIG, finalize=False)
+    arguments = {"save_strategy": "epoch", "gradient_accumulation_steps": 2}
+    trainer = new_trainer(tmp_path, callback, trainer_class=FailsOnce, **arguments)
+    trainer.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert_equal_states(trainer.model.state_dict(), whole.model.state_dict())
+
+
+def test_a_training_that_starts_again_with_smaller_batches_is_pruned_from_the_start(tmp_path):
+    callback = PDPCallback(CONFIG)
+    progress = []
+    recorder = Recorder("on_step_end", lambda state, **_: progress.append(callback.pruner.progress))
+    trainer = new_trainer(
+        tmp_path, callback, recorder, trainer_class=FailsOnce, auto_find_batch_size=True
+    )
+    trainer.error = RuntimeError("CUDA out of memory.")
+    trainer.train()
+    batches = (len(progress) - 7) // EPOCHS
+    assert batches > BATCHES
+    assert progress[7:] == [(step + 1) / batches for step in range(EPOCHS * batches)]
+    assert zeros(trainer.model, targets(callback)) == expected_zeros(callback)
 
 
 class BestEarly:
