@@ -154,8 +154,8 @@ class PDPCallback(pl.Callback):
 
         Args:
             module: a module of the checkpoint's class and sizes, with or without masks.
-            checkpoint: the path of a checkpoint, read with weights_only=True, or what torch.load
-                returns for it.
+            checkpoint: the path of a checkpoint in one file, read with weights_only=True, or what
+                torch.load returns for it.
 
         Returns:
             The module: plain, with the weights of the checkpoint, pruned to the sparsity asked for.

@@ -1,7 +1,9 @@
 """In data-parallel training every rank prunes the weights that one process prunes."""
 
+import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from pdp_kernels import PDPConfig, PDPPruner
 from tests.support.ranks import results_on_ranks
@@ -54,3 +56,14 @@ def test_two_ranks_prune_as_one_process_does():
         assert torch.equal(own == 0, other == 0)
     torch.testing.assert_close(thresholds, alone_thresholds, rtol=1e-12, atol=0)
     assert all(threshold > 0 for threshold in thresholds[-1])
+
+
+def prune_flattened(rank):
+    module = network()
+    FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FullyShardedDataParallel flattens weights"):
+        PDPPruner(module, PDPConfig(0.8))
+
+
+def test_weights_that_the_older_fsdp_flattens_are_refused():
+    results_on_ranks(prune_flattened, RANKS)

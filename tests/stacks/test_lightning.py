@@ -19,7 +19,6 @@ from tests.support.lightning_modules import (
     IGNORE,
     ZEROS,
     PDPCallback,
-    Ranks,
     Recorder,
     Regression,
     assert_equal_weights,
@@ -33,7 +32,6 @@ from tests.support.lightning_modules import (
     weights_of,
     zeros_of,
 )
-from tests.support.ranks import results_on_ranks
 
 pytestmark = IGNORE
 
@@ -409,21 +407,3 @@ def test_where_lightning_is_not_installed_pytorch_lightning_does(tmp_path, monke
     trainer = pytorch_lightning.Trainer(callbacks=callback, **settings_of(tmp_path))
     trainer.fit(module, batches_of())
     assert zeros_of(module) == ZEROS
-
-
-def train_on_rank(rank, folder):
-    module = Regression()
-    module.loss = lambda step: Regression.loss(module, 2 * step + rank)
-    strategy = pl.strategies.DDPStrategy(cluster_environment=Ranks(rank))
-    pruning, progress = fit(folder, module, strategy=strategy, devices=2)
-    return weights_of(module), progress, pruning.pruner.prune_counts
-
-
-@pytest.mark.slow  # each rank imports Lightning
-def test_two_ranks_prune_the_same_weights(tmp_path):
-    first, second = results_on_ranks(train_on_rank, 2, tmp_path)
-    assert first[1:] == second[1:]
-    assert first[1][-1] == EPOCHS
-    assert sum(int((weight == 0).sum()) for weight in first[0].values()) == ZEROS
-    for name, weight in first[0].items():
-        assert torch.equal(weight, second[0][name])
