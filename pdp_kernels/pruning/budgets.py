@@ -1,6 +1,7 @@
 """Final prune counts: the sparsity of each layer, or its part of a global budget."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -78,6 +79,35 @@ def nearly_emptied(
         for name, fraction in fractions.items()
         if fraction > NEARLY_ALL and fraction >= limit
     }
+
+
+def warn_of_emptied(
+    targets: Sequence[Target],
+    counts: Mapping[str, int],
+    config: PDPConfig,
+    named: set[str],
+    stacklevel: int,
+) -> None:
+    """Warn of layers that a global budget nearly empties, unless all are named already.
+
+    Args:
+        targets: the weights to prune.
+        counts: the final counts, by name.
+        config: the configuration that they are from.
+        named: the names of earlier warnings; those of this one are added.
+        stacklevel: as in warnings.warn, from the caller's point of view.
+    """
+    emptied = nearly_emptied(targets, counts, config)
+    if emptied.keys() <= named:
+        return
+    named.update(emptied)
+    layers = ", ".join(f"{fraction:.1%} of {name}" for name, fraction in emptied.items())
+    warnings.warn(
+        f"the global budget of {config.sparsity:.0%} prunes {layers}, whose weights are smaller "
+        "than those of other layers: set max_layer_sparsity (such as 0.98) or "
+        'allocation="lamp", or give them a sparsity in overrides',
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _layer_cap(sizes: Sequence[int], config: PDPConfig) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.layers import is_quantized, quantized
@@ -116,6 +117,16 @@ def check_end(
             "without the others: choose the best checkpoint after the ramp, and load the pruner's "
             "state_dict with its weights",
             stacklevel=stacklevel + 1,
+        )
+
+
+def check_detached(hook: RemovableHandle | None) -> None:
+    """Raise a RuntimeError if an optimizer still has the hook that steps the pruner."""
+    hooks = None if hook is None else hook.hooks_dict_ref()
+    if hook is not None and hooks is not None and hook.id in hooks:
+        raise RuntimeError(
+            "the pruner is attached already, and would take two steps at once: call remove() of "
+            "the handle that attach returned"
         )
 
 

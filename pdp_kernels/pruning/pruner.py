@@ -1,38 +1,33 @@
 """PDPPruner: Algorithm 1 of the paper around the user's training loop."""
 
-import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.distributed.replicas import compare_replicas
-from pdp_kernels.distributed.shards import fsdp_modules, reshard
+from pdp_kernels.distributed.shards import reshard
 from pdp_kernels.functional.validation import check_non_negative, check_positive
-from pdp_kernels.pruning.budgets import check_budgets, final_counts, nearly_emptied
+from pdp_kernels.pruning.budgets import check_budgets, final_counts, warn_of_emptied
 from pdp_kernels.pruning.checks import (
+    check_detached,
     check_end,
-    check_layers,
     check_length,
-    check_masks,
     check_optimizer,
     check_state,
 )
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
-from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
 from pdp_kernels.pruning.macs import count_macs
-from pdp_kernels.pruning.masked_layer import mask_model, unmask_model
-from pdp_kernels.pruning.masks import SelectedMask, WeightMask
+from pdp_kernels.pruning.masked_weights import MaskedWeights
 from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
 from pdp_kernels.pruning.report import PruningReport, ReportHistory
 from pdp_kernels.pruning.step_counter import StepCounter
-from pdp_kernels.pruning.targets import Target, find_targets, layout
+from pdp_kernels.pruning.targets import find_targets
 
 _NOT_ALLOCATED = -1  # in a state_dict, until the end of the warm-up
 
@@ -102,12 +97,8 @@ class PDPPruner:
         if not isinstance(config, PDPConfig):
             hint = ": use PDPConfig.from_dict" if isinstance(config, Mapping) else ""
             raise TypeError(f"config must be a PDPConfig, got {type(config).__name__}{hint}")
-        self._targets = find_targets(model, config)
-        check_budgets(self._targets, config)
-        self._shapes = [target.weight.shape for target in self._targets]
-        self._masks = [target.new_mask() for target in self._targets]
-        self._tables = DeviceTables(self._targets, self._masks)
-        self._followers: list[tuple[nn.Module, list[Target]]] = []
+        targets = find_targets(model, config)
+        check_budgets(targets, config)
         self._finalized = False
         self._hook: RemovableHandle | None = None
         self._emptied: set[str] = set()  # layers that a warning has named
@@ -117,7 +108,7 @@ class PDPPruner:
         self.config = config
         self.progress: float = 0.0
         self.prune_counts: dict[str, int] | None = None
-        self._mask(model, self._targets)
+        self._weights = MaskedWeights(model, targets)
         self.step(0.0)
 
     @torch.no_grad()
@@ -148,11 +139,10 @@ class PDPPruner:
         reshard(self.model)
         if self._allocates_at(progress):
             self.prune_counts = self._allocate()
-        weights = [target.weight for target in self._targets]
+        weights = [target.weight for target in self._weights.targets]
         self._step_counter.note(self.config, progress, weights, stacklevel=3)
         self._set_schedule(float(progress))
-        self._tables.find_thresholds()
-        self._forget_loads()
+        self._weights.find_thresholds()
 
     def attach(
         self, optimizer: Optimizer, steps_per_epoch: float, epochs: float | None = None
@@ -187,12 +177,8 @@ class PDPPruner:
         if epochs is not None:
             check_positive("epochs", epochs)
         self._check_owns_model()
-        if self._is_attached():
-            raise RuntimeError(
-                "the pruner is attached already, and would take two steps at once: call remove() "
-                "of the handle that attach returned"
-            )
-        check_optimizer(optimizer, self.model, self._targets)
+        check_detached(self._hook)
+        check_optimizer(optimizer, self.model, self._weights.targets)
 
         def after_step(*_: object) -> None:
             # From a count of steps, so that resuming repeats the same floating point numbers.
@@ -221,12 +207,7 @@ class PDPPruner:
             TypeError: copy is no torch.nn.Module.
             ValueError: its weights have other names, shapes, dtypes or devices.
         """
-        targets = find_targets(copy, self.config)
-        expected, got = layout(self._targets), layout(targets)
-        if got != expected:
-            raise ValueError(f"copy must have the weights {expected}, got {got}")
-        self._mask(copy, targets)
-        self._followers.append((copy, targets))
+        self._weights.follow(copy, find_targets(copy, self.config))
 
     @torch.no_grad()
     def finalize(self) -> None:
@@ -244,18 +225,12 @@ class PDPPruner:
             RuntimeError: as `step`.
         """
         self._check_owns_model()
-        models = ((self.model, self._targets), *self._followers)
-        for model, _ in models:
-            reshard(model)
-        check_end(self.config, self.progress, self._masks, stacklevel=3)
+        self._weights.reshard()
+        check_end(self.config, self.progress, self._weights.masks, stacklevel=3)
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
         self._set_schedule(self.config.ramp_end)
-        for model, targets in models:
-            for target, mask in zip(targets, self._masks, strict=True):
-                mask.prune(target.weight)
-            unmask_model(model)
-        self._followers.clear()
+        self._weights.prune()
         if self._hook is not None:
             self._hook.remove()
         self._finalized = True
@@ -280,17 +255,7 @@ class PDPPruner:
                 copied.
         """
         self._check_owns_model()
-        if fsdp_modules(self.model):
-            raise RuntimeError(
-                "pruned_copy needs a model that copy.deepcopy can copy, and one under fully_shard "
-                "is none: gather its state_dict into an unsharded model, and prune that"
-            )
-        copies: dict[int, Any] = {}
-        model = copy.deepcopy(self.model, copies)
-        for target, mask in zip(self._targets, self._masks, strict=True):
-            mask.prune(copies[id(target.weight)])
-        unmask_model(model)
-        return model
+        return self._weights.pruned_copy()
 
     def freeze(self, optimizer: Optimizer) -> FrozenZeros:
         """Keep the zeros while the finalized model is trained further: `freeze_zeros`.
@@ -311,10 +276,11 @@ class PDPPruner:
         if not self._finalized:
             raise RuntimeError("freeze keeps the zeros that finalize makes: call finalize first")
         reshard(self.model)
-        weights = [target.weight for target in self._targets]
-        trained = parameter_ids(torch_optimizer(optimizer))
-        trains = [weight for weight in weights if weight.requires_grad or id(weight) in trained]
-        return freeze_zeros(trains, optimizer) if trains else FrozenZeros([], optimizer)
+        optimizer = torch_optimizer(optimizer)
+        trained = parameter_ids(optimizer)
+        weights = [target.weight for target in self._weights.targets]
+        weights = [weight for weight in weights if weight.requires_grad or id(weight) in trained]
+        return freeze_zeros(weights, optimizer) if weights else FrozenZeros([], optimizer)
 
     def report(self, inputs: Any = None) -> PruningReport:
         """Return what is pruned so far, for each layer and in total: `PruningReport`.
@@ -330,10 +296,11 @@ class PDPPruner:
         Returns:
             The `PruningReport`.
         """
-        macs = None if inputs is None else count_macs(self.model, self._targets, inputs)
+        targets = self._weights.targets
+        macs = None if inputs is None else count_macs(self.model, targets, inputs)
         reshard(self.model)
-        masks = None if self._finalized else self._masks
-        return self._history.report(self.model, self._targets, masks, self.progress, macs)
+        masks = None if self._finalized else self._weights.masks
+        return self._history.report(self.model, targets, masks, self.progress, macs)
 
     @torch.no_grad()
     def verify_replicas(self, group: "dist.ProcessGroup | None" = None) -> None:
@@ -351,8 +318,8 @@ class PDPPruner:
                 weights, and the ranks that agree.
         """
         reshard(self.model)
-        weights = {target.name: target.weight for target in self._targets}
-        compare_replicas(weights, self._thresholds(), group)
+        weights = {target.name: target.weight for target in self._weights.targets}
+        compare_replicas(weights, self._weights.thresholds(), group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress, the prune counts, the thresholds and the configuration.
@@ -360,14 +327,14 @@ class PDPPruner:
         The structure stays the same as the schedule advances, and on any number of ranks.
         torch.distributed.checkpoint needs that, and takes a pruner as it takes a model.
         """
-        names = [target.name for target in self._targets]
+        names = [target.name for target in self._weights.targets]
         counts = self.prune_counts or dict.fromkeys(names, _NOT_ALLOCATED)
         return {
             "config": self.config.to_dict(),
             "progress": self.progress,
             "weights": names,
             "prune_counts": torch.tensor([counts[name] for name in names]),
-            "thresholds": {name: value.clone() for name, value in self._thresholds().items()},
+            "thresholds": {name: t.clone() for name, t in self._weights.thresholds().items()},
         }
 
     @torch.no_grad()
@@ -394,67 +361,30 @@ class PDPPruner:
         names = state_dict["weights"]
         self.prune_counts = dict(zip(names, counts, strict=True)) if is_allocated else None
         self._set_schedule(state_dict["progress"])
-        for name, threshold in self._thresholds().items():
-            threshold.copy_(state_dict["thresholds"][name])
-        self._forget_loads()
+        self._weights.set_thresholds(state_dict["thresholds"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hook": None}
-
-    def _is_attached(self) -> bool:
-        if self._hook is None:
-            return False
-        hooks = self._hook.hooks_dict_ref()
-        return hooks is not None and self._hook.id in hooks
-
-    def _mask(self, model: nn.Module, targets: list[Target]) -> None:
-        """Put the masks on the weights of a model, in place of any that are there."""
-        masks: dict[nn.Module, dict[str, WeightMask]] = {}
-        for target, mask in zip(targets, self._masks, strict=True):
-            for holder in target.holders:
-                masks.setdefault(holder.layer, {})[holder.slot.name] = mask
-        unmask_model(model)
-        mask_model(model, masks)
 
     def _check_owns_model(self) -> None:
         """Raise a RuntimeError if the model no longer has these masks on these weights."""
         if self._finalized:
             raise RuntimeError("the pruner is finalized: make a new one to prune on")
-        check_layers(self.model, self._targets)
-        check_masks(self._targets, self._masks, self._shapes)
+        self._weights.check()
 
     def _allocates_at(self, progress: float) -> bool:
-        if progress < self.config.warmup or any(t.weight.is_meta for t in self._targets):
+        if progress < self.config.warmup or any(t.weight.is_meta for t in self._weights.targets):
             return False
         return self.prune_counts is None or self.config.reallocates(self.progress, progress)
 
     def _allocate(self) -> dict[str, int]:
-        counts = final_counts(self._targets, self._masks, self.config)
-        emptied = nearly_emptied(self._targets, counts, self.config)
-        if emptied.keys() - self._emptied:
-            self._emptied.update(emptied)
-            layers = ", ".join(f"{fraction:.1%} of {name}" for name, fraction in emptied.items())
-            warnings.warn(
-                f"the global budget of {self.config.sparsity:.0%} prunes {layers}, whose weights "
-                "are smaller than those of other layers: set max_layer_sparsity (such as 0.98) or "
-                'allocation="lamp", or give them a sparsity in overrides',
-                stacklevel=4,  # the caller of step, behind no_grad
-            )
+        targets = self._weights.targets
+        counts = final_counts(targets, self._weights.masks, self.config)
+        # The caller of step is four levels up, behind no_grad.
+        warn_of_emptied(targets, counts, self.config, self._emptied, stacklevel=4)
         return counts
 
     def _set_schedule(self, progress: float) -> None:
         """Set the prune counts and temperatures of this progress. The thresholds stay."""
         self.progress = progress
-        self._tables.set_schedule(self.config, progress, self.prune_counts)
-
-    def _forget_loads(self) -> None:
-        for mask in self._masks:
-            mask.weight_loaded = False
-
-    def _thresholds(self) -> dict[str, Tensor]:
-        """Return the threshold of each weight that has one."""
-        return {
-            target.name: mask.threshold
-            for target, mask in zip(self._targets, self._masks, strict=True)
-            if isinstance(mask, SelectedMask)
-        }
+        self._weights.set_schedule(self.config, progress, self.prune_counts)

@@ -94,3 +94,21 @@ def test_a_schedule_longer_than_the_training_warns():
         pruner.attach(optimizer, 10, epochs=5).remove()
     with warnings.catch_warnings(action="error"):
         pruner.attach(optimizer, 10, epochs=100)
+
+
+def test_a_pruner_of_frozen_weights_steps_with_an_optimizer_of_others():
+    model = small_model()
+    model[0].requires_grad_(False)
+    pruner = PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=1, include=["0"]))
+    with pytest.raises(ValueError, match="must have a weight of the model, got a SGD"):
+        pruner.attach(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), 2)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    pruner.attach(optimizer, steps_per_epoch=2)
+    before = model[0].weight.detach().clone()
+    for _ in range(2):
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    assert pruner.progress == 1
+    pruner.finalize()
+    assert torch.equal(model[0].weight, before * (model[0].weight != 0))
+    pruner.freeze(optimizer).remove()

@@ -141,3 +141,61 @@ def test_table_plain_data_and_plot_show_the_counts(tmp_path):
             drawn = pruner.report()
         drawn.plot(tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, 5, 16))
+        self.embedding = nn.Embedding(10, 16)
+        self.lstm = nn.LSTM(16, 16, num_layers=2)
+        self.norm = nn.LayerNorm(16)
+        self.body = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 10, bias=False)
+        self.head.weight = self.embedding.weight
+        self.old = nn.utils.parametrizations.weight_norm(nn.Linear(16, 4))
+
+
+def test_the_report_names_what_the_pruner_leaves_alone():
+    model = Mixed()
+    pruner = pruned(model, sparsity=0.5, exclude=["old"])
+    expected = [
+        ("positions", 80),
+        ("embedding", 160),
+        ("lstm", 4 * 4 * 16 * 16),
+        ("old.parametrizations.weight.original0", 4),
+        ("old.parametrizations.weight.original1", 64),
+    ]
+    assert pruner.report().unpruned == expected
+    assert str(pruner.report()).splitlines()[-1] == (
+        "not pruned: lstm (4,096 weights), embedding (160 weights), positions (80 weights), "
+        "old.parametrizations.weight.original1 (64 weights), "
+        "old.parametrizations.weight.original0 (4 weights)"
+    )
+    assert json.loads(json.dumps(pruner.report().as_dict()))["unpruned"][1] == ["embedding", 160]
+    assert not [name for name in pruner.report().scalars() if "lstm" in name]
+    pruner.finalize()
+    assert pruner.report().unpruned == expected
+    everything = pruned(nn.Linear(4, 4), sparsity=0.5).report()
+    assert everything.unpruned == [] and "not pruned" not in str(everything)
+
+
+def test_a_long_list_of_unpruned_layers_is_cut():
+    layers = nn.ModuleList(nn.Linear(4, 2 + index) for index in range(10))
+    report = pruned(layers, sparsity=0.5, include=["0"]).report()
+    assert len(report.unpruned) == 9
+    line = str(report).splitlines()[-1]
+    assert line.startswith("not pruned: 9 (44 weights), 8 (40 weights), ")
+    assert line.endswith("4 (24 weights), 3 more (48 weights)")
+
+
+def test_the_report_names_pruned_weights_that_do_not_train():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(8)))
+    pruner = pruned(model, sparsity=0.5)
+    assert pruner.report().frozen == [] and "without training" not in str(pruner.report())
+    model[:2].requires_grad_(False)
+    assert pruner.report().frozen == ["0.weight", "1.weight"]
+    line = "pruned without training (requires_grad=False): 0.weight, 1.weight"
+    assert str(pruner.report()).splitlines()[-1] == line
+    model.requires_grad_(False)
+    assert str(pruner.report()).endswith("5.weight, 2 more")

@@ -1,0 +1,124 @@
+"""The weights that a pruner prunes in a model and in copies of it, and their masks."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pdp_kernels.distributed.shards import fsdp_modules, reshard
+from pdp_kernels.pruning.checks import check_layers, check_masks
+from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.device_table import DeviceTables
+from pdp_kernels.pruning.masked_layer import mask_model, unmask_model
+from pdp_kernels.pruning.masks import SelectedMask, WeightMask
+from pdp_kernels.pruning.targets import Target, layout
+
+
+class MaskedWeights:
+    """Masks on the weights of a model, in place of any that are there.
+
+    Args:
+        model: the model, changed in place.
+        targets: its weights to prune.
+
+    Attributes:
+        model: as given.
+        targets: as given.
+        masks: the mask of each target.
+    """
+
+    def __init__(self, model: nn.Module, targets: list[Target]) -> None:
+        self.model = model
+        self.targets = targets
+        self.masks = [target.new_mask() for target in targets]
+        self._shapes = [target.weight.shape for target in targets]
+        self._tables = DeviceTables(targets, self.masks)
+        self._followers: list[tuple[nn.Module, list[Target]]] = []
+        self._put_on(model, targets)
+
+    def follow(self, model: nn.Module, targets: list[Target]) -> None:
+        """Put the masks on a copy of the model too.
+
+        Raises:
+            ValueError: its weights have other names, shapes, dtypes or devices.
+        """
+        expected, got = layout(self.targets), layout(targets)
+        if got != expected:
+            raise ValueError(f"copy must have the weights {expected}, got {got}")
+        self._put_on(model, targets)
+        self._followers.append((model, targets))
+
+    def check(self) -> None:
+        """Raise a RuntimeError if the model no longer has these masks on these weights."""
+        check_layers(self.model, self.targets)
+        check_masks(self.targets, self.masks, self._shapes)
+
+    def set_schedule(
+        self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
+    ) -> None:
+        """Set the prune counts and temperatures of this progress. The thresholds stay."""
+        self._tables.set_schedule(config, progress, final_counts)
+
+    def find_thresholds(self) -> None:
+        """Select the thresholds of the current prune counts from the weights as they are now."""
+        self._tables.find_thresholds()
+        self.forget_loads()
+
+    def set_thresholds(self, thresholds: Mapping[str, Tensor]) -> None:
+        """Set the thresholds to these, by the names of their weights."""
+        for name, threshold in self.thresholds().items():
+            threshold.copy_(thresholds[name])
+        self.forget_loads()
+
+    def thresholds(self) -> dict[str, Tensor]:
+        """Return the threshold of each weight that has one."""
+        return {
+            target.name: mask.threshold
+            for target, mask in zip(self.targets, self.masks, strict=True)
+            if isinstance(mask, SelectedMask)
+        }
+
+    def forget_loads(self) -> None:
+        """Take the weights as they are for trained ones, whether they were loaded or not."""
+        for mask in self.masks:
+            mask.weight_loaded = False
+
+    def reshard(self) -> None:
+        """Let FSDP put its sharded parameters back, in the model and the copies that follow."""
+        for model in (self.model, *(follower for follower, _ in self._followers)):
+            reshard(model)
+
+    def prune(self) -> None:
+        """Set what the masks prune to zero and take the masks off, the copies' ones too."""
+        for model, targets in ((self.model, self.targets), *self._followers):
+            for target, mask in zip(targets, self.masks, strict=True):
+                mask.prune(target.weight)
+            unmask_model(model)
+        self._followers.clear()
+
+    def pruned_copy(self) -> nn.Module:
+        """Return a plain copy of the model, pruned by the masks as they are.
+
+        Raises:
+            RuntimeError: `fully_shard` has sharded the model, which then cannot be copied.
+        """
+        if fsdp_modules(self.model):
+            raise RuntimeError(
+                "pruned_copy needs a model that copy.deepcopy can copy, and one under fully_shard "
+                "is none: gather its state_dict into an unsharded model, and prune that"
+            )
+        copies: dict[int, Any] = {}
+        model = copy.deepcopy(self.model, copies)
+        for target, mask in zip(self.targets, self.masks, strict=True):
+            mask.prune(copies[id(target.weight)])
+        unmask_model(model)
+        return model
+
+    def _put_on(self, model: nn.Module, targets: list[Target]) -> None:
+        masks: dict[nn.Module, dict[str, WeightMask]] = {}
+        for target, mask in zip(targets, self.masks, strict=True):
+            for holder in target.holders:
+                masks.setdefault(holder.layer, {})[holder.slot.name] = mask
+        unmask_model(model)
+        mask_model(model, masks)
