@@ -45,15 +45,16 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
+if TYPE_CHECKING or find_spec("lightning"):
     import lightning.pytorch as pl
     from lightning.pytorch.utilities import rank_zero_info
-except ModuleNotFoundError:
-    import pytorch_lightning as pl  # type: ignore[no-redef]
+else:
+    import pytorch_lightning as pl
     from pytorch_lightning.utilities import rank_zero_info
 
 from pdp_kernels.integrations.schedule import fit_config, parse_config, resume
@@ -135,7 +136,7 @@ class PDPCallback(pl.Callback):
         for name, value in (("log", log), ("finalize", finalize)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-        self.config = parse_config(config)
+        self.config: PDPConfig | float = parse_config(config)
         self.logs_report = log  # Lightning sets Callback.log itself
         self.finalize = finalize
         self.pruner: PDPPruner | None = None
