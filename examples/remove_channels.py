@@ -31,8 +31,8 @@ for epoch in range(epochs):
 pruner.finalize()
 
 # The second layer does not read its dead inputs: drop them there, and in the first layer the rows
-# that compute them. studies/remove_dead_channels.py does this for a network with batch norm and
-# shortcuts, by means of Torch-Pruning.
+# that compute them. pdp_kernels.integrations.torch_pruning.remove_dead_channels(model, inputs) does
+# this for whole networks, with batch norm and shortcuts, by means of Torch-Pruning.
 report = next(report for report in channel_report(model, dim=1) if report.name == "2")
 live = sorted(set(range(report.channels)) - set(report.dead))
 small_first, small_second = nn.Linear(64, len(live)), nn.Linear(len(live), 10)

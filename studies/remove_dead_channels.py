@@ -4,20 +4,20 @@
 
 The network learns scikit-learn's digits. `pdp_mask_channel` masks the channels between the two
 convolutions of each block as inputs of the second one: the batch norm in between would rescale
-masked outputs of the first. Torch-Pruning then removes the dead channels, and the smaller network
-gives the same outputs as the masked one.
+masked outputs of the first. `remove_dead_channels` then makes the network smaller. It gives the
+same outputs as the masked one.
 """
 
 import argparse
 import copy
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from pdp_kernels import channel_report, hard_mask_channel, pdp_mask_channel
+from pdp_kernels import hard_mask_channel, pdp_mask_channel
+from pdp_kernels.integrations.torch_pruning import remove_dead_channels
 from studies.data import Images, digits
 from studies.networks import ResidualBlock, residual_network
 
@@ -70,19 +70,6 @@ def prune(model: nn.Module, sparsity: float) -> None:
         layer.weight *= kept.view(1, -1, 1, 1)
 
 
-def remove_dead_channels(model: nn.Module, example: Tensor) -> nn.Module:
-    """Return a copy of the model without dead channels and without the weights that make them."""
-    model = copy.deepcopy(model)
-    graph = torch_pruning.DependencyGraph().build_dependency(model, example_inputs=example)
-    layers = dict(model.named_modules())
-    for report in channel_report(model, dim=1):
-        if report.dead:
-            graph.get_pruning_group(
-                layers[report.name], torch_pruning.prune_conv_in_channels, idxs=report.dead
-            ).prune()
-    return model
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (model(images).argmax(1) == labels).double().mean().item()
@@ -102,14 +89,17 @@ def main() -> None:
     train(model, data, arguments.epochs, arguments.sparsity)
     prune(model, arguments.sparsity)
     model.eval()
-    example = data.test_inputs[:1]
-    smaller = remove_dead_channels(model, example)
+    smaller = copy.deepcopy(model)
+    removal = remove_dead_channels(smaller, data.test_inputs[:1])
     with torch.no_grad():
         difference = (model(data.test_inputs) - smaller(data.test_inputs)).abs().max().item()
-    for name, network in (("masked", model), ("smaller", smaller)):
-        macs, weights = torch_pruning.utils.count_ops_and_params(network, example)
+    sizes = (
+        ("masked", model, removal.parameters_before, removal.macs_before),
+        ("smaller", smaller, removal.parameters_after, removal.macs_after),
+    )
+    for name, network, parameters, macs in sizes:
         print(
-            f"{name}: {weights:,.0f} parameters, {macs / 1e6:.2f} million multiply-adds, "
+            f"{name}: {parameters:,} parameters, {macs / 1e6:.2f} million multiply-accumulates, "
             f"accuracy {accuracy(network, data.test_inputs, data.test_labels):.2%}"
         )
     print(f"largest difference of their outputs: {difference:.2g}")
