@@ -23,5 +23,9 @@ these bytes over the median, so that a provider that moves more has a lower rate
 rate over the copy's. Providers take turns, over batches that together exceed the last cache. On a
 GPU, times are between CUDA events around one call.
 
+Other benchmarks: `python -m benchmarks.training_step` (whole training steps), `benchmarks.gains`
+(sizes of checkpoints and latencies of pruned networks), `benchmarks.distributed` (thresholds of
+sharded weights), `benchmarks.sparse_linear` (2:4 layers on a GPU).
+
 NOTES.md says what gpu.sh runs on a GPU, and what each of its calls decides.
 """

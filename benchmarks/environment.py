@@ -33,7 +33,7 @@ def describe_environment(device: torch.device) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "triton": _installed_version("triton"),
+        "triton": installed_version("triton"),
         "python": platform.python_version(),
         "commit": _commit(),
         "pdp_kernels": pdp_kernels.__version__,
@@ -73,7 +73,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _installed_version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Return the version of a package, or "none"."""
     try:
         return version(package)
     except PackageNotFoundError:

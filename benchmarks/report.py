@@ -48,7 +48,7 @@ def format_table(rows: Sequence[Row]) -> str:
     """Return a GitHub table that is padded for plain text too. IQR is relative to the median."""
     copies = copy_rates(rows)
     lines = [_cells(row, copies.get((row.input, row.dtype))) for row in rows]
-    return _table(COLUMNS, lines)
+    return table(COLUMNS, lines)
 
 
 def format_short_table(rows: Sequence[Row]) -> str:
@@ -77,9 +77,9 @@ def format_short_table(rows: Sequence[Row]) -> str:
         for mask in names or [""]
     ]
     columns = {"input": str.ljust, "dtype": str.ljust, "mask": str.ljust, "copy GB/s": str.rjust}
-    table = _table(columns | dict.fromkeys(steps, str.rjust), lines)
+    text = table(columns | dict.fromkeys(steps, str.rjust), lines)
     errors = [f"{describe(row)}: {row.note}" for row in rows if row.is_error]
-    return "\n".join(["ours, in ms, and its GB/s as a fraction of the copy's:", table, *errors])
+    return "\n".join(["ours, in ms, and its GB/s as a fraction of the copy's:", text, *errors])
 
 
 def describe(row: Row) -> str:
@@ -93,7 +93,13 @@ def copy_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     return {(row.input, row.dtype): row.gb_per_s for row in copies}
 
 
-def _table(columns: dict[str, Callable], lines: Iterable[Sequence[str]]) -> str:
+def table(columns: dict[str, Callable], lines: Iterable[Sequence[str]]) -> str:
+    """Return a GitHub table that is padded for plain text too.
+
+    Args:
+        columns: Headings, with str.ljust or str.rjust.
+        lines: The cells of each line.
+    """
     lines = [tuple(columns), *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligns = columns.values()
