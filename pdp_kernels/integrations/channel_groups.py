@@ -49,7 +49,7 @@ class ChannelGroups:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, reads: Reads) -> None:
-        self.names = {layer: name for name, layer in model.named_modules()}
+        self.names: dict[nn.Module, str] = {layer: name for name, layer in model.named_modules()}
         self.kept: dict[tuple[str, str], dict[int, str]] = {}
         self.reads = reads
         self._owners: dict[Tensor, int] = {}

@@ -28,11 +28,11 @@ from pdp_kernels.pruning.masked_layer import check_unmasked
 try:
     from pdp_kernels.integrations.channel_graph import has_channels, run_and_record
     from pdp_kernels.integrations.channel_groups import ChannelGroups
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "remove_dead_channels needs Torch-Pruning: pip install 'pdp_kernels[channels]', or "
         "pip install torch-pruning"
-    ) from error
+    ) from _error
 
 _ROUNDING = 1000  # differences of the outputs that pass for rounding, in eps of the largest output
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from pdp_kernels import PDPConfig, prune_one_shot
 from studies.networks import residual_network
-from tests.support.channels import assert_removal_keeps_the_outputs, randomize
 
 pytest.importorskip("torch_pruning")
 pytest.importorskip("timm")
@@ -18,7 +17,7 @@ pytest.importorskip("transformers")
 import timm
 import transformers
 
-from pdp_kernels.integrations.torch_pruning import remove_dead_channels
+from tests.support.channels import randomize, removed_from
 
 IMAGES = [(torch.randn(2, 3, 32, 32),), (torch.randn(3, 3, 32, 32),)]
 TOKENS = [{"input_ids": torch.randint(0, 50, (2, 8))} for _ in range(2)]
@@ -72,10 +71,6 @@ def pruned(make, channels, **settings):
     )
     prune_one_shot(model, config)
     return model
-
-
-def removed_from(model, inputs):
-    return assert_removal_keeps_the_outputs(remove_dead_channels, model, *inputs)
 
 
 NETWORKS = {
