@@ -233,13 +233,18 @@ def format_tables(sizes: Sequence[dict], latencies: Sequence[dict]) -> str:
 
 
 def notes(rows: Iterable[dict]) -> list[str]:
-    """Return why there are cells without a figure, each reason once."""
-    found = (
-        (row.get("storage") or row["runtime"], row.get("dtype"), row["note"])
-        for row in rows
-        if row.get("note")
-    )
-    return [": ".join(filter(None, note)) for note in dict.fromkeys(found)]
+    """Return a line for each reason why cells have no figure, with the networks."""
+    networks: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.get("note"):
+            column = row.get("storage") or row["runtime"]
+            names = networks.setdefault((column, row["note"]), [])
+            dtype = f", {row['dtype']}" if "dtype" in row else ""
+            names.append(f"{row['network']}{dtype}")
+    return [
+        f"{column}: {note} ({'; '.join(dict.fromkeys(names))})"
+        for (column, note), names in networks.items()
+    ]
 
 
 if __name__ == "__main__":

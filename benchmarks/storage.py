@@ -135,7 +135,7 @@ def two_of_four_bytes(state: State) -> bytes:
     """Return a file of values and metadata, and of the weights that `compress_2to4` refuses."""
     packed = {name: pack_2to4(weight) for name, weight in state.items()}
     if not any(isinstance(weight, tuple) for weight in packed.values()):
-        raise UnavailableError("compress_2to4 takes matrices of bfloat16 and float16")
+        raise UnavailableError("compress_2to4 takes bfloat16 and float16 matrices, no convolutions")
     return save(packed)
 
 
