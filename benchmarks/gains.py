@@ -139,7 +139,8 @@ def latency_cell(row: dict) -> str:
     median = row["median_s"]
     low, high = row.get("quartiles_s") or (median, median)
     ratio = f"{row['of dense']:.2f}, " if row["of dense"] else ""
-    return f"{median * 1e3:.3g} ms ({ratio}IQR {(high - low) / median:.0%})"
+    digits = ".3g" if median < 1 else ".0f"
+    return f"{median * 1e3:{digits}} ms ({ratio}IQR {(high - low) / median:.0%})"
 
 
 def pivot(
