@@ -34,7 +34,7 @@ class HotLoop(NamedTuple):
     title: str
     reads: str  # text of the source line with its loads
     contains: str = ""  # text of another source line in the loop
-    writes: int = 0  # bytes for each weight
+    mask: int = 0  # bytes of a mask for each weight
 
 
 # For each kernel, the first that matches counts.
@@ -50,11 +50,26 @@ HOT_LOOPS = [
     ),
     HotLoop("later_digit_kernel", "thresholds later digit", "packets["),
     HotLoop("last_pruned_kernel", "hard_mask ties", "packets["),
-    HotLoop("write_mask_kernel", "hard_mask write", "loads[i]", writes=1),
-    HotLoop("write_mask_kernel", "hard_mask write unaligned", "weights[i]", writes=1),
+    HotLoop("write_mask_kernel", "hard_mask write", "loads[i]", mask=1),
+    HotLoop("write_mask_kernel", "hard_mask write unaligned", "weights[i]", mask=1),
     HotLoop("count_digit_kernel", "digit_counts", "packets["),
+    HotLoop(
+        "sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1 masked", "packets[", "masks[", mask=1
+    ),
+    HotLoop("sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1", "packets["),
+    HotLoop("sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1 unaligned", "unaligned[j]"),
     HotLoop("sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1", "weights[i]"),
+    HotLoop(
+        "sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2 masked", "packets[", "masks[", mask=1
+    ),
+    HotLoop("sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2", "packets["),
+    HotLoop("sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2 unaligned", "unaligned[j]"),
     HotLoop("sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2", "weights[i]"),
+    HotLoop(
+        "sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2 masked", "packets[", "masks[", mask=1
+    ),
+    HotLoop("sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2", "packets["),
+    HotLoop("sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2 unaligned", "unaligned[j]"),
     HotLoop("sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2", "weights[i]"),
     HotLoop("sum_tiles_kernel<(Norms)3>", "power_sums any p, q", "weights[i]"),
 ]
@@ -70,6 +85,9 @@ ARGUMENT_DTYPES = {
     "Half": "f16",
 }
 LINE_DTYPES = {
+    "return words[j] & 0x7FFFFFFF": "f32",
+    "word << 16 : word": "bf16",
+    "cvt.f32.f16": "f16",
     "static_cast<const BFloat16*>": "bf16",
     "static_cast<const Half*>": "f16",
     "0x1p112": "f16",
@@ -142,7 +160,8 @@ def measure_cuda(architecture: str) -> Compiled:
                 hot = _measure_loop(architecture, name, function, loop)
                 if hot and (hot.name not in found or found[hot.name].elements < hot.elements):
                     found[hot.name] = hot
-    names = [f"{hot.title} {dtype}" for hot in HOT_LOOPS for dtype in SIZES]
+    titles = dict.fromkeys(hot.title for hot in HOT_LOOPS)
+    names = [f"{title} {dtype}" for title in titles for dtype in SIZES]
     if missing := {hot.title for hot in HOT_LOOPS} - {name.rpartition(" ")[0] for name in found}:
         raise RuntimeError(f"no loop for {sorted(missing)}: no line has the text of HOT_LOOPS")
     kernels = {name: function.kernel for name, function in functions.items()}
@@ -164,7 +183,7 @@ def _measure_loop(
             continue
         dtype = _dtype(kernel, lines, max(map(width, loads)))
         elements = bits(loads) / 8 / SIZES[dtype]
-        moved = SIZES[dtype] + hot.writes
+        moved = SIZES[dtype] + hot.mask
         runs = [(body, 1.0)]
         return measure(
             f"{hot.title} {dtype}", architecture, function, runs, elements, moved, elements * moved

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -13,6 +14,7 @@
 
 #include "../powers.h"
 #include "block.cuh"
+#include "lane_sums.cuh"
 #include "launch.cuh"
 #include "upload.cuh"
 #include "workspace.cuh"
@@ -20,7 +22,7 @@
 namespace pdp {
 
 constexpr int kSumThreads = 256;
-constexpr int kSumBlocksPerMultiprocessor = 8;  // not yet measured on a GPU
+constexpr int kSumBlocksPerMultiprocessor = 4;  // not yet measured on a GPU
 
 // Weights of a tile. 25 million weights have 6,000 tiles; of 10^9 weights, one block has to add up
 // 250,000 tiles. Not yet measured on a GPU.
@@ -43,6 +45,17 @@ struct PowerSumsRequest {
   DeviceLimits limits;
 };
 
+__device__ inline int weight_bytes(WeightType type) {
+  if (type == WeightType::kFloat64) return 8;
+  return type == WeightType::kFloat32 ? 4 : 2;
+}
+
+__device__ inline double magnitude(double weight) { return std::fabs(weight); }
+template <typename Weight>
+__device__ double magnitude(Weight weight) {
+  return Magnitude<Weight>::value(magnitude_key(weight));
+}
+
 struct SumEntry {
   const void* data;
   const bool* kept;
@@ -59,6 +72,7 @@ struct SumPlan {
   PowerSums* tile_sums;  // of groups of several tiles
   PowerSums* results;
   double p, q;
+  uint32_t float_to_double;  // kFloatToDouble
   int32_t tensors;
   int64_t tiles;
   int64_t split_groups;  // groups of several tiles
@@ -88,59 +102,81 @@ __device__ inline PowerSums warp_sum(PowerSums sums) {
   return {warp_reduce(sums.count, add), warp_reduce(sums.p, add), warp_reduce(sums.q, add)};
 }
 
-// Returns a lane's sums of [begin, end): every 32nd weight, in order.
+// Weights that one warp sums.
+struct SumTile {
+  const void* data;
+  const uint8_t* kept;  // null: no weight is pruned
+  int size;
+  WeightType type;
+  PowerSums* result;
+};
+
+__device__ inline SumTile tile_at(const SumPlan& plan, int64_t tile) {
+  const SumEntry entry =
+      entry_at(plan, tile, [](const SumEntry& entry) { return entry.tile_begin; });
+  const int64_t row = (tile - entry.tile_begin) / entry.tiles_per_row;
+  const int64_t offset = (tile - entry.tile_begin) % entry.tiles_per_row * kSumTile;
+  const int64_t begin = row * entry.row_size + offset;
+  const auto* kept = reinterpret_cast<const uint8_t*>(entry.kept);
+  return {static_cast<const char*>(entry.data) + begin * weight_bytes(entry.type),
+          kept == nullptr ? nullptr : kept + begin,
+          static_cast<int>(min(kSumTile, entry.row_size - offset)), entry.type,
+          entry.tiles_per_row > 1 ? &plan.tile_sums[tile] : &plan.results[entry.group_begin + row]};
+}
+
+// Returns a lane's sums of a tile; those of PacketSums are right if they fit.
 template <Norms kNorms, typename Weight>
-__device__ PowerSums sum_lane(const Weight* weights, const bool* kept, int64_t begin, int64_t end,
-                              double p, double q) {
-  using Real = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
-  PowerSums sums;
-#pragma unroll 4
-  for (int64_t i = begin + threadIdx.x % kWarp; i < end; i += kWarp) {
-    const bool counts = kept == nullptr || kept[i];
-    const double value = Magnitude<Weight>::value(magnitude_key(weights[i]));
-    const Real magnitude = counts ? static_cast<Real>(value) : Real(0);
-    sums.count += counts;
-    sums.p += power_p<kNorms>(magnitude, p);
-    sums.q += power_q<kNorms>(magnitude, q);
+__device__ PowerSums sum_lane(const SumTile& tile, const SumPlan& plan) {
+  const auto* weights = static_cast<const Weight*>(tile.data);
+  if constexpr (kNorms != Norms::kAny && !std::is_same_v<Weight, double>) {
+    return sum_packets<kNorms>(weights, tile.kept, tile.size, plan.float_to_double);
+  } else {
+    const auto magnitude_at = [&](int i) { return magnitude(load_weight(&weights[i])); };
+    return sum_each<kNorms, 4>(magnitude_at, tile.kept, tile.size, plan.p, plan.q);
   }
-  return sums;
 }
 
+// Returns a lane's sums of any weights narrower than float64.
 template <Norms kNorms>
-__device__ PowerSums sum_lane(const SumEntry& entry, int64_t begin, int64_t end, double p,
-                              double q) {
-  const auto sum = [&](auto weight) {
-    return sum_lane<kNorms>(static_cast<const decltype(weight)*>(entry.data), entry.kept, begin,
-                            end, p, q);
+__device__ PowerSums sum_lane_of_any(const SumTile& tile, const SumPlan& plan) {
+  const auto magnitude_at = [&](int i) {
+    if (tile.type == WeightType::kFloat32) {
+      return magnitude(load_weight(static_cast<const float*>(tile.data) + i));
+    }
+    const auto* bits = static_cast<const uint16_t*>(tile.data) + i;
+    if (tile.type == WeightType::kBFloat16) return magnitude(BFloat16{__ldg(bits)});
+    return magnitude(Half{__ldg(bits)});
   };
-  switch (entry.type) {
-    case WeightType::kFloat64:
-      return sum(double{});
-    case WeightType::kFloat32:
-      return sum(float{});
-    case WeightType::kBFloat16:
-      return sum(BFloat16{});
-    default:
-      return sum(Half{});
+  return sum_each<kNorms, 1>(magnitude_at, tile.kept, tile.size, plan.p, plan.q);
+}
+
+// Returns the sums of a tile in every lane of a warp.
+template <Norms kNorms>
+__device__ PowerSums sum_tile(const SumTile& tile, const SumPlan& plan) {
+  PowerSums sums;
+  if (tile.type == WeightType::kFloat64) {
+    return warp_sum(sum_lane<kNorms, double>(tile, plan));
+  } else if (tile.type < WeightType::kBFloat16) {
+    sums = sum_lane<kNorms, float>(tile, plan);
+  } else if (tile.type == WeightType::kBFloat16) {
+    sums = sum_lane<kNorms, BFloat16>(tile, plan);
+  } else {
+    sums = sum_lane<kNorms, Half>(tile, plan);
   }
+  sums = warp_sum(sums);
+  if (kNorms == Norms::kAny || PacketSums<kNorms>::fit(sums)) return sums;
+  return warp_sum(sum_lane_of_any<kNorms>(tile, plan));
 }
 
 template <Norms kNorms>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kSumBlocksPerMultiprocessor)
     sum_tiles_kernel(const __grid_constant__ SumPlan plan) {
   constexpr int kWarps = kSumThreads / kWarp;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  for (int64_t tile = warp; tile < plan.tiles; tile += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const SumEntry entry =
-        entry_at(plan, tile, [](const SumEntry& entry) { return entry.tile_begin; });
-    const int64_t row = (tile - entry.tile_begin) / entry.tiles_per_row;
-    const int64_t tile_of_row = (tile - entry.tile_begin) % entry.tiles_per_row;
-    const int64_t begin = row * entry.row_size + tile_of_row * kSumTile;
-    const int64_t end = min(begin + kSumTile, (row + 1) * entry.row_size);
-    const PowerSums sums = warp_sum(sum_lane<kNorms>(entry, begin, end, plan.p, plan.q));
-    PowerSums* result =
-        entry.tiles_per_row > 1 ? &plan.tile_sums[tile] : &plan.results[entry.group_begin + row];
-    if (threadIdx.x % kWarp == 0) *result = sums;
+  for (int64_t i = warp; i < plan.tiles; i += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const SumTile tile = tile_at(plan, i);
+    const PowerSums sums = sum_tile<kNorms>(tile, plan);
+    if (threadIdx.x % kWarp == 0) *tile.result = sums;
   }
 }
 
@@ -188,6 +224,7 @@ inline SumPlan lay_out_sums(const PowerSumsRequest& request, Workspace& workspac
   plan.results = request.results;
   plan.p = request.p;
   plan.q = request.q;
+  plan.float_to_double = kFloatToDouble;
   return plan;
 }
 

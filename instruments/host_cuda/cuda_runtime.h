@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -53,6 +54,14 @@ Value exchange_value(unsigned mask, Value value, unsigned lane) {
   bits = exchange(bits, lane);
   memcpy(&value, &bits, sizeof(Value));
   return value;
+}
+
+// 1 / sqrt(x) with an error of 2^-22.9, the largest of rsqrt.approx (PTX ISA), up or down.
+inline float reciprocal_root(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(x));
+  const bool up = bits * 0x9E3779B9u >> 31 != 0;
+  return static_cast<float>((up ? 1 + 1.28e-7 : 1 - 1.28e-7) / std::sqrt(double{x}));
 }
 
 // Only the types CUDA has these atomics for.

@@ -109,6 +109,7 @@ using Distribution = std::function<double(Random&)>;
 double normal(Random& random) { return std::normal_distribution<double>()(random); }
 double few_values(Random& random) { return static_cast<double>(random() % 7) - 3; }
 double equal(Random&) { return 0.25; }
+double huge(Random& random) { return 1e25 * normal(random); }
 double one_prefix(Random& random) {
   return 1 + std::uniform_real_distribution<double>(0, 1.0 / 512)(random);
 }
@@ -247,7 +248,7 @@ void digit_counts(uint64_t seed, const std::vector<int64_t>& sizes) {
 // Every other tensor has a mask. per_row: each row is a group, instead of each tensor.
 template <typename Weight>
 void power_sums(uint64_t seed, const std::vector<int64_t>& sizes, double p, double q,
-                bool per_row = false) {
+                bool per_row = false, const Distribution& distribution = normal) {
   Random random(seed);
   std::vector<std::vector<Weight>> weights;
   std::vector<std::vector<unsigned char>> masks;
@@ -256,7 +257,7 @@ void power_sums(uint64_t seed, const std::vector<int64_t>& sizes, double p, doub
   pdp::PowerSumsRequest request = {};
   size_t groups = 0;
   for (const int64_t size : sizes) {
-    weights.push_back(make_weight<Weight>(size, normal, random));
+    weights.push_back(make_weight<Weight>(size, distribution, random));
     masks.emplace_back(size);
     const bool masked = masks.size() % 2 == 0;
     for (unsigned char& kept : masks.back()) kept = !masked || random() % 3 > 0;
@@ -354,11 +355,19 @@ const Workload kWorkloads[] = {
     {"power-sums",
      [](uint64_t seed) { power_sums<float>(seed, {20021, 3, 0, 9000, 5000}, 0.5, 1); }},
     {"power-sums-of-rows",
-     [](uint64_t seed) { power_sums<float>(seed, {27000, 300, 9, 0}, 1, 2, true); }},
+     [](uint64_t seed) { power_sums<float>(seed, {27003, 300, 9, 0}, 1, 2, true); }},
+    {"power-sums-of-huge-weights",
+     [](uint64_t seed) {
+       power_sums<float>(seed, {5000, 300}, 0.5, 1, false, huge);
+       power_sums<BFloat16>(seed, {5000, 300}, 0.5, 2, false, huge);
+     }},
     {"power-sums-float64", [](uint64_t seed) { power_sums<double>(seed, {9000, 20}, 0.5, 2); }},
     {"power-sums-bfloat16",
+     [](uint64_t seed) { power_sums<BFloat16>(seed, {9000, 9000, 20}, 0.5, 1); }},
+    {"power-sums-any-exponents",
      [](uint64_t seed) { power_sums<BFloat16>(seed, {9000, 20}, 0.3, 1.7); }},
-    {"power-sums-float16", [](uint64_t seed) { power_sums<Half>(seed, {9000, 20}, 0.5, 1); }},
+    {"power-sums-float16",
+     [](uint64_t seed) { power_sums<Half>(seed, {9003, 27, 20}, 0.5, 2, true); }},
     {"power-sums-list", [](uint64_t seed) { power_sums<float>(seed, repeated(17, 70), 0.5, 1); }},
     {"prune-counts",
      [](uint64_t seed) {

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from instruments.host_build import ADA_SHARED_MEMORY, HOPPER_SHARED_MEMORY
+from pdp_kernels.functional.pq_index import index_of
 from tests.support.selection import (
     check_digit_counts,
     check_digit_counts_of_sizes,
     check_hard_mask,
     check_thresholds,
 )
+from tests.support.sums import exact_sums
 from tests.support.weights import DTYPES
 
 
@@ -208,3 +210,38 @@ def test_power_sums_of_a_list_longer_than_a_chunk_of_the_table_are_exact(cuda):
     found = cuda.power_sums(weights, [None] * 1000, 0.5, 1.0, False)
     sizes = torch.tensor([float(len(weight)) for weight in weights]).double()
     assert torch.equal(found, torch.stack([sizes, 2 * sizes, 4 * sizes], dim=1))
+
+
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_power_sums_of_equal_weights_are_the_same_at_every_address(cuda, dtype):
+    def moved(tensor, offset):
+        return torch.cat([torch.zeros(offset, dtype=tensor.dtype), tensor])[offset:]
+
+    weight, mask = torch.randn(9001).to(dtype), torch.rand(9001) < 0.5
+    for kept in (None, mask):
+        first = cuda.power_sums([weight], [kept], 0.5, 1.0, False)
+        for offset in range(1, 9):
+            masks = [kept, None if kept is None else moved(kept, offset)]
+            found = cuda.power_sums([moved(weight, offset)] * 2, masks, 0.5, 1.0, False)
+            assert torch.equal(found, first.expand(2, -1))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_sums_of_roots_have_a_tenth_of_the_error_that_is_allowed(cuda, dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    for scale in (1.0, tiny, torch.finfo(dtype).max / 8):
+        weight = (torch.randn(50_021).double() * scale).to(dtype)
+        found = cuda.power_sums([weight], [None], 0.5, 1.0, False)[0]
+        expected = exact_sums(weight, None, 0.5, 1.0)[0]
+        assert found[1:].tolist() == pytest.approx([float(e) for e in expected[1:]], rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_equal_magnitudes_have_index_0(cuda, dtype):
+    for value in (0.3, 0.7, 1.1, 1e-5, 2.9e-38, 60000.0):
+        weight = torch.full((40_001,), value, dtype=dtype)
+        index = index_of(cuda.power_sums([weight], [None], 0.5, 1.0, False), 0.5, 1.0)
+        assert index.abs() <= 2e-14

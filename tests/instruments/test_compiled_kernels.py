@@ -46,7 +46,10 @@ SPILLS = {"channel backward linear dim=1 absolute bf16 (all outputs)": 8}
 NARROW = {
     "hard_mask write [bf]*": (0.66, "16 bytes are 2 to 8 weights, and these as many bytes of mask"),
     "hard_mask write unaligned *": (0, "weights do not begin at a multiple of 16 bytes"),
-    "power_sums *": (0, "a lane reads every 32nd weight, in order"),
+    "power_sums * masked *": (0.66, "16 bytes of weights have 4 or 8 bytes of mask"),
+    "power_sums * unaligned *": (0, "weights do not begin at a multiple of 16 bytes"),
+    "power_sums p=* f64": (0, "a lane reads every 32nd weight, in order"),
+    "power_sums any *": (0, "a lane reads every 32nd weight, in order"),
     "* odd *": (0, "Triton masks each element, for the last of them may end anywhere"),
     "N:M * 2:4 relative f32>bf16": (0.66, "a thread has groups of 4, 8 bytes of bfloat16"),
     "N:M * 2:4 relative bf16": (0, "a thread has groups of 4, 8 bytes of bfloat16"),
