@@ -6,14 +6,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "../digits.h"
 #include "../magnitude.h"
 #include "block.cuh"
-#include "counters.cuh"
 #include "launch.cuh"
-#include "radix_select.cuh"
 #include "weight_table.cuh"
 #include "workspace.cuh"
 
@@ -42,9 +41,51 @@ struct DigitCounts : WeightTable<Key> {
   Count* above;
 };
 
+// The keys that have a prefix. Their digits are counted.
+template <typename Key>
+struct KeyRange {
+  // Differences of keys need one more bit: a negative one wraps around, and is larger than any key.
+  using Number = std::conditional_t<sizeof(Key) < sizeof(uint32_t), uint32_t, Key>;
+
+  Number first;
+  Number size;
+  int shift;
+
+  __device__ KeyRange(Number prefix, Digit digit)
+      : first(prefix << (digit.shift + digit.bits)),
+        size(Number{1} << (digit.shift + digit.bits)),
+        shift(digit.shift) {}
+
+  // Counts the digit of a weight's key. Keys out of the range all count in the bin after the last:
+  // a branch around the atomic would take more instructions. `nearest` becomes the distance from
+  // the end of the range to the least key so far above it.
+  template <typename Weight>
+  __device__ void count(Weight weight, uint32_t* counters, Number& nearest) const {
+    using Signed = std::make_signed_t<Number>;
+    constexpr Number kSignless = (Number{1} << Magnitude<Weight>::kBits) - 1;
+    constexpr Number kNaN = Magnitude<Weight>::kInfinity + 1;  // magnitude_key
+    const Number bits = bit_cast<Key>(weight) & kSignless;
+    const auto place = static_cast<Number>(
+        min(static_cast<Signed>(bits - first), static_cast<Signed>(kNaN - first)));
+    atomicAdd(&counters[min(place, size) >> shift], 1u);
+    nearest = min(nearest, place - size);
+  }
+
+  // Returns the least key above the range, or kNoKey.
+  __device__ Count above(Number nearest) const {
+    constexpr Number kFarthest = ~Number{0} / 2;
+    return nearest <= kFarthest ? Count{first} + size + nearest : kNoKey;
+  }
+};
+
 template <typename Key>
 struct DigitCountsShared {
-  WideCounters<1 << key_digits(sizeof(Key)).bits[0]> counters;
+  static constexpr int kBins = 1 << key_digits(sizeof(Key)).bits[0];
+
+  // Weights crowd into a few exponents, but threads of a warp that meet in one bin cost one access
+  // only: the hardware adds their number (ATOMS.POPC.INC). No counter overflows: a block never has
+  // 2^32 weights of a slice.
+  uint32_t counters[kBins + 1];
   Slice<Key> slice;
   Count above;
 };
@@ -70,25 +111,39 @@ __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerMultiprocessor)
   auto& shared = shared_memory<DigitCountsShared<Key>>();
   for_each_slice(plan, shared.slice, [&] {
     const Slice<Key>& slice = shared.slice;
-    const auto prefix = static_cast<Key>(plan.prefixes[slice.tensor]);
-    shared.counters.clear();
+    using Range = KeyRange<Key>;
+    using Number = typename Range::Number;
+    const Range range(static_cast<Number>(plan.prefixes[slice.tensor]), plan.digit);
+    const int32_t bins = plan.digit.bins();
+    for (int32_t bin = threadIdx.x; bin < bins; bin += kCountThreads) shared.counters[bin] = 0;
     if (threadIdx.x == 0) shared.above = kNoKey;
     __syncthreads();
 
-    constexpr Key kNone = static_cast<Key>(~Key{0});
-    Key next = kNone;
-    for_each_weight_key<Key, kCountThreads>(
-        slice.entry, slice.weights_begin(), slice.weights_end(),
-        [&](Key key) { count_digit(key, prefix, plan.digit, shared.counters, next); }, [] {});
+    Number nearest = ~Number{0};
+    const auto count = [&](auto weight) { range.count(weight, shared.counters, nearest); };
+    const int64_t begin = slice.weights_begin(), end = slice.weights_end();
+    const void* data = slice.entry.data;
+    if constexpr (sizeof(Key) == sizeof(double)) {
+      for_each<kCountThreads>(static_cast<const double*>(data), begin, end, count);
+    } else if constexpr (sizeof(Key) == sizeof(float)) {
+      for_each<kCountThreads>(static_cast<const float*>(data), begin, end, count);
+    } else if (slice.entry.type == WeightType::kBFloat16) {
+      for_each<kCountThreads>(static_cast<const BFloat16*>(data), begin, end, count);
+    } else {
+      for_each<kCountThreads>(static_cast<const Half*>(data), begin, end, count);
+    }
 
     if (plan.digit.last) {
-      const Count above = warp_reduce(next == kNone ? kNoKey : Count{next},
-                                      [](Count a, Count b) { return min(a, b); });
+      const Count above =
+          warp_reduce(range.above(nearest), [](Count a, Count b) { return min(a, b); });
       if (threadIdx.x % kWarp == 0) atomicMin(&shared.above, above);
     }
     __syncthreads();
-    const int64_t row = static_cast<int64_t>(slice.tensor) * plan.digit.bins();
-    merge_counters(shared.counters, plan.counts + row);
+    Count* row = plan.counts + static_cast<int64_t>(slice.tensor) * bins;
+    for (int32_t bin = threadIdx.x; bin < bins; bin += kCountThreads) {
+      const Count count = shared.counters[bin];
+      if (count > 0) atomicAdd(&row[bin], count);
+    }
     if (threadIdx.x == 0 && shared.above != kNoKey) {
       atomicMin(&plan.above[slice.tensor], shared.above);
     }
