@@ -20,7 +20,7 @@ struct KeyDigits {
   int count;
   int bits[6];  // highest digit first; no later digit is wider than the first
 
-  constexpr Digit digit(int64_t index) const {
+  PDP_HOST_DEVICE constexpr Digit digit(int64_t index) const {
     int shift = 0;
     for (int64_t lower = index + 1; lower < count; ++lower) shift += bits[lower];
     return {shift, bits[index], index == 0, index + 1 == count};

@@ -46,11 +46,6 @@ pdp::DeviceLimits device_limits(const Tensor& tensor) {
   return limits;
 }
 
-void check_obstacle(const pdp::ThresholdRequest& request) {
-  const char* obstacle = pdp::obstacle(request);
-  STD_TORCH_CHECK(obstacle == nullptr, obstacle == nullptr ? "" : obstacle);
-}
-
 pdp::WeightView view_of(const Tensor& weight, int64_t position) {
   return {weight.const_data_ptr(), weight.numel(), position, pdp::weight_type(weight)};
 }
@@ -86,7 +81,6 @@ Tensor thresholds(std::vector<Tensor> weights, Tensor prune_counts) {
   request.prune_counts = counts.const_data_ptr<int64_t>();
   request.thresholds = {result.mutable_data_ptr(), is_double};
   request.limits = device_limits(result);
-  check_obstacle(request);
   const Tensor workspace = empty_on(
       result, static_cast<int64_t>(pdp::thresholds_workspace_bytes(request)), ScalarType::Byte);
   STD_CUDA_CHECK(
@@ -136,7 +130,6 @@ Tensor hard_mask(Tensor weight, Tensor prune_count) {
                        {threshold.mutable_data_ptr(), true},
                        device_limits(weight)};
   request.kept = kept.mutable_data_ptr<bool>();
-  check_obstacle(request.selection);
   const Tensor workspace = empty_on(
       weight, static_cast<int64_t>(pdp::hard_mask_workspace_bytes(request)), ScalarType::Byte);
   STD_CUDA_CHECK(

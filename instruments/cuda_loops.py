@@ -35,22 +35,18 @@ class HotLoop(NamedTuple):
     reads: str  # text of the source line with its loads
     contains: str = ""  # text of another source line in the loop
     mask: int = 0  # bytes of a mask for each weight
+    leaves_out: str = ""  # text of a source line that runs in few iterations
 
 
 # For each kernel, the first that matches counts.
 HOT_LOOPS = [
-    HotLoop("first_digit_kernel", "thresholds first digit packed", "packets[", "2 == 0 ? 1u"),
+    HotLoop("bracket_kernel", "thresholds bracket", "packets[", leaves_out="flush();"),
+    HotLoop("survivors_kernel", "thresholds survivors", "packets["),
     HotLoop("first_digit_kernel", "thresholds first digit", "packets["),
     HotLoop("later_digit_kernel", "thresholds collecting", "packets[", "stage.push("),
-    HotLoop(
-        "later_digit_kernel",
-        "thresholds candidates",
-        "packets[",
-        "for_each<RadixSelect<Key>::kThreads",
-    ),
+    HotLoop("later_digit_kernel", "thresholds candidates", "packets[", "Memory::kWorkspace>("),
     HotLoop("later_digit_kernel", "thresholds later digit", "packets["),
-    HotLoop("last_pruned_kernel", "hard_mask ties", "packets["),
-    HotLoop("write_mask_kernel", "hard_mask write", "loads[i]", mask=1),
+    HotLoop("write_mask_kernel", "hard_mask write", "loads[i", mask=1),
     HotLoop("write_mask_kernel", "hard_mask write unaligned", "weights[i]", mask=1),
     HotLoop("count_digit_kernel", "digit_counts", "packets["),
     HotLoop(
@@ -184,6 +180,8 @@ def _measure_loop(
         dtype = _dtype(kernel, lines, max(map(width, loads)))
         elements = bits(loads) / 8 / SIZES[dtype]
         moved = SIZES[dtype] + hot.mask
+        if hot.leaves_out:
+            body = [each for each in body if not _is_of(each, hot.leaves_out)]
         runs = [(body, 1.0)]
         return measure(
             f"{hot.title} {dtype}", architecture, function, runs, elements, moved, elements * moved
@@ -198,6 +196,11 @@ def _reading(function: Function, blocks: set[int], text: str) -> list[Instructio
         for instruction in function.instructions(blocks)
         if instruction.name in LOADS and any(text in line for line in _lines([instruction]))
     ]
+
+
+def _is_of(instruction: Instruction, text: str) -> bool:
+    """Whether an instruction comes from a source line that contains `text`, or from its calls."""
+    return any(text in line for line in _lines([instruction]))
 
 
 def _dtype(kernel: str, lines: set[str], widest: int) -> str:

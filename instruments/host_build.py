@@ -13,8 +13,10 @@ from pdp_kernels.ops import reference
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
-HOPPER_SHARED_MEMORY = 227 * 1024  # 32-bit counters for 16-bit weights
-ADA_SHARED_MEMORY = 99 * 1024  # 16-bit counters
+HOPPER_SHARED_MEMORY = 227 * 1024
+ADA_SHARED_MEMORY = 99 * 1024  # the least of all devices
+
+SAMPLED_FROM = 1 << 22  # kSampledFrom of csrc/cuda/thresholds.cuh
 
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fPIC"]
 
@@ -45,6 +47,18 @@ class KernelError(Exception):
     """A mistake of a kernel that the CUDA model detected."""
 
 
+class Selected(NamedTuple):
+    """The result of a selection. Only the thresholds are known for a list of several key widths.
+
+    candidates: the number of keys of each weight that a pass left to later ones.
+    fallbacks: the number of weights whose sample did not lead to the threshold.
+    """
+
+    thresholds: Tensor
+    candidates: Tensor
+    fallbacks: int
+
+
 class HostBuild:
     """The operators of csrc/cuda on CPU tensors. A seed determines the order of threads.
 
@@ -56,9 +70,14 @@ class HostBuild:
         for name in ("host_launches", "host_workspace_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
         self.device()
+        self.sample_from()
 
     def device(self, multiprocessors: int = 2, shared_memory=HOPPER_SHARED_MEMORY, seed: int = 0):
         self._library.host_device(multiprocessors, shared_memory, ctypes.c_uint64(seed))
+
+    def sample_from(self, weights: int = SAMPLED_FROM):
+        """Let thresholds of that many float32 or float64 weights or more begin with a sample."""
+        self._library.host_sampled_from(ctypes.c_int64(weights))
 
     def launches(self) -> int:
         """Return the number of kernels that the last call launched."""
@@ -68,20 +87,21 @@ class HostBuild:
         """Return the size of the last call's workspace."""
         return self._library.host_workspace_bytes()
 
-    def thresholds(self, weights: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the thresholds, and the number of candidates of each weight (-1: not known)."""
+    def thresholds(self, weights: Sequence[Tensor], counts: Sequence[int]) -> "Selected":
+        """Return the thresholds, and how they were found."""
         result = torch.full((len(weights),), torch.nan, dtype=reference.threshold_dtype(weights))
-        buffered = torch.full((len(weights),), -1)
-        one_width = len({weight.dtype for weight in weights}) == 1 and weights[0].itemsize > 2
+        candidates, fallbacks = torch.full((len(weights),), -1), torch.full((1,), -1)
+        one_width = len({weight.itemsize for weight in weights}) == 1
+        unknown = ctypes.c_void_p(None)
         self._call(
             "thresholds",
             *_views(weights),
             torch.tensor(counts),
             result,
             ctypes.c_int(result.dtype == torch.float64),
-            buffered if one_width else ctypes.c_void_p(None),
+            *((candidates, fallbacks) if one_width else (unknown, unknown)),
         )
-        return result, buffered
+        return Selected(result, candidates, int(fallbacks))
 
     def digit_counts(self, weights: Sequence[Tensor], prefixes: Tensor, digit: int):
         assert prefixes.dtype == torch.int64

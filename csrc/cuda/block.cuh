@@ -94,6 +94,22 @@ __device__ Value warp_reduce(Value value, Combine combine) {
   return value;
 }
 
+// The sum of a value over the lower lanes of the warp, and over all lanes.
+struct WarpSums {
+  uint32_t lower, all;
+};
+
+// Called by all lanes.
+__device__ inline WarpSums sum_over_lanes(uint32_t mine) {
+  uint32_t inclusive = mine;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const uint32_t lower = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (threadIdx.x % kWarp >= distance) inclusive += lower;
+  }
+  return {inclusive - mine, __shfl_sync(kAllLanes, inclusive, kWarp - 1)};
+}
+
 struct RankScratch {
   Count warp_sums[kWarp];
   Count below;
@@ -152,6 +168,14 @@ __device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& 
     scratch.count = here;
   }
   __syncthreads();
+}
+
+// The same for a rank that may be beyond the elements: then it returns false.
+template <typename CountOf>
+__device__ bool try_find_rank(CountOf count, int32_t bins, Count rank, RankScratch& scratch) {
+  if (threadIdx.x == 0) scratch.bin = -1;
+  find_rank(count, bins, rank, scratch);
+  return scratch.bin >= 0;
 }
 
 // Sets scratch.next to the first bin above scratch.bin that is not empty, or to `bins` if there is

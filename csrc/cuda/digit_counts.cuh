@@ -96,10 +96,8 @@ __global__ void start_counting_kernel(const __grid_constant__ DigitCounts<Key> p
                                       const __grid_constant__ TableChunk<kCapacity> chunk,
                                       int32_t first) {
   const int32_t tensor = first + static_cast<int32_t>(blockIdx.x);
-  if (threadIdx.x == 0) {
-    plan.entries[tensor] = chunk.entries[blockIdx.x];
-    plan.above[tensor] = kNoKey;
-  }
+  plan.write(tensor, chunk.entries[blockIdx.x]);
+  if (threadIdx.x == 0) plan.above[tensor] = kNoKey;
   const int32_t bins = plan.digit.bins();
   Count* counts = plan.counts + static_cast<int64_t>(tensor) * bins;
   for (int32_t bin = threadIdx.x; bin < bins; bin += blockDim.x) counts[bin] = 0;
@@ -122,16 +120,9 @@ __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerMultiprocessor)
     Number nearest = ~Number{0};
     const auto count = [&](auto weight) { range.count(weight, shared.counters, nearest); };
     const int64_t begin = slice.weights_begin(), end = slice.weights_end();
-    const void* data = slice.entry.data;
-    if constexpr (sizeof(Key) == sizeof(double)) {
-      for_each<kCountThreads>(static_cast<const double*>(data), begin, end, count);
-    } else if constexpr (sizeof(Key) == sizeof(float)) {
-      for_each<kCountThreads>(static_cast<const float*>(data), begin, end, count);
-    } else if (slice.entry.type == WeightType::kBFloat16) {
-      for_each<kCountThreads>(static_cast<const BFloat16*>(data), begin, end, count);
-    } else {
-      for_each<kCountThreads>(static_cast<const Half*>(data), begin, end, count);
-    }
+    with_weights<Key>(slice.entry, [&](const auto* weights) {
+      for_each<kCountThreads>(weights, begin, end, count);
+    });
 
     if (plan.digit.last) {
       const Count above =
@@ -155,14 +146,16 @@ DigitCounts<Key> lay_out_counts(const DigitCountsRequest& request, Workspace& wo
                                 std::vector<TableEntry>& table) {
   int32_t tiles = 0;
   for (const WeightView& weight : request.weights) {
-    table.push_back(
-        {weight.data, weight.size, 0, tiles, static_cast<int32_t>(weight.position), weight.type});
-    tiles += tiles_of<Key>(weight.size);
+    const int32_t own_tiles = tiles_of<Key>(weight.size);
+    table.push_back({weight.data, weight.size, 0, tiles, own_tiles,
+                     static_cast<int32_t>(weight.position), weight.type});
+    tiles += own_tiles;
   }
   DigitCounts<Key> plan = {};
   plan.tensors = static_cast<int32_t>(table.size());
   plan.assign_tiles(tiles, request.limits.multiprocessors * kCountBlocksPerMultiprocessor);
   plan.entries = workspace.take<TableEntry>(plan.tensors);
+  plan.first_tensors = workspace.take<int32_t>(plan.blocks);
   plan.prefixes = request.prefixes;
   plan.digit = request.digit;
   plan.counts = reinterpret_cast<Count*>(request.counts);
@@ -170,7 +163,7 @@ DigitCounts<Key> lay_out_counts(const DigitCountsRequest& request, Workspace& wo
   return plan;
 }
 
-// The table takes the same bytes for every key width.
+// The widest keys have the most tiles, and so the most blocks.
 inline size_t digit_counts_workspace_bytes(const DigitCountsRequest& request) {
   Workspace measured(nullptr);
   std::vector<TableEntry> table;

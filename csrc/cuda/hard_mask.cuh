@@ -1,5 +1,9 @@
 // hard_mask: true for the weights that are kept. Exactly k weights are pruned: all whose key is
 // below v_k, and then, lowest index first, as many ties (weights whose key is v_k) as are missing.
+//
+// One pass writes the mask. If only some ties are pruned, it keeps them all and notes those of each
+// unit of the weights; from their numbers the last block finds the last tie to prune. A second
+// kernel then prunes the ties up to it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +16,7 @@
 #include "../magnitude.h"
 #include "block.cuh"
 #include "launch.cuh"
-#include "radix_select.cuh"
+#include "selection.cuh"
 #include "thresholds.cuh"
 #include "weight_table.cuh"
 #include "workspace.cuh"
@@ -20,88 +24,175 @@
 namespace pdp {
 
 constexpr int kMaskThreads = 256;
+constexpr int kMaskWarps = kMaskThreads / kWarp;
 constexpr int kMaskBlocksPerMultiprocessor = 8;  // not yet measured on a GPU
 
 template <typename Weight>
 using KeyOf = typename Magnitude<Weight>::Key;
 
-struct TieShared {
+// A warp writes the mask of a unit of weights at a time: four packets for each lane.
+template <typename Weight>
+constexpr int64_t kMaskUnit = kWarp * kPacketsInFlight * 16 / sizeof(Weight);
+
+template <typename Weight>
+PDP_HOST_DEVICE int32_t mask_units(int64_t size) {
+  return static_cast<int32_t>((size + kMaskUnit<Weight> - 1) / kMaskUnit<Weight>);
+}
+
+// The ties of a unit. bfloat16 weights of one scale have 2 in 1,000.
+struct UnitTies {
+  static constexpr uint32_t kNoted = 14;
+
+  uint32_t count;
+  uint16_t places[kNoted];  // in the unit, of the first ties
+};
+
+template <typename Key>
+struct MaskShared {
+  Search<Key> search;
   RankScratch rank;
-  uint32_t ties;
   bool last;
 };
 
-// Finds the index of the last tie that is pruned. Blocks count the ties of each tile; the last
-// block to finish finds the tie of that rank, first its tile, then its place in the tile. If all
-// ties are pruned (always, if v_k is unique), their order does not matter and nothing is read.
+// Whether some of the ties are pruned, but not all.
+template <typename Key>
+__device__ bool cuts_ties(const Search<Key>& search) {
+  return search.rank >= 0 && search.rank + 1 < search.count;
+}
+
+// Notes place_of(i) for each bit i of `ties`, after the first `noted` of the unit, and returns how
+// many ties the unit has then. Called by all lanes.
+template <typename PlaceOf>
+__device__ uint32_t note_ties(uint32_t ties, PlaceOf place_of, uint32_t noted, UnitTies& unit) {
+  const WarpSums sums = sum_over_lanes(__popc(ties));
+  for (uint32_t i = noted + sums.lower; ties != 0 && i < UnitTies::kNoted; ++i, ties &= ties - 1) {
+    unit.places[i] = static_cast<uint16_t>(place_of(__ffs(ties) - 1));
+  }
+  return noted + sums.all;
+}
+
+// Finds the index of the last tie that is pruned. Called by all threads of one block.
 template <typename Weight>
-__global__ void __launch_bounds__(kMaskThreads)
-    last_pruned_kernel(const Weight* weights, int64_t size, SelectionState<KeyOf<Weight>>* selected,
-                       uint32_t* ties_of_tile) {
-  using Key = KeyOf<Weight>;
-  auto& shared = shared_memory<TieShared>();
-  const int64_t rank = selected->rank;
-  if (rank < 0 || rank + 1 == selected->count) return;
-  const Key kth = selected->prefix;
-
-  const int32_t tiles = tiles_of<Key>(size);
-  int32_t counted = 0;
-  for (int32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++counted) {
-    if (threadIdx.x == 0) shared.ties = 0;
-    __syncthreads();
-    uint32_t ties = 0;
-    for_each<kMaskThreads>(weights, tile * kTile<Key>, min((tile + 1) * kTile<Key>, size),
-                           [&](Weight weight) { ties += magnitude_key(weight) == kth; });
-    ties = warp_reduce(ties, [](uint32_t a, uint32_t b) { return a + b; });
-    if (threadIdx.x % kWarp == 0) atomicAdd(&shared.ties, ties);
-    __syncthreads();
-    if (threadIdx.x == 0) ties_of_tile[tile] = shared.ties;
-  }
-
-  if (!last_to_arrive(&selected->tiles_done, static_cast<Count>(counted), static_cast<Count>(tiles),
-                      shared.last)) {
-    return;
-  }
-  const auto ties_of = [&](int32_t tile) { return ties_of_tile[tile]; };
-  find_rank(ties_of, tiles, static_cast<Count>(rank), shared.rank);
-  const Count rank_in_tile = static_cast<Count>(rank) - shared.rank.below;
-  const int64_t tile_begin = shared.rank.bin * kTile<Key>;
+__device__ int64_t find_last_pruned(const Weight* weights, int64_t size,
+                                    const Search<KeyOf<Weight>>& search,
+                                    const UnitTies* ties_of_unit, RankScratch& scratch) {
+  const KeyOf<Weight> kth = search.prefix;
+  const auto rank = static_cast<Count>(search.rank);
+  const auto ties_of = [&](int32_t unit) { return ties_of_unit[unit].count; };
+  find_rank(ties_of, mask_units<Weight>(size), rank, scratch);
+  const Count rank_in_unit = rank - scratch.below;
+  const int64_t begin = scratch.bin * kMaskUnit<Weight>;
   const auto is_tie = [&](int32_t i) -> uint32_t {
-    return magnitude_key(weights[tile_begin + i]) == kth;
+    return magnitude_key(weights[begin + i]) == kth;
   };
-  find_rank(is_tie, static_cast<int32_t>(min(kTile<Key>, size - tile_begin)), rank_in_tile,
-            shared.rank);
-  if (threadIdx.x == 0) selected->last_pruned = tile_begin + shared.rank.bin;
+  find_rank(is_tie, static_cast<int32_t>(min(kMaskUnit<Weight>, size - begin)), rank_in_unit,
+            scratch);
+  return begin + scratch.bin;
 }
 
 template <typename Weight>
 __global__ void __launch_bounds__(kMaskThreads)
-    write_mask_kernel(const Weight* weights, int64_t size,
-                      const SelectionState<KeyOf<Weight>>* selected, bool* kept) {
-  const KeyOf<Weight> kth = selected->prefix;
-  const int64_t last_pruned = selected->last_pruned;
-  const auto keep = [&](Weight weight, int64_t i) {
-    const KeyOf<Weight> key = magnitude_key(weight);
-    return key > kth || (key == kth && i > last_pruned);
-  };
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-
+    write_mask_kernel(const Weight* weights, int64_t size, SelectionState<KeyOf<Weight>>* selected,
+                      UnitTies* ties_of_unit, bool* kept) {
+  using Key = KeyOf<Weight>;
   constexpr int kPerPacket = 16 / sizeof(Weight);
+  auto& shared = shared_memory<MaskShared<Key>>();
+  if (threadIdx.x == 0) shared.search = *selected;
+  __syncthreads();
+  const Key kth = shared.search.prefix;
+  const bool cuts = cuts_ties(shared.search);
+  const bool keeps_ties = cuts || shared.search.rank < 0;
+  const Key least = keeps_ties ? kth : static_cast<Key>(kth + 1);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
-  const int64_t packets = aligned ? size / kPerPacket : 0;
-  const auto* loads = reinterpret_cast<const uint4*>(weights);
-  auto* stores = reinterpret_cast<Packet<bool, kPerPacket>*>(kept);
-#pragma unroll 4
-  for (int64_t i = thread; i < packets; i += threads) {
-    const auto loaded = bit_cast<Packet<Weight>>(__ldg(&loads[i]));
-    Packet<bool, kPerPacket> keeps;
+
+  const int32_t units = mask_units<Weight>(size);
+  const int32_t groups = (units + kMaskWarps - 1) / kMaskWarps;
+  int32_t counted = 0;
+  for (int32_t group = blockIdx.x; group < groups; group += gridDim.x, ++counted) {
+    const int32_t unit = group * kMaskWarps + warp;
+    if (unit >= units) continue;
+    const int64_t begin = unit * kMaskUnit<Weight>;
+    const int64_t end = min(begin + kMaskUnit<Weight>, size);
+    UnitTies& ties = ties_of_unit[unit];
+    uint32_t noted = 0;
+    if (aligned && end - begin == kMaskUnit<Weight>) {
+      const auto* loads = reinterpret_cast<const uint4*>(weights + begin) + lane;
+      auto* stores = reinterpret_cast<Packet<bool, kPerPacket>*>(kept + begin) + lane;
+      uint4 loaded[kPacketsInFlight];
 #pragma unroll
-    for (int j = 0; j < kPerPacket; ++j) keeps.at[j] = keep(loaded.at[j], i * kPerPacket + j);
-    stores[i] = keeps;
+      for (int i = 0; i < kPacketsInFlight; ++i) loaded[i] = __ldg(&loads[i * kWarp]);
+      uint32_t ties_of_lane = 0;
+#pragma unroll
+      for (int i = 0; i < kPacketsInFlight; ++i) {
+        const auto packet = bit_cast<Packet<Weight>>(loaded[i]);
+        Packet<bool, kPerPacket> keeps;
+#pragma unroll
+        for (int j = 0; j < kPerPacket; ++j) {
+          const Key key = magnitude_key(packet.at[j]);
+          keeps.at[j] = key >= least;
+          if (key == kth) ties_of_lane |= 1u << (i * kPerPacket + j);
+        }
+        stores[i * kWarp] = keeps;
+      }
+      if (cuts) {
+        const auto place_of = [&](int bit) {
+          return (bit / kPerPacket * kWarp + lane) * kPerPacket + bit % kPerPacket;
+        };
+        noted = note_ties(ties_of_lane, place_of, noted, ties);
+      }
+    } else {
+      for (int64_t first = begin; first < end; first += kWarp) {
+        const int64_t i = first + lane;
+        bool tie = false;
+        if (i < end) {
+          const Key key = magnitude_key(weights[i]);
+          kept[i] = key >= least;
+          tie = key == kth;
+        }
+        if (cuts) noted = note_ties(tie, [&](int) { return i - begin; }, noted, ties);
+      }
+    }
+    if (cuts && lane == 0) ties.count = noted;
   }
-  for (int64_t i = packets * kPerPacket + thread; i < size; i += threads) {
-    kept[i] = keep(weights[i], i);
+
+  if (!cuts) return;
+  if (!last_to_arrive(&selected->tiles_done, static_cast<Count>(counted),
+                      static_cast<Count>(groups), shared.last)) {
+    return;
+  }
+  const int64_t last = find_last_pruned(weights, size, shared.search, ties_of_unit, shared.rank);
+  if (threadIdx.x == 0) selected->last_pruned = last;
+}
+
+template <typename Weight>
+__global__ void __launch_bounds__(kMaskThreads)
+    prune_ties_kernel(const Weight* weights, int64_t size,
+                      const SelectionState<KeyOf<Weight>>* selected, const UnitTies* ties_of_unit,
+                      bool* kept) {
+  using Key = KeyOf<Weight>;
+  auto& shared = shared_memory<SelectionState<Key>>();
+  if (threadIdx.x == 0) shared = *selected;
+  __syncthreads();
+  if (!cuts_ties(shared)) return;
+  const Key kth = shared.prefix;
+  const int64_t last = shared.last_pruned;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kMaskWarps;
+  int64_t unit = static_cast<int64_t>(blockIdx.x) * kMaskWarps + threadIdx.x / kWarp;
+  for (; unit * kMaskUnit<Weight> <= last; unit += warps) {
+    const int64_t begin = unit * kMaskUnit<Weight>;
+    const UnitTies& ties = ties_of_unit[unit];
+    if (ties.count <= UnitTies::kNoted) {
+      if (lane >= ties.count) continue;
+      const int64_t i = begin + ties.places[lane];
+      if (i <= last) kept[i] = false;
+    } else {
+      const int64_t end = min(begin + kMaskUnit<Weight>, last + 1);
+      for (int64_t i = begin + lane; i < end; i += kWarp) {
+        if (magnitude_key(weights[i]) == kth) kept[i] = false;
+      }
+    }
   }
 }
 
@@ -112,20 +203,13 @@ struct HardMaskRequest {
   bool* kept;
 };
 
-template <typename Key>
-size_t hard_mask_workspace_bytes(const HardMaskRequest& request, Workspace& workspace) {
-  std::vector<TableEntry> table;
-  lay_out_selection<Key>(request.selection, workspace, table);
-  workspace.take<uint32_t>(tiles_of<Key>(request.selection.weights[0].size));
-  return workspace.bytes();
-}
-
-inline size_t hard_mask_workspace_bytes(const HardMaskRequest& request) {
+template <typename Weight>
+size_t hard_mask_workspace_bytes_of(const HardMaskRequest& request) {
   Workspace measured(nullptr);
-  const WeightType type = request.selection.weights[0].type;
-  if (type == WeightType::kFloat64) return hard_mask_workspace_bytes<uint64_t>(request, measured);
-  if (type == WeightType::kFloat32) return hard_mask_workspace_bytes<uint32_t>(request, measured);
-  return hard_mask_workspace_bytes<uint16_t>(request, measured);
+  std::vector<TableEntry> table;
+  lay_out_selection<KeyOf<Weight>>(request.selection, measured, table);
+  measured.take<UnitTies>(mask_units<Weight>(request.selection.weights[0].size));
+  return measured.bytes();
 }
 
 template <typename Weight>
@@ -136,33 +220,47 @@ cudaError_t launch_hard_mask_of(const HardMaskRequest& request, void* memory, cu
   std::vector<TableEntry> table;
   const Selection<Key> selection = lay_out_selection<Key>(request.selection, workspace, table);
   const WeightView& view = request.selection.weights[0];
-  const int32_t tiles = tiles_of<Key>(view.size);
-  auto* ties_of_tile = workspace.take<uint32_t>(tiles);
-  if (tiles == 0) return cudaSuccess;
-  launch_selection(launcher, selection, table, request.selection.limits);
+  auto* ties_of_unit = workspace.take<UnitTies>(mask_units<Weight>(view.size));
+  if (view.size == 0) return cudaSuccess;
+  launch_selection(launcher, selection, table);
 
   const auto* weights = static_cast<const Weight*>(view.data);
   const int32_t blocks =
-      std::min(tiles, kMaskBlocksPerMultiprocessor * request.selection.limits.multiprocessors);
-  launcher.launch(last_pruned_kernel<Weight>, blocks, kMaskThreads, sizeof(TieShared), weights,
-                  view.size, selection.states, ties_of_tile);
-  launcher.launch(write_mask_kernel<Weight>, blocks, kMaskThreads, 0, weights, view.size,
-                  selection.states, request.kept);
+      std::min((mask_units<Weight>(view.size) + kMaskWarps - 1) / kMaskWarps,
+               kMaskBlocksPerMultiprocessor * request.selection.limits.multiprocessors);
+  launcher.launch(write_mask_kernel<Weight>, blocks, kMaskThreads, sizeof(MaskShared<Key>), weights,
+                  view.size, selection.states, ties_of_unit, request.kept);
+  launcher.launch(prune_ties_kernel<Weight>, blocks, kMaskThreads, sizeof(SelectionState<Key>),
+                  weights, view.size, selection.states, ties_of_unit, request.kept);
   return launcher.error();
+}
+
+// Calls function(a value of the type of the weights).
+template <typename Function>
+auto with_type(WeightType type, Function function) {
+  switch (type) {
+    case WeightType::kFloat64:
+      return function(double{});
+    case WeightType::kFloat32:
+      return function(float{});
+    case WeightType::kBFloat16:
+      return function(BFloat16{});
+    default:
+      return function(Half{});
+  }
+}
+
+inline size_t hard_mask_workspace_bytes(const HardMaskRequest& request) {
+  return with_type(request.selection.weights[0].type, [&](auto weight) {
+    return hard_mask_workspace_bytes_of<decltype(weight)>(request);
+  });
 }
 
 inline cudaError_t launch_hard_mask(const HardMaskRequest& request, void* workspace,
                                     cudaStream_t stream) {
-  switch (request.selection.weights[0].type) {
-    case WeightType::kFloat64:
-      return launch_hard_mask_of<double>(request, workspace, stream);
-    case WeightType::kFloat32:
-      return launch_hard_mask_of<float>(request, workspace, stream);
-    case WeightType::kBFloat16:
-      return launch_hard_mask_of<BFloat16>(request, workspace, stream);
-    default:
-      return launch_hard_mask_of<Half>(request, workspace, stream);
-  }
+  return with_type(request.selection.weights[0].type, [&](auto weight) {
+    return launch_hard_mask_of<decltype(weight)>(request, workspace, stream);
+  });
 }
 
 }  // namespace pdp

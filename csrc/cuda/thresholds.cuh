@@ -1,5 +1,5 @@
-// thresholds: launches the radix select over a list of weights. Free of Torch; the caller allocates
-// the workspace.
+// thresholds: launches the selection in a list of weights. Free of Torch; the caller allocates the
+// workspace.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,12 +9,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "bracket.cuh"
 #include "launch.cuh"
 #include "radix_select.cuh"
+#include "sample.cuh"
+#include "selection.cuh"
 #include "weight_table.cuh"
 #include "workspace.cuh"
 
 namespace pdp {
+
+// Lists of fewer weights than this, those of small tensors not counted, take a radix select: its
+// second read comes from the cache, and it has two launches less. Not yet measured on a GPU.
+constexpr int64_t kSampledFrom = 1 << 22;
 
 // The operator's arguments, without the workspace.
 struct ThresholdRequest {
@@ -22,6 +29,7 @@ struct ThresholdRequest {
   const int64_t* prune_counts;  // on the device, by position
   ThresholdOutput thresholds;
   DeviceLimits limits;
+  int64_t sampled_from = kSampledFrom;
 };
 
 template <typename Key>
@@ -31,87 +39,68 @@ bool has_key(WeightType type) {
   return sizeof(Key) == sizeof(uint16_t);
 }
 
-// Whether the first digit has to be counted in SmallCounters.
-template <typename Key>
-bool lacks_shared_memory(const DeviceLimits& limits) {
-  using Shared = FirstDigitShared<Key, typename RadixSelect<Key>::FirstCounters>;
-  return limits.shared_bytes_per_block < static_cast<int>(sizeof(Shared));
-}
-
-// Returns null, or why this device cannot serve the request. The selection of 16-bit weights has a
-// histogram of all magnitudes in shared memory; no other kernel of the package needs as much.
-inline const char* obstacle(const ThresholdRequest& request) {
-  using Shared = FirstDigitShared<uint16_t, RadixSelect<uint16_t>::SmallCounters>;
-  const bool enough = request.limits.shared_bytes_per_block >= static_cast<int>(sizeof(Shared));
-  for (const WeightView& weight : request.weights) {
-    if (has_key<uint16_t>(weight.type) && !enough) {
-      return "thresholds of 16-bit weights need 64.4 KiB of shared memory a block: a device of "
-             "compute capability 8.0 or later";
-    }
-  }
-  return nullptr;
-}
-
 // Lays out the selection in those weights of the request whose keys are of type Key, and appends
-// their table to `table`.
+// their table to `table`. The workspace takes an eighth of the keys that have tiles, and for each
+// of their tensors 1,024 keys and at most 16 KiB of histogram, but no more of these than blocks.
 template <typename Key>
 Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& workspace,
                                  std::vector<TableEntry>& table) {
-  using Radix = RadixSelect<Key>;
   int32_t tiles = 0;
-  int64_t candidates = 0;
+  int64_t candidates = 0, tiled = 0;
   for (const WeightView& weight : request.weights) {
     if (!has_key<Key>(weight.type)) continue;
-    table.push_back({weight.data, weight.size, candidates, tiles,
+    const int32_t own_tiles = weight.size <= kWhole<Key> ? 0 : tiles_of<Key>(weight.size);
+    table.push_back({weight.data, weight.size, candidates, tiles, own_tiles,
                      static_cast<int32_t>(weight.position), weight.type});
-    tiles += tiles_of<Key>(weight.size);
-    if (Radix::kDigits.count > 1) candidates += candidate_capacity(weight.size);
+    if (own_tiles == 0) continue;
+    tiles += own_tiles;
+    tiled += weight.size;
+    if (kCollects<Key>) {
+      candidates += candidate_capacity(weight.size) + survivor_capacity(weight.size);
+    }
   }
 
   Selection<Key> selection = {};
   selection.prune_counts = request.prune_counts;
   selection.thresholds = request.thresholds;
   selection.tensors = static_cast<int32_t>(table.size());
-  selection.assign_tiles(tiles, request.limits.multiprocessors * Radix::kBlocks);
-  const bool small = lacks_shared_memory<Key>(request.limits);
-  selection.bins = Radix::FirstCounters::kBins;
-  selection.keys_per_flush =
-      small ? Radix::SmallCounters::kMaxKeys : Radix::FirstCounters::kMaxKeys;
-  int64_t histograms = selection.tensors;
-  if (selection.tensors > selection.blocks) histograms = selection.blocks * (small ? 2 : 1);
+  selection.assign_tiles(tiles, request.limits.multiprocessors * kSelectionBlocks);
+  selection.bins = std::max(kBracketBins<Key>, DigitHistogram<Key>::kBins);
+  // 16-bit weights leave no candidates, so the bracket is the shorter way for all of them.
+  selection.sampled = !kCollects<Key> || tiled >= request.sampled_from;
   selection.entries = workspace.take<TableEntry>(selection.tensors);
+  selection.first_tensors = workspace.take<int32_t>(selection.blocks);
   selection.states = workspace.take<SelectionState<Key>>(selection.tensors);
-  selection.histograms = workspace.take<Count>(histograms * selection.bins);
+  selection.unfinished = workspace.take<Count>(1);
+  selection.histograms = workspace.take<Count>(std::min(selection.tensors, selection.blocks) *
+                                               int64_t{selection.bins});
   selection.candidates = workspace.take<Key>(candidates);
   return selection;
 }
 
-template <typename Key, typename Counters>
-void launch_first_digit(Launcher& launcher, const Selection<Key>& selection, Digit digit) {
-  launcher.launch(first_digit_kernel<Key, Counters>, selection.blocks, RadixSelect<Key>::kThreads,
-                  sizeof(FirstDigitShared<Key, Counters>), selection, digit);
-}
-
-// One launch for each kLargeChunk tensors, and one for each digit.
+// One launch for each kLargeChunk tensors. If there is a large tensor, one for each digit, and with
+// samples one for the bracket and one for its candidates; after these the digits leave at once.
 template <typename Key>
 void launch_selection(Launcher& launcher, const Selection<Key>& selection,
-                      const std::vector<TableEntry>& table, const DeviceLimits& limits) {
-  using Radix = RadixSelect<Key>;
-  constexpr KeyDigits kDigits = Radix::kDigits;
+                      const std::vector<TableEntry>& table) {
   launch_start(launcher, start_selection_kernel<Key, kSmallChunk>,
-               start_selection_kernel<Key, kLargeChunk>, selection, table);
+               start_selection_kernel<Key, kLargeChunk>, selection, table, kSampleThreads,
+               sizeof(SampleShared<Key>));
   if (selection.blocks == 0) return;
-
-  if (lacks_shared_memory<Key>(limits)) {
-    launch_first_digit<Key, typename Radix::SmallCounters>(launcher, selection, kDigits.digit(0));
-  } else {
-    launch_first_digit<Key, typename Radix::FirstCounters>(launcher, selection, kDigits.digit(0));
-  }
-  if constexpr (kDigits.count > 1) {
-    for (int i = 1; i < kDigits.count; ++i) {
-      launcher.launch(later_digit_kernel<Key>, selection.blocks, Radix::kThreads,
-                      sizeof(LaterDigitShared<Key>), selection, kDigits.digit(i));
+  if (selection.sampled) {
+    launcher.launch(bracket_kernel<Key>, selection.blocks, kSelectionThreads,
+                    sizeof(BracketShared<Key>), selection);
+    if constexpr (kCollects<Key>) {
+      launcher.launch(survivors_kernel<Key>, selection.blocks, kSelectionThreads,
+                      sizeof(SurvivorsShared<Key>), selection);
     }
+  }
+  constexpr KeyDigits kDigits = kDigitsOf<Key>;
+  launcher.launch(first_digit_kernel<Key>, selection.blocks, kSelectionThreads,
+                  sizeof(FirstDigitShared<Key>), selection, kDigits.digit(0));
+  for (int i = 1; i < kDigits.count; ++i) {
+    launcher.launch(later_digit_kernel<Key>, selection.blocks, kSelectionThreads,
+                    sizeof(LaterDigitShared<Key>), selection, kDigits.digit(i));
   }
 }
 
@@ -135,7 +124,7 @@ void launch_thresholds_of(Launcher& launcher, const ThresholdRequest& request, v
   Workspace workspace(memory);
   std::vector<TableEntry> table;
   const Selection<Key> selection = lay_out_selection<Key>(request, workspace, table);
-  if (!table.empty()) launch_selection(launcher, selection, table, request.limits);
+  if (!table.empty()) launch_selection(launcher, selection, table);
 }
 
 inline cudaError_t launch_thresholds(const ThresholdRequest& request, void* workspace,

@@ -73,7 +73,11 @@ constexpr bool kHasAtomics =
 
 inline void __syncthreads() { host_cuda::barrier(false); }
 inline int __syncthreads_or(int predicate) { return host_cuda::barrier(predicate != 0); }
+inline void __syncwarp() { host_cuda::warp_barrier(); }
 inline void __threadfence() { host_cuda::fence(); }
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 template <typename Value>
 Value __ldg(const Value* address) {
@@ -96,6 +100,18 @@ Value __shfl_up_sync(unsigned mask, Value value, int distance) {
   const auto up = static_cast<unsigned>(distance);
   return host_cuda::exchange_value(mask, value, lane < up ? lane : lane - up);
 }
+
+template <typename Value>
+Value __shfl_sync(unsigned mask, Value value, int lane) {
+  return host_cuda::exchange_value(mask, value, static_cast<unsigned>(lane));
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  if (mask != 0xFFFFFFFF) host_cuda::fail("a warp operation without all lanes");
+  return host_cuda::ballot(predicate != 0);
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 template <typename Integer>
 Integer atomicAdd(Integer* address, Integer value) {

@@ -116,8 +116,9 @@ struct Thread {
 
 // Sync variables of a block.
 struct Clocks {
-  char barrier[2];  // by the parity of the barrier
-  char fence[];     // of every thread
+  char barrier[2];   // by the parity of the barrier
+  char warp[32][2];  // of the barriers of every warp, by the parity of its operation
+  char fence[];      // of every thread
 };
 
 struct Block {
@@ -378,6 +379,24 @@ uint64_t exchange(uint64_t value, unsigned lane) {
   self->shown[parity] = value;
   wait(Waiting::kWarp);
   return warp[lane].shown[parity];
+}
+
+uint32_t ballot(bool vote) {
+  const Thread* warp = &block->threads[threadIdx.x / kWarp * kWarp];
+  const unsigned parity = thread->warp_operations % 2;
+  exchange(vote, 0);
+  uint32_t votes = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    votes |= static_cast<uint32_t>(warp[lane].shown[parity]) << lane;
+  }
+  return votes;
+}
+
+void warp_barrier() {
+  char* clock = &block->clocks->warp[threadIdx.x / kWarp][thread->warp_operations % 2];
+  release(clock);
+  exchange(0, 0);
+  acquire(clock);
 }
 
 void fence() {

@@ -25,6 +25,7 @@ using host_cuda::name;
 using host_cuda::report;
 
 size_t latest_workspace_bytes = 0;
+int64_t sampled_from = pdp::kSampledFrom;
 
 class Workspace {
  public:
@@ -46,10 +47,6 @@ pdp::DeviceLimits limits() {
   pdp::DeviceLimits limits;
   pdp::read_device_limits(0, &limits);
   return limits;
-}
-
-void check_obstacle(const pdp::ThresholdRequest& request) {
-  if (const char* obstacle = pdp::obstacle(request)) throw std::runtime_error(obstacle);
 }
 
 size_t bytes_of(pdp::WeightType type) {
@@ -75,16 +72,18 @@ void name_buffers_of(const pdp::ThresholdRequest& request, const Workspace& memo
   pdp::Selection<Key> selection;
   const std::vector<pdp::TableEntry> table = lay_out(request, memory, &selection);
   int64_t candidates = 0;
-  for (const pdp::TableEntry& entry : table) candidates += pdp::candidate_capacity(entry.size);
+  for (const pdp::TableEntry& entry : table) {
+    if (entry.tiles == 0 || !pdp::kCollects<Key>) continue;
+    candidates += pdp::candidate_capacity(entry.size) + pdp::survivor_capacity(entry.size);
+  }
   const auto* end = static_cast<const char*>(memory.data()) + memory.bytes();
   const auto name_until = [](const void* begin, const void* after, const char* of, Kind kind) {
     name(begin, static_cast<const char*>(after) - static_cast<const char*>(begin), of, kind);
   };
   name_until(selection.entries, selection.histograms, "table", kTable);
   name_until(selection.histograms, selection.candidates, "histograms", kByLane);
-  if (sizeof(Key) == sizeof(uint16_t)) candidates = 0;  // one digit needs none
   name_until(selection.candidates, selection.candidates + candidates, "candidates", kByLane);
-  name_until(selection.candidates + candidates, end, "ties of tiles", kByLane);
+  name_until(selection.candidates + candidates, end, "ties", kByLane);
 }
 
 // Names the buffers of the workspace, for a list of one key width. (Several widths use one
@@ -100,14 +99,16 @@ void name_buffers(const pdp::ThresholdRequest& request, const Workspace& memory)
   }
 }
 
+// candidates: of each tensor. fallbacks: the number of tensors that a bracket did not find.
 template <typename Key>
-void read_buffered(const pdp::ThresholdRequest& request, const Workspace& memory,
-                   int64_t* buffered) {
+void read_selection(const pdp::ThresholdRequest& request, const Workspace& memory,
+                    int64_t* candidates, int64_t* fallbacks) {
   pdp::Selection<Key> selection;
   const std::vector<pdp::TableEntry> table = lay_out(request, memory, &selection);
   for (size_t i = 0; i < table.size(); ++i) {
-    buffered[table[i].position] = selection.states[i].buffered;
+    candidates[table[i].position] = selection.states[i].buffered;
   }
+  *fallbacks = selection.sampled ? static_cast<int64_t>(*selection.unfinished) : 0;
 }
 
 }  // namespace
@@ -124,24 +125,34 @@ int64_t host_launches() { return host_cuda::device.launches; }
 
 int64_t host_workspace_bytes() { return static_cast<int64_t>(latest_workspace_bytes); }
 
-// buffered: the number of candidates of each tensor; only for lists of one key width.
+// From how many weights on float32 and float64 are sampled; the next calls follow it.
+void host_sampled_from(int64_t weights) { sampled_from = weights; }
+
+// candidates and fallbacks as in read_selection, or null; only for lists of one key width.
 const char* host_thresholds(int64_t tensors, const void* const* data, const int64_t* sizes,
                             const int32_t* types, const int64_t* prune_counts, void* thresholds,
-                            int is_double, int64_t* buffered) {
+                            int is_double, int64_t* candidates, int64_t* fallbacks) {
   return report([&] {
-    pdp::ThresholdRequest request = {{}, prune_counts, {thresholds, is_double != 0}, limits()};
+    pdp::ThresholdRequest request = {
+        {}, prune_counts, {thresholds, is_double != 0}, limits(), sampled_from};
     for (int64_t i = 0; i < tensors; ++i) {
       request.weights.push_back({data[i], sizes[i], i, static_cast<pdp::WeightType>(types[i])});
     }
-    check_obstacle(request);
     Workspace workspace(pdp::thresholds_workspace_bytes(request));
     name_weights(request.weights);
     name_buffers(request, workspace);
     pdp::launch_thresholds(request, workspace.data(), nullptr);
-    if (buffered != nullptr && bytes_of(request.weights[0].type) == 8) {
-      read_buffered<uint64_t>(request, workspace, buffered);
-    } else if (buffered != nullptr) {
-      read_buffered<uint32_t>(request, workspace, buffered);
+    if (candidates != nullptr) {
+      switch (bytes_of(request.weights[0].type)) {
+        case 8:
+          read_selection<uint64_t>(request, workspace, candidates, fallbacks);
+          break;
+        case 4:
+          read_selection<uint32_t>(request, workspace, candidates, fallbacks);
+          break;
+        default:
+          read_selection<uint16_t>(request, workspace, candidates, fallbacks);
+      }
     }
     workspace.free();
   });
@@ -172,9 +183,9 @@ const char* host_hard_mask(const void* data, int64_t size, int32_t type, const i
     pdp::HardMaskRequest request = {{{{data, size, 0, static_cast<pdp::WeightType>(type)}},
                                      prune_count,
                                      {&threshold, true},
-                                     limits()},
+                                     limits(),
+                                     sampled_from},
                                     kept};
-    check_obstacle(request.selection);
     Workspace workspace(pdp::hard_mask_workspace_bytes(request));
     name_weights(request.selection.weights);
     name(kept, size, "mask");

@@ -130,13 +130,31 @@ pdp::DeviceLimits limits_of(uint64_t seed, int shared_bytes) {
   return limits;
 }
 
-constexpr int kHopper = 227 * 1024;
-constexpr int kAda = 99 * 1024;  // too little for 32-bit counters of 16-bit weights
+constexpr int kLeastShared = 99 * 1024;  // bytes a block of any device has
+
+// Whether weights of more than 64 KiB are sampled. 16-bit weights always are.
+enum class Way { kSampled, kMisled, kDigits };
+
+int64_t sampled_from(Way way) { return way == Way::kDigits ? INT64_MAX : 0; }
+
+// Sets all weights that a sample reads to values from 1 to 5/4.
+template <typename Weight>
+void mislead(std::vector<Weight>& weight, Random& random) {
+  using Key = typename Magnitude<Weight>::Key;
+  const auto size = static_cast<int64_t>(weight.size());
+  const int64_t chunks = pdp::sample_chunks<Key>(size);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t place = pdp::sampled_place<Key>(chunk, chunks, size);
+    for (int64_t i = place; i < place + pdp::kSampleChunk<Key>; ++i) {
+      weight[i] = convert<Weight>(1 + std::uniform_real_distribution<double>(0, 0.25)(random));
+    }
+  }
+}
 
 // `ratios` are used in turn: the fraction to prune of each tensor.
 template <typename Weight>
 void thresholds(uint64_t seed, const std::vector<int64_t>& sizes, const Distribution& distribution,
-                int shared_bytes = kHopper, const std::vector<double>& ratios = {0.8, 0.3, 0.5}) {
+                Way way = Way::kSampled, const std::vector<double>& ratios = {0.8, 0.3, 0.5}) {
   Random random(seed);
   std::vector<std::vector<Weight>> weights;
   std::vector<DeviceArray<Weight>> on_device;
@@ -144,6 +162,7 @@ void thresholds(uint64_t seed, const std::vector<int64_t>& sizes, const Distribu
   pdp::ThresholdRequest request = {};
   for (const int64_t size : sizes) {
     weights.push_back(make_weight<Weight>(size, distribution, random));
+    if (way == Way::kMisled) mislead(weights.back(), random);
     on_device.emplace_back(weights.back());
     counts.push_back(pdp::prune_count(ratios[counts.size() % ratios.size()], size));
     const auto position = static_cast<int64_t>(request.weights.size());
@@ -153,7 +172,8 @@ void thresholds(uint64_t seed, const std::vector<int64_t>& sizes, const Distribu
   const DeviceArray<double> result(sizes.size());
   request.prune_counts = counts_there.data();
   request.thresholds = {result.data(), true};
-  request.limits = limits_of(seed, shared_bytes);
+  request.limits = limits_of(seed, kLeastShared);
+  request.sampled_from = sampled_from(way);
   const DeviceArray<unsigned char> workspace(pdp::thresholds_workspace_bytes(request));
   check(pdp::launch_thresholds(request, workspace.data(), nullptr));
 
@@ -171,7 +191,8 @@ void thresholds(uint64_t seed, const std::vector<int64_t>& sizes, const Distribu
 }
 
 template <typename Weight>
-void hard_mask(uint64_t seed, int64_t size, const Distribution& distribution) {
+void hard_mask(uint64_t seed, int64_t size, const Distribution& distribution,
+               Way way = Way::kSampled) {
   Random random(seed);
   const std::vector<Weight> weight = make_weight<Weight>(size, distribution, random);
   const std::vector<int64_t> count = {size * 3 / 5};
@@ -183,7 +204,8 @@ void hard_mask(uint64_t seed, int64_t size, const Distribution& distribution) {
   request.selection = {{{there.data(), size, 0, kType<Weight>}},
                        count_there.data(),
                        {threshold.data(), true},
-                       limits_of(seed, kHopper)};
+                       limits_of(seed, kLeastShared),
+                       sampled_from(way)};
   request.kept = reinterpret_cast<bool*>(kept.data());
   const DeviceArray<unsigned char> workspace(pdp::hard_mask_workspace_bytes(request));
   check(pdp::launch_hard_mask(request, workspace.data(), nullptr));
@@ -210,7 +232,7 @@ void digit_counts(uint64_t seed, const std::vector<int64_t>& sizes) {
     const auto position = static_cast<int64_t>(request.weights.size());
     request.weights.push_back({on_device.back().data(), size, position, kType<Weight>});
   }
-  request.limits = limits_of(seed, kHopper);
+  request.limits = limits_of(seed, kLeastShared);
   for (int64_t index = 0;; ++index) {
     const pdp::Digit digit = pdp::key_digits(sizeof(Weight)).digit(index);
     std::vector<int64_t> prefixes, expected, above;
@@ -273,7 +295,7 @@ void power_sums(uint64_t seed, const std::vector<int64_t>& sizes, double p, doub
   request.p = p;
   request.q = q;
   request.results = results.data();
-  request.limits = limits_of(seed, kHopper);
+  request.limits = limits_of(seed, kLeastShared);
   const DeviceArray<unsigned char> workspace(pdp::power_sums_workspace_bytes(request));
   check(pdp::launch_power_sums(request, workspace.data(), nullptr));
 
@@ -324,29 +346,39 @@ struct Workload {
 
 const Workload kWorkloads[] = {
     {"thresholds-float32",
-     [](uint64_t seed) { thresholds<float>(seed, {20011, 3, 0, 9000, 5000}, normal); }},
-    {"thresholds-ties", [](uint64_t seed) { thresholds<float>(seed, {20011, 5000}, few_values); }},
-    {"thresholds-overflow",
-     [](uint64_t seed) { thresholds<float>(seed, {20011, 5000}, one_prefix); }},
-    {"thresholds-crowded",
-     [](uint64_t seed) { thresholds<float>(seed, {40000}, crowded, kHopper, {0.05}); }},
-    {"thresholds-list", [](uint64_t seed) { thresholds<float>(seed, repeated(9, 3000), normal); }},
+     [](uint64_t seed) { thresholds<float>(seed, {40011, 3, 0, 25000}, normal); }},
+    {"thresholds-ties", [](uint64_t seed) { thresholds<float>(seed, {40011, 25000}, few_values); }},
+    {"thresholds-equal", [](uint64_t seed) { thresholds<float>(seed, {40011}, equal); }},
+    {"thresholds-misled",
+     [](uint64_t seed) { thresholds<float>(seed, {40011, 25000}, normal, Way::kMisled, {0.3}); }},
+    {"thresholds-small", [](uint64_t seed) { thresholds<float>(seed, {9000, 3, 0, 300}, normal); }},
+    {"thresholds-list", [](uint64_t seed) { thresholds<float>(seed, repeated(4, 25000), normal); }},
     {"thresholds-float64",
-     [](uint64_t seed) { thresholds<double>(seed, {9001, 0, 2000}, normal); }},
+     [](uint64_t seed) { thresholds<double>(seed, {20001, 0, 2000}, normal); }},
     {"thresholds-bfloat16",
-     [](uint64_t seed) { thresholds<BFloat16>(seed, {20011, 3, 9000}, normal); }},
-    {"thresholds-float16", [](uint64_t seed) { thresholds<Half>(seed, {20011, 3, 9000}, normal); }},
-    {"thresholds-packed-counters",
-     [](uint64_t seed) { thresholds<BFloat16>(seed, {150021, 3, 9000}, normal, kAda); }},
-    {"thresholds-packed-counters-list",
+     [](uint64_t seed) { thresholds<BFloat16>(seed, {70001, 3, 9000}, normal); }},
+    {"thresholds-bfloat16-misled",
      [](uint64_t seed) {
-       thresholds<BFloat16>(seed, {70001, 70001, 70001, 70001, 9}, equal, kAda);
+       thresholds<BFloat16>(seed, {70001, 40000}, normal, Way::kMisled, {0.3});
      }},
-    {"hard-mask-float32", [](uint64_t seed) { hard_mask<float>(seed, 9001, normal); }},
+    {"thresholds-float16", [](uint64_t seed) { thresholds<Half>(seed, {70001, 3, 9000}, normal); }},
+    {"digits-float32",
+     [](uint64_t seed) { thresholds<float>(seed, {20011, 3, 0, 18000}, normal, Way::kDigits); }},
+    {"digits-ties",
+     [](uint64_t seed) { thresholds<float>(seed, {20011, 17000}, few_values, Way::kDigits); }},
+    {"digits-overflow",
+     [](uint64_t seed) { thresholds<float>(seed, {20011, 17000}, one_prefix, Way::kDigits); }},
+    {"digits-crowded",
+     [](uint64_t seed) { thresholds<float>(seed, {40000}, crowded, Way::kDigits, {0.05}); }},
+    {"digits-float64",
+     [](uint64_t seed) { thresholds<double>(seed, {9001, 0, 2000}, normal, Way::kDigits); }},
+    {"hard-mask-float32", [](uint64_t seed) { hard_mask<float>(seed, 20001, normal); }},
     {"hard-mask-ties", [](uint64_t seed) { hard_mask<float>(seed, 20011, few_values); }},
-    {"hard-mask-float64", [](uint64_t seed) { hard_mask<double>(seed, 5001, few_values); }},
-    {"hard-mask-bfloat16", [](uint64_t seed) { hard_mask<BFloat16>(seed, 20011, normal); }},
-    {"hard-mask-float16", [](uint64_t seed) { hard_mask<Half>(seed, 20011, normal); }},
+    {"hard-mask-digits",
+     [](uint64_t seed) { hard_mask<float>(seed, 20011, few_values, Way::kDigits); }},
+    {"hard-mask-float64", [](uint64_t seed) { hard_mask<double>(seed, 9001, few_values); }},
+    {"hard-mask-bfloat16", [](uint64_t seed) { hard_mask<BFloat16>(seed, 40011, normal); }},
+    {"hard-mask-float16", [](uint64_t seed) { hard_mask<Half>(seed, 40011, normal); }},
     {"digit-counts-float32",
      [](uint64_t seed) { digit_counts<float>(seed, {20011, 100, 0, 5000}); }},
     {"digit-counts-float64", [](uint64_t seed) { digit_counts<double>(seed, {9001, 0, 100}); }},

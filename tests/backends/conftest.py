@@ -54,6 +54,7 @@ def cuda_build():
 def cuda(cuda_build):
     """The CUDA kernels on a small device."""
     cuda_build.host.device()
+    cuda_build.host.sample_from()
     return cuda_build
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from instruments.host_build import ADA_SHARED_MEMORY, HOPPER_SHARED_MEMORY
+from instruments.host_build import ADA_SHARED_MEMORY, SAMPLED_FROM
 from pdp_kernels.functional.pq_index import index_of
 from tests.support.selection import (
     check_digit_counts,
@@ -17,8 +17,8 @@ from tests.support.weights import DTYPES
 
 def test_count_beyond_the_weight_prunes_all_and_below_zero_none(cuda):
     weight = torch.randn(100)
-    thresholds, _ = cuda.host.thresholds([weight, weight], [101, -1])
-    assert thresholds.tolist() == [float("inf"), float("-inf")]
+    found = cuda.host.thresholds([weight, weight], [101, -1])
+    assert found.thresholds.tolist() == [float("inf"), float("-inf")]
 
 
 @pytest.mark.parametrize("tensors", [1, 2, 17, 300, 800])
@@ -48,10 +48,9 @@ def test_result_does_not_depend_on_grid_or_block_order(cuda, dtype):
 
 @pytest.mark.parametrize("tensors", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shared_memory", [HOPPER_SHARED_MEMORY, ADA_SHARED_MEMORY])
-def test_half_precision_counters_do_not_overflow(cuda, shared_memory, dtype, tensors):
+def test_half_precision_counters_do_not_overflow(cuda, dtype, tensors):
     # One block counts more than 65,535 equal weights, of one tensor or of several.
-    cuda.host.device(multiprocessors=2 if tensors > 1 else 1, shared_memory=shared_memory)
+    cuda.host.device(multiprocessors=2 if tensors > 1 else 1)
     weights = []
     for i in range(tensors):
         weight = torch.full((150001 if i % 2 == 0 else 70001,), 0.25 + i).to(dtype)
@@ -63,26 +62,26 @@ def test_half_precision_counters_do_not_overflow(cuda, shared_memory, dtype, ten
         check_thresholds(cuda, weights, shifted)
 
 
+@pytest.mark.parametrize("sampled", [False, True], ids=["digits", "sampled"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packed_counters_count_as_wide_ones(cuda, dtype):
-    weights = [torch.randn(size).to(dtype) for size in (30011, 700, 5)]
-    counts = [20000, 350, 4]
+def test_the_least_shared_memory_of_all_devices_is_enough(cuda, dtype, sampled):
+    cuda.host.sample_from(0 if sampled else SAMPLED_FROM)
     cuda.host.device(shared_memory=ADA_SHARED_MEMORY)
-    check_thresholds(cuda, weights, counts)
+    check_thresholds(cuda, [torch.randn(size).to(dtype) for size in (40009, 5)], [30000, 4])
+    check_hard_mask(cuda, torch.randn(40009).to(dtype), 30000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_candidates_are_collected_when_they_fit(cuda, dtype):
     weight = torch.randn(60013, dtype=dtype)
-    _, buffered = cuda.host.thresholds([weight], [50000])
-    assert 0 < buffered.item() <= weight.numel() // 8
+    candidates = cuda.host.thresholds([weight], [50000]).candidates
+    assert 0 < candidates.item() <= weight.numel() // 8
     check_thresholds(cuda, [weight], [50000])
 
 
 def test_candidates_that_do_not_fit_are_read_again_from_the_weights(cuda):
     weight = 1 + torch.rand(60013) / 512
-    _, buffered = cuda.host.thresholds([weight], [30000])
-    assert buffered.item() == 0
+    assert cuda.host.thresholds([weight], [30000]).candidates.item() == 0
     check_thresholds(cuda, [weight], [30000])
 
 
@@ -93,8 +92,7 @@ def test_candidates_crowded_in_one_place_pass_through_the_stage(cuda):
         weight = 1 + torch.rand(400009)
         first, candidates = 8192 - partly, 33333 + partly
         weight[first : first + candidates] = 0.29 + torch.rand(candidates) / 64
-        _, buffered = cuda.host.thresholds([weight], [16000])
-        assert buffered.item() == candidates
+        assert cuda.host.thresholds([weight], [16000]).candidates.item() == candidates
         check_thresholds(cuda, [weight], [16000])
 
 
@@ -104,8 +102,7 @@ def test_candidates_of_a_slice_smaller_than_a_packet(cuda):
         cuda.host.device(multiprocessors=40, seed=seed)
         weight = 1 + torch.rand(20 * 4096 + 3)
         weight[-1003:] = 0.29 + torch.rand(1003) / 64
-        _, buffered = cuda.host.thresholds([weight], [1002])
-        assert buffered.item() == 1003
+        assert cuda.host.thresholds([weight], [1002]).candidates.item() == 1003
         check_thresholds(cuda, [weight], [1002])
 
 
@@ -120,19 +117,36 @@ def test_candidates_of_the_last_bin_are_all_there(cuda):
 
 @pytest.mark.parametrize(
     ("dtype", "launches"),
-    [(torch.float64, 7), (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)],
+    [(torch.float64, 7), (torch.float32, 4), (torch.bfloat16, 4), (torch.float16, 4)],
     ids=str,
 )
 def test_number_of_launches_does_not_depend_on_the_list(cuda, dtype, launches):
-    for tensors in (1, 2, 300):
-        cuda.host.thresholds([torch.randn(50).to(dtype)] * tensors, [20] * tensors)
+    for tensors in (1, 2, 50):
+        cuda.host.thresholds([torch.randn(33000).to(dtype)] * tensors, [20] * tensors)
         assert cuda.host.launches() == launches
 
 
+@pytest.mark.parametrize(
+    ("dtype", "launches"), [(torch.float64, 9), (torch.float32, 6), (torch.bfloat16, 4)], ids=str
+)
+def test_number_of_launches_with_samples_does_not_depend_on_the_list(cuda, dtype, launches):
+    cuda.host.sample_from(0)
+    for tensors in (1, 20):
+        cuda.host.thresholds([torch.randn(33000).to(dtype)] * tensors, [20] * tensors)
+        assert cuda.host.launches() == launches
+
+
+@pytest.mark.parametrize(("tensors", "launches"), [(1, 1), (16, 1), (768, 1), (1000, 2)])
+def test_small_tensors_take_one_launch_for_each_chunk_of_the_table(cuda, tensors, launches):
+    weights = [torch.randn(1 + i % 70) for i in range(tensors)]
+    check_thresholds(cuda, weights, [len(weight) // 2 for weight in weights])
+    assert cuda.host.launches() == launches
+
+
 def test_number_of_launches_adds_up_over_key_widths(cuda):
-    weights = [torch.randn(50).to(dtype) for dtype in DTYPES] * 20
+    weights = [torch.randn(33000).to(dtype) for dtype in DTYPES]
     cuda.host.thresholds(weights, [20] * len(weights))
-    assert cuda.host.launches() == 7 + 4 + 2
+    assert cuda.host.launches() == 7 + 4 + 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,9 +160,20 @@ def test_hard_mask_of_misaligned_weights_is_exact_in_any_block_order(cuda, dtype
 
 
 def test_hard_mask_takes_two_launches_more_than_the_threshold(cuda):
-    for size in (10, 30000):
+    for size, launches in ((10, 1), (30000, 4)):
         cuda.host.hard_mask(torch.zeros(size), size // 2)
-        assert cuda.host.launches() == 4 + 2
+        assert cuda.host.launches() == launches + 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hard_mask_is_exact_for_any_number_of_ties_in_a_unit(cuda, dtype):
+    # Few enough to be noted, too many, and units without any.
+    weight = torch.rand(40009).add(2).to(dtype)
+    weight[torch.randperm(5000)[:20]] = 1
+    weight[20000:24000] = 1
+    weight[-3:] = 1
+    for count in (1, 10, 20, 21, 2000, 4020, 4022, 4023):
+        check_hard_mask(cuda, weight, count)
 
 
 @pytest.mark.parametrize("tensors", [1, 32, 33, 5000])

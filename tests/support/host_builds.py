@@ -197,7 +197,7 @@ class CudaBuild:
         self.power_sums = self.host.power_sums
 
     def thresholds(self, weights, counts):
-        thresholds, _ = self.host.thresholds(weights, counts.tolist())
+        thresholds = self.host.thresholds(weights, counts.tolist()).thresholds
         return thresholds
 
     def hard_mask(self, weight, counts):
