@@ -33,29 +33,23 @@ BENCHMARK = (
 
 
 class Change(NamedTuple):
-    """A constant of csrc/cuda/FILE, its new value, and the struct that holds it, if any."""
+    """A constant of csrc/cuda/FILE and its new value."""
 
     file: str
     constant: str
     value: str
-    struct: str = ""
 
-
-SELECT_32 = "RadixSelect<uint32_t>"
-SELECT_16 = "RadixSelect<uint16_t>"
 
 VARIANTS = {
     "2 packets in flight": (Change("block.cuh", "kPacketsInFlight", "2"),),
-    "8 packets in flight": (Change("block.cuh", "kPacketsInFlight", "8"),),
     "tiles of 8 KiB": (Change("weight_table.cuh", "kTile", "8 * 1024 / sizeof(Key)"),),
     "tiles of 64 KiB": (Change("weight_table.cuh", "kTile", "64 * 1024 / sizeof(Key)"),),
-    "32 bits: 4 blocks": (Change("radix_select.cuh", "kBlocks", "4", SELECT_32),),
-    "32 bits: 8 blocks": (Change("radix_select.cuh", "kBlocks", "8", SELECT_32),),
-    "32 bits: 512 threads, 3 blocks": (
-        Change("radix_select.cuh", "kThreads", "512", SELECT_32),
-        Change("radix_select.cuh", "kBlocks", "3", SELECT_32),
-    ),
-    "16 bits: 512 threads": (Change("radix_select.cuh", "kThreads", "512", SELECT_16),),
+    "3 blocks": (Change("selection.cuh", "kSelectionBlocks", "3"),),
+    "5 blocks": (Change("selection.cuh", "kSelectionBlocks", "5"),),
+    "sampling in 512 threads": (Change("sample.cuh", "kSampleThreads", "512"),),
+    "brackets of 4 deviations": (Change("sample.cuh", "kDeviations", "4"),),
+    "samples from 2^20 weights": (Change("thresholds.cuh", "kSampledFrom", "1 << 20"),),
+    "samples from 2^24 weights": (Change("thresholds.cuh", "kSampledFrom", "1 << 24"),),
 }
 
 
@@ -65,17 +59,11 @@ def changed(source: str, change: Change) -> str:
     Raises:
         ValueError: The source has no such constant, or several.
     """
-    begin, end = 0, len(source)
-    if change.struct:
-        begin = source.find(f"struct {change.struct} {{")
-        end = source.find("};", begin)
-        if begin < 0:
-            raise ValueError(f"{change.file} has no struct {change.struct}")
     pattern = rf"(constexpr \w+ {change.constant} = )[^;]+;"
-    scope, count = re.subn(pattern, rf"\g<1>{change.value};", source[begin:end])
+    result, count = re.subn(pattern, rf"\g<1>{change.value};", source)
     if count != 1:
         raise ValueError(f"{change.file} has {count} constants {change.constant}, not one")
-    return source[:begin] + scope + source[end:]
+    return result
 
 
 def folder_of(parent: Path, name: str) -> Path:

@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 INPUTS = {
     "1e6": lambda: [1_000_000],
+    "2^22": lambda: [1 << 22],
     "resnet50": lambda: [shape.numel() for shape in map(torch.Size, _shapes("resnet50"))],
     "300 x 50,000": lambda: [50_000] * 300,
 }

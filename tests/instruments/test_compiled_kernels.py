@@ -35,8 +35,8 @@ TRITON_KERNELS = {
     "compress_2to4": ("",),
 }
 
-# CUDA kernels that read no weights.
-SMALL_KERNELS = ("start_selection", "start_counting", "write_items", "add_tiles")
+# CUDA kernels that read no weights, or few.
+SMALL_KERNELS = ("start_selection", "start_counting", "write_items", "add_tiles", "prune_ties")
 
 # Kernels that keep values in local memory on Hopper, with the bytes of a thread.
 SPILLS = {"channel backward linear dim=1 absolute bf16 (all outputs)": 8}
