@@ -6,8 +6,9 @@
     python -m studies.grid allocation --network mlp-small-head --data-dir DIR --out OUT
 
 methods: every method at every sparsity. tau: PDP's temperatures and ramps. nm: methods for N:M
-patterns. allocation: how PDP's layers share the budget. Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, so the same
-command continues where it was stopped. All rows together make OUT/<study>.md and OUT/<study>.png.
+patterns. allocation: how PDP's layers share the budget. Each run adds a row to OUT/<study>.csv.
+Rows that exist are not run again, so the same command continues where it was stopped. All rows
+together make OUT/<study>.md and OUT/<study>.png.
 """
 
 import argparse

@@ -129,7 +129,7 @@ class PDPCallback(TrainerCallback, ExportableState):
         for name, value in (("log", log), ("finalize", finalize)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
-        self.config = parse_config(config)
+        self.config: PDPConfig | float = parse_config(config)
         self.log = log
         self.finalize = finalize
         self.pruner: PDPPruner | None = None

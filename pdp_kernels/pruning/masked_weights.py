@@ -31,7 +31,7 @@ class MaskedWeights:
     def __init__(self, model: nn.Module, targets: list[Target]) -> None:
         self.model = model
         self.targets = targets
-        self.masks = [target.new_mask() for target in targets]
+        self.masks: list[WeightMask] = [target.new_mask() for target in targets]
         self._shapes = [target.weight.shape for target in targets]
         self._tables = DeviceTables(targets, self.masks)
         self._followers: list[tuple[nn.Module, list[Target]]] = []
