@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     __syncthreads();
     // Without candidates a bracket of fewer bins than keys is of no use.
     const bool useful = kCollects<Key> || bracket.shift == 0;
-    if (useful)
+    if (useful) {
       with_weights<Key>(entry, [&](const auto* weights) {
         BracketCounter<std::decay_t<decltype(*weights)>> counter(
             bracket, shared, selection.candidates_of(entry), candidate_capacity(entry.size),
@@ -310,6 +310,7 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
         counter.count(weights, slice.weights_begin(), slice.weights_end());
         counter.finish(state);
       });
+    }
     __syncthreads();
 
     Count* histogram = histogram_of(selection, slice.tensor, entry);
@@ -368,10 +369,8 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     if (bin >= 0) {
       const int64_t size = kth.count;
       kth = select_in_block(key_at, size, kth.rank, shared.select);
-      if (kth.rank + 1 < kth.count)
-        above = kth.key;
-      else
-        above = least_above(kth.key, key_at, size, above, shared.select);
+      const bool tied = kth.rank + 1 < kth.count;
+      above = tied ? kth.key : least_above(kth.key, key_at, size, above, shared.select);
     }
     if (threadIdx.x != 0) return;
     store_found(selection, entry, kth, above, state);

@@ -43,7 +43,6 @@ Where lightning is not installed, the same works with pytorch_lightning.
 
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -61,6 +60,7 @@ from pdp_kernels.integrations.schedule import fit_config, parse_config, resume
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import unmask_model
 from pdp_kernels.pruning.pruner import PDPPruner
+from pdp_kernels.pruning.user_warnings import warn_user
 
 
 class PDPCallback(pl.Callback):
@@ -230,10 +230,9 @@ class PDPCallback(pl.Callback):
             return
         reached = self.pruner.config.ramp_at(trainer.current_epoch)
         if trainer.current_epoch > 0 and reached > 0:
-            warnings.warn(
+            warn_user(
                 f"pruning starts at epoch {trainer.current_epoch} with {reached:.0%} of the "
-                f"sparsity at once: there is no state of {type(self).__name__} to go on from",
-                stacklevel=2,
+                f"sparsity at once: there is no state of {type(self).__name__} to go on from"
             )
 
     def on_train_batch_start(
@@ -306,11 +305,10 @@ class PDPCallback(pl.Callback):
         if trainer.ckpt_path is None:
             return
         if not state:
-            warnings.warn(
+            warn_user(
                 f"the weights of {trainer.ckpt_path} are evaluated as they are, without the masks "
                 f"of their training: the checkpoint has no state of {type(self).__name__}, which "
-                "save_weights_only leaves out",
-                stacklevel=2,
+                "save_weights_only leaves out"
             )
             return
         if state["finalized"]:
@@ -319,10 +317,9 @@ class PDPCallback(pl.Callback):
             self.pruner = _pruner_of(pl_module, state)
             reached = self.pruner.config.ramp_at(self.pruner.progress)
             if reached < 1:
-                warnings.warn(
+                warn_user(
                     f"{trainer.ckpt_path} is from before the end of the ramp: it is evaluated with "
-                    f"{reached:.0%} of the sparsity, as in its training",
-                    stacklevel=2,
+                    f"{reached:.0%} of the sparsity, as in its training"
                 )
             elif self.finalize:
                 self.pruner.finalize()

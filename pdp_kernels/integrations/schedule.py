@@ -1,6 +1,5 @@
 """What the callbacks share: a configuration that fits the training, and a pruner that resumes."""
 
-import warnings
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -9,6 +8,7 @@ from pdp_kernels.functional.validation import check_ratio
 from pdp_kernels.pruning.checks import check_length
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.pruner import PDPPruner
+from pdp_kernels.pruning.user_warnings import warn_user
 
 
 def parse_config(config: PDPConfig | Mapping[str, Any] | float) -> PDPConfig | float:
@@ -49,7 +49,7 @@ def fit_config(config: PDPConfig | float, epochs: float | None) -> PDPConfig:
     """
     if isinstance(config, PDPConfig):
         if epochs is not None:
-            check_length(config, epochs, stacklevel=2)
+            check_length(config, epochs)
         return config
     if epochs is None:
         raise ValueError(
@@ -77,8 +77,7 @@ def resume(pruner: PDPPruner, state_dict: Mapping[str, Any]) -> None:
     changed = [name for name in SCHEDULE_FIELDS if name in before and before[name] != now[name]]
     if changed:
         changes = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
-        warnings.warn(
+        warn_user(
             f"pruning goes on from progress {pruner.progress:g} with another schedule than that of "
-            f"the checkpoint: {changes}",
-            stacklevel=2,
+            f"the checkpoint: {changes}"
         )

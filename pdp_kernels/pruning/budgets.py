@@ -1,7 +1,6 @@
 """Final prune counts: the sparsity of each layer, or its part of a global budget."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -10,6 +9,7 @@ from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.patterns import Pattern
 from pdp_kernels.pruning.targets import Target
+from pdp_kernels.pruning.user_warnings import warn_user
 
 NEARLY_ALL = 0.99  # pruned beyond this fraction, a layer computes next to nothing
 
@@ -86,7 +86,6 @@ def warn_of_emptied(
     counts: Mapping[str, int],
     config: PDPConfig,
     named: set[str],
-    stacklevel: int,
 ) -> None:
     """Warn of layers that a global budget nearly empties, unless all are named already.
 
@@ -95,18 +94,16 @@ def warn_of_emptied(
         counts: the final counts, by name.
         config: the configuration that they are from.
         named: the names of earlier warnings; those of this one are added.
-        stacklevel: as in warnings.warn, from the caller's point of view.
     """
     emptied = nearly_emptied(targets, counts, config)
     if emptied.keys() <= named:
         return
     named.update(emptied)
     layers = ", ".join(f"{fraction:.1%} of {name}" for name, fraction in emptied.items())
-    warnings.warn(
+    warn_user(
         f"the global budget of {config.sparsity:.0%} prunes {layers}, whose weights are smaller "
         "than those of other layers: set max_layer_sparsity (such as 0.98) or "
-        'allocation="lamp", or give them a sparsity in overrides',
-        stacklevel=stacklevel + 1,
+        'allocation="lamp", or give them a sparsity in overrides'
     )
 
 

@@ -1,6 +1,5 @@
 """Checks of a pruner: whether its model, state and schedule fit what it is used for."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,6 +15,7 @@ from pdp_kernels.pruning.masked_layer import mask_parents
 from pdp_kernels.pruning.masks import WeightMask
 from pdp_kernels.pruning.optimizers import parameter_ids
 from pdp_kernels.pruning.targets import Target
+from pdp_kernels.pruning.user_warnings import warn_user
 
 
 def check_layers(model: nn.Module, targets: Sequence[Target]) -> None:
@@ -88,35 +88,30 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence
         )
 
 
-def check_length(config: PDPConfig, epochs: float, stacklevel: int) -> None:
+def check_length(config: PDPConfig, epochs: float) -> None:
     """Warn if a training of this many epochs ends before the ramp does."""
     if epochs < config.ramp_end:
-        warnings.warn(
+        warn_user(
             f"a training of {epochs:g} epochs ends before the ramp does, at {config.ramp_end:g}, "
             f"with {config.ramp_at(epochs):.0%} of the sparsity: PDPConfig.for_epochs fits a "
-            "schedule to a training",
-            stacklevel=stacklevel + 1,
+            "schedule to a training"
         )
 
 
-def check_end(
-    config: PDPConfig, progress: float, masks: Sequence[WeightMask], stacklevel: int
-) -> None:
+def check_end(config: PDPConfig, progress: float, masks: Sequence[WeightMask]) -> None:
     """Warn if a pruner is finalized that has not pruned these weights gradually to the end."""
     reached = config.ramp_at(progress)
     if reached < 1:
-        warnings.warn(
+        warn_user(
             f"finalize was called at progress {progress:g} with {reached:.0%} of the sparsity "
-            "reached: the rest is pruned at once",
-            stacklevel=stacklevel + 1,
+            "reached: the rest is pruned at once"
         )
     elif any(mask.weight_loaded for mask in masks):
-        warnings.warn(
+        warn_user(
             "finalize prunes weights that were loaded after the last step. If they are from before "
             f"progress {config.ramp_end:g}, where the ramp ends, they have not learned to do "
             "without the others: choose the best checkpoint after the ramp, and load the pruner's "
-            "state_dict with its weights",
-            stacklevel=stacklevel + 1,
+            "state_dict with its weights"
         )
 
 

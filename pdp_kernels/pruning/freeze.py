@@ -1,6 +1,5 @@
 """Fine-tuning of a pruned model whose zeros stay zero."""
 
-import warnings
 from collections.abc import Iterable
 from typing import TypeGuard
 
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 
 from pdp_kernels.distributed.shards import is_distributed, is_sharded, local_shard
 from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
+from pdp_kernels.pruning.user_warnings import warn_user
 
 
 class FrozenZeros:
@@ -99,7 +99,7 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
                 local_shard(value).masked_fill_(local_shard(weight) == 0, 0)
     # A shard without zeros may be one of a global weight with zeros.
     if not any(is_sharded(weight) or (weight == 0).any() for weight in weights):
-        warnings.warn("freeze_zeros found no zero to keep in the weights", stacklevel=3)
+        warn_user("freeze_zeros found no zero to keep in the weights")
     return FrozenZeros(weights, optimizer)
 
 

@@ -140,7 +140,7 @@ class PDPPruner:
         if self._allocates_at(progress):
             self.prune_counts = self._allocate()
         weights = [target.weight for target in self._weights.targets]
-        self._step_counter.note(self.config, progress, weights, stacklevel=3)
+        self._step_counter.note(self.config, progress, weights)
         self._set_schedule(float(progress))
         self._weights.find_thresholds()
 
@@ -186,7 +186,7 @@ class PDPPruner:
             self.step(steps / steps_per_epoch)
 
         if epochs is not None:
-            check_length(self.config, epochs, stacklevel=2)
+            check_length(self.config, epochs)
         self._hook = optimizer.register_step_post_hook(after_step)
         return self._hook
 
@@ -226,7 +226,7 @@ class PDPPruner:
         """
         self._check_owns_model()
         self._weights.reshard()
-        check_end(self.config, self.progress, self._weights.masks, stacklevel=3)
+        check_end(self.config, self.progress, self._weights.masks)
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
         self._set_schedule(self.config.ramp_end)
@@ -380,8 +380,7 @@ class PDPPruner:
     def _allocate(self) -> dict[str, int]:
         targets = self._weights.targets
         counts = final_counts(targets, self._weights.masks, self.config)
-        # The caller of step is four levels up, behind no_grad.
-        warn_of_emptied(targets, counts, self.config, self._emptied, stacklevel=4)
+        warn_of_emptied(targets, counts, self.config, self._emptied)
         return counts
 
     def _set_schedule(self, progress: float) -> None:

@@ -1,11 +1,11 @@
 """A progress that counts optimizer steps, where the schedule is in epochs."""
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.user_warnings import warn_user
 
 _SHORT_RAMP = 40  # optimizer steps; no gradual pruning of a network takes so few
 _LONG_TRAINING = 1000
@@ -27,9 +27,7 @@ class StepCounter:
         self._last: tuple[float, int] | None = None
         self._has_warned = False
 
-    def note(
-        self, config: PDPConfig, progress: float, weights: Sequence[Tensor], stacklevel: int
-    ) -> None:
+    def note(self, config: PDPConfig, progress: float, weights: Sequence[Tensor]) -> None:
         """Note a step to this progress, before which the weights have changed or not."""
         if self._has_warned or not 0 < config.ramp_epochs < _SHORT_RAMP:
             return
@@ -41,11 +39,10 @@ class StepCounter:
         self._last = (progress, version)
         if self._calls >= _LONG_TRAINING and progress - self._calls < config.ramp_end:
             self._has_warned = True
-            warnings.warn(
+            warn_user(
                 f"the ramp took {config.ramp_epochs:g} of the {progress:g} optimizer steps so far, "
                 "as the progress grew by 1 with each. Progress is in epochs, fractions included: "
-                "pass step / steps_per_epoch, or set warmup and ramp in steps",
-                stacklevel=stacklevel + 1,
+                "pass step / steps_per_epoch, or set warmup and ramp in steps"
             )
 
 
