@@ -1,5 +1,7 @@
 #include "gather.h"
 
+#include "parallel.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PDP_HAS_X86_VECTORS
 #include <immintrin.h>
@@ -33,15 +35,14 @@ __attribute__((target("avx512f"))) int gather_avx512(const float* data, int coun
                                                      uint32_t high, uint32_t* keys,
                                                      int64_t* below) {
   const __m512i signless = _mm512_set1_epi32(0x7FFFFFFF), nan = _mm512_set1_epi32(kNaN);
-  const __m512i lows = _mm512_set1_epi32(low), highs = _mm512_set1_epi32(high);
+  const __m512i lows = _mm512_set1_epi32(low), width = _mm512_set1_epi32(high - low);
   int i = 0, gathered = 0, under = 0;
   for (; i + 16 <= count; i += 16) {
+    prefetch_ahead(data + i, 16);
     const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(data + i), signless);
-    const __mmask16 is_nan = _mm512_cmpgt_epu32_mask(bits, nan);
-    const __m512i key = _mm512_mask_blend_epi32(is_nan, bits, nan);
+    const __m512i key = _mm512_maskz_min_epu32(0xFFFF, bits, nan);
     const __mmask16 is_under = _mm512_cmplt_epu32_mask(key, lows);
-    const __mmask16 inside =
-        _mm512_mask_cmple_epu32_mask(static_cast<__mmask16>(~is_under), key, highs);
+    const __mmask16 inside = _mm512_cmple_epu32_mask(_mm512_sub_epi32(key, lows), width);
     _mm512_storeu_si512(keys + gathered, _mm512_maskz_compress_epi32(inside, key));
     under += __builtin_popcount(is_under);
     gathered += __builtin_popcount(inside);
@@ -72,6 +73,7 @@ __attribute__((target("avx2,bmi2,popcnt"))) int gather_avx2(const float* data, i
     const __m128i lanes = _mm_cvtsi64_si128(_pext_u64(0x0706050403020100, bytes));
     const __m256i packed = _mm256_permutevar8x32_epi32(key, _mm256_cvtepu8_epi32(lanes));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + gathered), packed);
+    if (i % 16 == 0) prefetch_ahead(data + i, 16);
     under += __builtin_popcount(is_under);
     gathered += __builtin_popcount(inside);
   }

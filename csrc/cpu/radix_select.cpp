@@ -1,6 +1,7 @@
 #include "radix_select.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 
 #include "bracket_search.h"
@@ -53,35 +54,30 @@ std::vector<OrderStatistics> radix_select(const std::vector<Weight>& weights, co
   for (int64_t i = 0; i < count; ++i) {
     if (searches[i]) pending.push_back(i);
   }
+  std::vector<std::atomic<int64_t>> tiles_left(count);
   while (!pending.empty()) {
     std::vector<Tile> tiles;
     for (const size_t i : pending) {
       const int64_t step = searches[i]->tile();
+      tiles_left[i] = (weights[i].numel + step - 1) / step;
       for (int64_t begin = 0; begin < weights[i].numel; begin += step) {
         tiles.push_back({i, begin, std::min(weights[i].numel, begin + step)});
       }
     }
+    // Who finishes a weight concludes it, so that the next ones use its memory again.
     parallel_for(tiles.size(), grain(tiles.size()), [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const Tile& tile = tiles[at];
-        searches[tile.weight]->scan(tile.begin, tile.end);
+        std::unique_ptr<Search>& search = searches[tile.weight];
+        search->scan(tile.begin, tile.end);
+        if (--tiles_left[tile.weight] == 0 && search->conclude()) {
+          found[tile.weight] = search->found;
+          search.reset();
+        }
       }
     });
-    std::vector<char> concluded(pending.size());
-    parallel_for(pending.size(), grain(pending.size()), [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin; at < end; ++at) concluded[at] = searches[pending[at]]->conclude();
-    });
-    std::vector<size_t> unfinished;
-    for (size_t at = 0; at < pending.size(); ++at) {
-      const size_t i = pending[at];
-      if (concluded[at]) {
-        found[i] = searches[i]->found;
-        searches[i].reset();
-      } else {
-        unfinished.push_back(i);
-      }
-    }
-    pending = std::move(unfinished);
+    const auto is_done = [&](size_t i) { return searches[i] == nullptr; };
+    pending.erase(std::remove_if(pending.begin(), pending.end(), is_done), pending.end());
   }
   return found;
 }

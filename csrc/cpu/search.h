@@ -22,7 +22,8 @@ class Search {
   // Reads the elements [begin, end). Several threads call it at once.
   virtual void scan(int64_t begin, int64_t end) = 0;
 
-  // Called after a pass. Returns true if `found` is complete, false if another pass is needed.
+  // Called once all of a pass has been scanned. Returns true if `found` is complete, false if
+  // another pass is needed.
   virtual bool conclude() = 0;
 
   OrderStatistics found;
@@ -43,10 +44,10 @@ Bin find_bin(const Counts& counts, int64_t rank) {
   return bin;
 }
 
-// Finds the key of a 0-based rank, and the next one, among keys that differ in the lowest `bits`
-// only. The next one is ~Key{0} if the key is the last. Reorders the keys.
+// Finds the key of a 0-based rank, and the next one, among keys from `low` to `low` + 2^bits - 1.
+// The next one is ~Key{0} if the key is the last. Reorders the keys.
 template <typename Key>
-OrderStatistics radix_select_keys(Key* keys, int64_t count, int64_t rank, int bits) {
+OrderStatistics radix_select_keys(Key* keys, int64_t count, int64_t rank, Key low, int bits) {
   OrderStatistics found;
   Key next = ~Key{0};
   std::array<int64_t, 1 << kDigitBits> histogram;
@@ -55,12 +56,12 @@ OrderStatistics radix_select_keys(Key* keys, int64_t count, int64_t rank, int bi
     bits -= width;
     const Key digits = (Key{1} << width) - 1;
     std::fill_n(histogram.begin(), digits + 1, 0);
-    for (int64_t i = 0; i < count; ++i) ++histogram[(keys[i] >> bits) & digits];
+    for (int64_t i = 0; i < count; ++i) ++histogram[((keys[i] - low) >> bits) & digits];
     const Bin bin = find_bin(histogram, rank);
     int64_t matching = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Key key = keys[i];
-      const Key digit = (key >> bits) & digits;
+      const Key digit = ((key - low) >> bits) & digits;
       keys[matching] = key;
       matching += digit == static_cast<Key>(bin.index);
       if (digit > static_cast<Key>(bin.index)) next = std::min(next, key);

@@ -55,6 +55,7 @@ from pdp_kernels.integrations.schedule import fit_config, parse_config, resume
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import DATA_PARALLEL
 from pdp_kernels.pruning.pruner import PDPPruner
+from pdp_kernels.pruning.user_warnings import warn_user
 
 _PREFIX = "pdp/"
 _STATE_FILE = "trainer_state.json"  # in each checkpoint; also where accelerate has sharded weights
@@ -289,6 +290,10 @@ def _reorder_callbacks(callback: TrainerCallback) -> None:
     """
     handler = _callback_handler(currentframe())
     if handler is None:
+        warn_user(
+            "the Trainer's list of callbacks was not found: reporters that come before "
+            f"{type(callback).__name__} do not get its figures"
+        )
         return
     others = [
         each
