@@ -164,10 +164,13 @@ def test_hard_masks_and_packed_weights_take_the_memory_of_their_result():
 
 
 def test_a_threshold_takes_an_eighth_of_its_weights():
-    """Room for the candidates among them; of 16-bit weights none. And some counters."""
+    """Room for the candidates among them; of 16-bit weights none. And some counters.
+
+    A hard mask notes ties, in 32 bytes for each 2 KiB of weights.
+    """
     weight = torch.randn(2**24, device="cuda")
     counters = 2**18
     assert peak(lambda: pdp_threshold(weight, 0.9)) <= weight.nbytes // 8 + counters
-    assert peak(lambda: hard_mask(weight, 0.9)) <= weight.nbytes * 3 // 8 + counters
+    assert peak(lambda: hard_mask(weight, 0.9)) <= weight.nbytes * 25 // 64 + counters
     halves = weight.bfloat16()
     assert peak(lambda: pdp_threshold(halves, 0.9)) <= counters
