@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pdp_kernels.distributed.shards import is_distributed, map_shards
 from pdp_kernels.pruning.adapters import is_tuner, is_tuner_class, merged_adapters
 from pdp_kernels.pruning.layers import (
     is_quantized,
@@ -182,12 +181,7 @@ def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
             "torch.onnx cannot export the masks of PDPPruner: export pruner.pruned_copy(), or the "
             "model after finalize"
         )
-    if layer.training:
-        return mask.soft(weight)
-    kept = mask.kept(weight)
-    if is_distributed(weight):
-        return map_shards(lambda shard: torch.where(kept, shard, 0), weight)
-    return torch.where(kept, weight, 0)
+    return mask.soft(weight) if layer.training else mask.hard(weight)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pdp_kernels.distributed import sums
 from pdp_kernels.distributed.order_statistics import hard_mask_of_shard
@@ -29,6 +30,8 @@ from pdp_kernels.ops.reference import threshold_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a weight, in bytes
 
 
 class WeightMask(ABC):
@@ -57,6 +60,13 @@ class WeightMask(ABC):
     @abstractmethod
     def kept(self, weight: Tensor) -> Tensor:
         """Return the hard mask of the local shard, bool, of a shape that broadcasts with it."""
+
+    def hard(self, weight: Tensor) -> Tensor:
+        """Return the weight with exact zeros where the hard mask prunes, differentiable."""
+        kept = self.kept(weight)
+        if is_distributed(weight):
+            return cast("DTensor", map_shards(lambda shard: _where_kept(shard, kept), weight))
+        return _where_kept(weight, kept)
 
     def prune(self, weight: Tensor) -> None:
         """Set the weights that the hard mask prunes to zero, in place."""
@@ -197,6 +207,32 @@ class GroupMask(WeightMask):
         # The weight may have been sharded after the pruner checked it.
         if is_distributed(weight):
             check_divisible("a masked layer's weight", weight, self.m, self.dim)
+
+
+def _where_kept(weight: Tensor, kept: Tensor) -> Tensor:
+    """Return the weight where it is kept, else zero, differentiable.
+
+    On a CPU torch.where takes one element at a time. Products of the bits with 0 and 1 use vector
+    instructions, and are exact for NaN too.
+    """
+    if not _is_plain_on_cpu(weight):
+        return torch.where(kept, weight, 0)
+    bits = _BITS[weight.element_size()]
+    products = torch.empty_like(weight, dtype=bits).copy_(kept).mul_(weight.view(bits))
+    return products.view(weight.dtype)
+
+
+def _is_plain_on_cpu(weight: Tensor) -> bool:
+    """Return whether no compiler, derivative or transform sees what is done with the weight."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        and weight.device.type == "cpu"
+        and type(weight) in (Tensor, nn.Parameter)
+        and not (torch.is_grad_enabled() and weight.requires_grad)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad.unpack_dual(weight).tangent is None
+    )
 
 
 def _moved(values: Tensor, device: torch.device, dtype: torch.dtype, keep_all: float) -> Tensor:
