@@ -1,10 +1,11 @@
 """Triton's interpreter with divisions and exponentials as inexact as a GPU's may be.
 
-On NVIDIA GPUs a float32 division compiles to div.full, and an exponential to ex2.approx of the
-argument times log2 e. The PTX manual bounds both errors by 2 ulp ("Floating Point Instructions").
-The interpreter calls NumPy, which rounds both correctly. This module adds an error of up to 2 ulp,
-in one of the modes below. Results that GPUs compute exactly stay exact: division by a power of two,
-2^n for an integer n, and results that are 0, infinite or NaN. The error depends on mantissas only.
+On NVIDIA GPUs a float32 division compiles to div.full, a power of 2 to ex2.approx, and an
+exponential to that of the argument times log2 e. The PTX manual bounds both errors by 2 ulp
+("Floating Point Instructions"). The interpreter calls NumPy, which rounds both correctly. This
+module adds an error of up to 2 ulp, in one of the modes below. Results that GPUs compute exactly
+stay exact: division by a power of two, 2^n for an integer n, and results that are 0, infinite or
+NaN. The error depends on mantissas only.
 """
 
 import contextlib
@@ -73,14 +74,22 @@ def approximate_arithmetic(mode: str) -> Iterator[None]:
     def exponential(argument: np.ndarray) -> np.ndarray:
         if argument.dtype != np.float32:
             return np.exp(argument)
-        power = np.asarray(argument * LOG2_E, dtype=np.float32)
+        return power_of_two(np.asarray(argument * LOG2_E, dtype=np.float32))
+
+    @np.errstate(all="ignore")
+    def power_of_two(power: np.ndarray) -> np.ndarray:
+        if power.dtype != np.float32:
+            return np.exp2(power)
         exact = np.exp2(power.astype(np.float64)).astype(np.float32)
         return moved(exact, exponential_error(power.view(np.uint32)), power == np.rint(power))
 
-    real = InterpreterBuilder.create_fdiv, InterpreterBuilder.create_exp
+    names = ("create_fdiv", "create_exp", "create_exp2")
+    real = {name: getattr(InterpreterBuilder, name) for name in names}
     InterpreterBuilder.create_fdiv = lambda self, left, right: self.binary_op(left, right, divide)
     InterpreterBuilder.create_exp = lambda self, argument: self.unary_op(argument, exponential)
+    InterpreterBuilder.create_exp2 = lambda self, power: self.unary_op(power, power_of_two)
     try:
         yield
     finally:
-        InterpreterBuilder.create_fdiv, InterpreterBuilder.create_exp = real
+        for name, method in real.items():
+            setattr(InterpreterBuilder, name, method)

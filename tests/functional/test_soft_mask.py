@@ -46,6 +46,14 @@ def test_denormal_weights_stay_within_budget(masking, dtype):
     check_soft_mask(masking, weight, threshold, 0.3, False)
 
 
+@pytest.mark.parametrize("tau", [1e-30, 1e-4, 10.0, 1e30])
+@pytest.mark.parametrize("threshold", [1e-30, 1e-19, 0.7, 1e19, 1e37])
+def test_extreme_scales_and_temperatures_stay_within_budget(masking, threshold, tau):
+    """t^2 and t^2 tau leave the range of float32. Some weights equal the threshold."""
+    multiples = torch.cat([torch.randn(300), torch.tensor([0.0, 1.0, -1.0, 2.0])])
+    check_soft_mask(masking, threshold * multiples, threshold, tau, True)
+
+
 def test_float16_denormals_survive_a_cpu_that_flushes_denormals():
     """They are normal numbers in float32, in which the arithmetic is."""
     weight = (torch.arange(-900, 901) * 2.0**-24).half()
