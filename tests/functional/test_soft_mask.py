@@ -54,6 +54,14 @@ def test_extreme_scales_and_temperatures_stay_within_budget(masking, threshold, 
     check_soft_mask(masking, threshold * multiples, threshold, tau, True)
 
 
+@pytest.mark.parametrize("threshold, tau", [(0.7, 1e-45), (1e-45, 1e-30)])
+def test_weights_at_the_threshold_are_half_kept_at_the_lowest_temperatures(masking, threshold, tau):
+    weight = threshold * torch.tensor([1.0, -1.0, 0.0, 2.0, -3.0])
+    t, c = scalars(weight, threshold, tau)
+    mask = masking.soft_mask(*on_device(masking, weight, t, c, True), None, True)[1]
+    assert mask.tolist() == [0.5, 0.5, 0, 1, 1]
+
+
 def test_float16_denormals_survive_a_cpu_that_flushes_denormals():
     """They are normal numbers in float32, in which the arithmetic is."""
     weight = (torch.arange(-900, 901) * 2.0**-24).half()
