@@ -143,8 +143,6 @@ class BracketCounter {
   // Counts a key inside the bracket. Returns whether it is between the ends, if bins hold several
   // keys.
   __device__ bool count_inside(Key difference) {
-    constexpr Key kNaN = Magnitude<Weight>::kInfinity + 1;
-    difference = min(static_cast<Key>(difference + bracket_.low), kNaN) - bracket_.low;
     const bool at_low = bracket_.shift != 0 && difference == 0;
     const bool at_high = bracket_.shift != 0 && difference == bracket_.width;
     at_low_ += at_low;
@@ -167,7 +165,8 @@ class BracketCounter {
   __device__ void flush() {
     uint32_t between = 0;
     for (const Key* taken = column_; taken != place_; taken += kSelectionThreads) {
-      const Key difference = *taken;
+      constexpr Key kNaN = Magnitude<Weight>::kInfinity + 1;
+      const Key difference = min(static_cast<Key>(*taken + bracket_.low), kNaN) - bracket_.low;
       if (count_inside(difference)) column_[between++ * kSelectionThreads] = difference;
     }
     place_ = column_;
@@ -176,10 +175,8 @@ class BracketCounter {
     Count place = 0;
     if (threadIdx.x % kWarp == 0 && sums.all > 0) place = atomicAdd(reserved_, Count{sums.all});
     place = __shfl_sync(kAllLanes, place, 0) + sums.lower;
-    constexpr Key kNaN = Magnitude<Weight>::kInfinity + 1;
     for (uint32_t i = 0; i < between && place + i < capacity_; ++i) {
-      const auto key = static_cast<Key>(bracket_.low + column_[i * kSelectionThreads]);
-      candidates_[place + i] = min(key, kNaN);
+      candidates_[place + i] = bracket_.low + column_[i * kSelectionThreads];
     }
   }
 

@@ -14,15 +14,10 @@ namespace pdp {
 
 struct DeviceLimits {
   int multiprocessors = 0;
-  int shared_bytes_per_block = 0;
 };
 
 inline cudaError_t read_device_limits(int device, DeviceLimits* limits) {
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&limits->shared_bytes_per_block,
-                                cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
 }
 
 // Launches kernels on one stream and keeps the first error. After an error it launches nothing.

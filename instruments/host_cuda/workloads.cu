@@ -122,15 +122,12 @@ std::vector<Weight> make_weight(int64_t size, const Distribution& distribution, 
 }
 
 // Few multiprocessors, so that there are few blocks and each has slices of several tensors.
-pdp::DeviceLimits limits_of(uint64_t seed, int shared_bytes) {
+pdp::DeviceLimits limits_of(uint64_t seed) {
   pdp::DeviceLimits limits;
   check(pdp::read_device_limits(0, &limits));
   limits.multiprocessors = 2 - static_cast<int>(seed % 2);
-  limits.shared_bytes_per_block = std::min(limits.shared_bytes_per_block, shared_bytes);
   return limits;
 }
-
-constexpr int kLeastShared = 99 * 1024;  // bytes a block of any device has
 
 // Whether weights of more than 64 KiB are sampled. 16-bit weights always are.
 enum class Way { kSampled, kMisled, kDigits };
@@ -172,7 +169,7 @@ void thresholds(uint64_t seed, const std::vector<int64_t>& sizes, const Distribu
   const DeviceArray<double> result(sizes.size());
   request.prune_counts = counts_there.data();
   request.thresholds = {result.data(), true};
-  request.limits = limits_of(seed, kLeastShared);
+  request.limits = limits_of(seed);
   request.sampled_from = sampled_from(way);
   const DeviceArray<unsigned char> workspace(pdp::thresholds_workspace_bytes(request));
   check(pdp::launch_thresholds(request, workspace.data(), nullptr));
@@ -204,7 +201,7 @@ void hard_mask(uint64_t seed, int64_t size, const Distribution& distribution,
   request.selection = {{{there.data(), size, 0, kType<Weight>}},
                        count_there.data(),
                        {threshold.data(), true},
-                       limits_of(seed, kLeastShared),
+                       limits_of(seed),
                        sampled_from(way)};
   request.kept = reinterpret_cast<bool*>(kept.data());
   const DeviceArray<unsigned char> workspace(pdp::hard_mask_workspace_bytes(request));
@@ -232,7 +229,7 @@ void digit_counts(uint64_t seed, const std::vector<int64_t>& sizes) {
     const auto position = static_cast<int64_t>(request.weights.size());
     request.weights.push_back({on_device.back().data(), size, position, kType<Weight>});
   }
-  request.limits = limits_of(seed, kLeastShared);
+  request.limits = limits_of(seed);
   for (int64_t index = 0;; ++index) {
     const pdp::Digit digit = pdp::key_digits(sizeof(Weight)).digit(index);
     std::vector<int64_t> prefixes, expected, above;
@@ -295,7 +292,7 @@ void power_sums(uint64_t seed, const std::vector<int64_t>& sizes, double p, doub
   request.p = p;
   request.q = q;
   request.results = results.data();
-  request.limits = limits_of(seed, kLeastShared);
+  request.limits = limits_of(seed);
   const DeviceArray<unsigned char> workspace(pdp::power_sums_workspace_bytes(request));
   check(pdp::launch_power_sums(request, workspace.data(), nullptr));
 
@@ -422,6 +419,7 @@ void prepare(uint64_t, int) {}
 #else
 void prepare(uint64_t seed, int mutation) {
   host_cuda::device.seed = seed;
+  host_cuda::device.shared_bytes_per_block = 99 * 1024;  // the least of all devices
   host_cuda::device.mutation = mutation;
 }
 #endif
