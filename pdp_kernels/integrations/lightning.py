@@ -56,7 +56,7 @@ else:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities import rank_zero_info
 
-from pdp_kernels.integrations.schedule import fit_config, parse_config, resume
+from pdp_kernels.integrations.schedule import check_flags, fit_config, parse_config, resume
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import unmask_model
 from pdp_kernels.pruning.pruner import PDPPruner
@@ -133,9 +133,7 @@ class PDPCallback(pl.Callback):
         log: bool = True,
         finalize: bool = True,
     ) -> None:
-        for name, value in (("log", log), ("finalize", finalize)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        check_flags(log=log, finalize=finalize)
         self.config: PDPConfig | float = parse_config(config)
         self.logs_report = log  # Lightning sets Callback.log itself
         self.finalize = finalize

@@ -11,6 +11,13 @@ from pdp_kernels.pruning.pruner import PDPPruner
 from pdp_kernels.pruning.user_warnings import warn_user
 
 
+def check_flags(**flags: object) -> None:
+    """Raise a TypeError if an argument of a callback that switches something is no bool."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def parse_config(config: PDPConfig | Mapping[str, Any] | float) -> PDPConfig | float:
     """Return what a callback was given as a configuration, or as the sparsity alone.
 

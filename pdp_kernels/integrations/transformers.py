@@ -51,7 +51,7 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import has_length
 from transformers.training_args import TrainingArguments
 
-from pdp_kernels.integrations.schedule import fit_config, parse_config, resume
+from pdp_kernels.integrations.schedule import check_flags, fit_config, parse_config, resume
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import DATA_PARALLEL
 from pdp_kernels.pruning.pruner import PDPPruner
@@ -127,9 +127,7 @@ class PDPCallback(TrainerCallback, ExportableState):
         log: bool = True,
         finalize: bool = True,
     ) -> None:
-        for name, value in (("log", log), ("finalize", finalize)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        check_flags(log=log, finalize=finalize)
         self.config: PDPConfig | float = parse_config(config)
         self.log = log
         self.finalize = finalize

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner
-from tests.support.models import AT_ONCE
+from tests.support.models import AT_ONCE, take_steps
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -29,20 +29,13 @@ def mlp():
     return nn.Sequential(nn.Linear(64, 128, bias=False), nn.ReLU(), nn.Linear(128, 64, bias=False))
 
 
-def train(model, optimizer, steps=3):
-    for _ in range(steps):
-        (model(torch.randn(16, 64)) - 1).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_train_and_keep_frozen_zeros(name):
     model = mlp()
     optimizer = OPTIMIZERS[name](model.parameters())
     pruner = PDPPruner(model, PDPConfig(0.6, warmup=0, ramp=1))
     pruner.attach(optimizer, steps_per_epoch=3)
-    train(model, optimizer)
+    take_steps(model, optimizer)
     assert pruner.progress == 1
     pruner.finalize()
     is_quantized = optimizer.state[model[0].weight]["state1"].dtype == torch.uint8
@@ -50,7 +43,7 @@ def test_optimizers_train_and_keep_frozen_zeros(name):
     zeros = [weight == 0 for weight in model.parameters()]
     before = [weight.detach().clone() for weight in model.parameters()]
     pruner.freeze(optimizer)
-    train(model, optimizer)
+    take_steps(model, optimizer)
     for weight, zero, then in zip(model.parameters(), zeros, before, strict=True):
         assert torch.equal(weight == 0, zero)
         assert torch.any(weight != then)
@@ -62,7 +55,7 @@ def test_a_training_resumes_with_the_state_of_an_8_bit_optimizer():
     optimizer = bnb.optim.AdamW8bit(model.parameters(), lr=1e-2)
     pruner = PDPPruner(model, config)
     pruner.attach(optimizer, steps_per_epoch=3)
-    train(model, optimizer)
+    take_steps(model, optimizer)
     twin.load_state_dict(model.state_dict())
     others = bnb.optim.AdamW8bit(twin.parameters(), lr=1e-2)
     others.load_state_dict(optimizer.state_dict())
@@ -71,7 +64,7 @@ def test_a_training_resumes_with_the_state_of_an_8_bit_optimizer():
     goes_on.attach(others, steps_per_epoch=3)
     for each, its_optimizer in ((model, optimizer), (twin, others)):
         torch.manual_seed(7)
-        train(each, its_optimizer)
+        take_steps(each, its_optimizer)
     assert pruner.progress == goes_on.progress == 2
     pruner.finalize()
     goes_on.finalize()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner, check_nm, freeze_zeros
-from tests.support.models import AT_ONCE
+from tests.support.models import AT_ONCE, take_steps
 
 pytest.importorskip("torchao")
 
@@ -46,13 +46,6 @@ def mlp(bias=True):
 def pruned_mlp(**settings):
     model = mlp()
     return model, PDPPruner(model, PDPConfig(**({"sparsity": 0.6} | AT_ONCE | settings)))
-
-
-def train(model, optimizer, steps=3):
-    for _ in range(steps):
-        (model(torch.randn(16, 64)) - 1).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -113,7 +106,7 @@ def test_quantization_aware_training_prunes_what_it_quantizes():
     pruner = PDPPruner(model, PDPConfig(0.6, warmup=0, ramp=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner.attach(optimizer, steps_per_epoch=3)
-    train(model, optimizer)
+    take_steps(model, optimizer)
     evaluated = model.eval()(torch.ones(4, 64))
     pruner.finalize()
     torch.testing.assert_close(model(torch.ones(4, 64)), evaluated)
@@ -136,7 +129,7 @@ def test_float8_training_computes_with_masked_weights():
     pruner = PDPPruner(model, PDPConfig(0.6, warmup=0, ramp=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner.attach(optimizer, steps_per_epoch=3)
-    train(model, optimizer)
+    take_steps(model, optimizer)
     inputs = torch.randn(16, 64)
     evaluated = model.eval()(inputs)
     pruner.finalize()
@@ -157,7 +150,7 @@ def test_low_bit_optimizers_train_and_keep_frozen_zeros(name, eager):
     optimizer = OPTIMIZERS[name](model.parameters(), lr=1e-2)
     pruner = PDPPruner(model, PDPConfig(0.6, warmup=0, ramp=1))
     pruner.attach(optimizer, steps_per_epoch=3)
-    train(model, optimizer)
+    take_steps(model, optimizer)
     assert pruner.progress == 1
     pruner.finalize()
     state = optimizer.state[model[0].weight]["exp_avg"]
@@ -165,7 +158,7 @@ def test_low_bit_optimizers_train_and_keep_frozen_zeros(name, eager):
     zeros = [weight == 0 for weight in model.parameters()]
     before = [weight.detach().clone() for weight in model.parameters()]
     pruner.freeze(optimizer)
-    train(model, optimizer)
+    take_steps(model, optimizer)
     for weight, zero, then in zip(model.parameters(), zeros, before, strict=True):
         assert torch.equal(weight == 0, zero)
         assert torch.any(weight != then)
@@ -175,9 +168,9 @@ def test_zeros_without_freeze_come_back_from_a_low_bit_momentum(eager):
     model = mlp(bias=False)
     optimizer = AdamW8bit(model.parameters(), lr=1e-2)
     pruner = PDPPruner(model, PDPConfig(0.6, **AT_ONCE))
-    train(model, optimizer)
+    take_steps(model, optimizer)
     pruner.finalize()
-    train(model, optimizer, steps=1)
+    take_steps(model, optimizer, steps=1)
     assert torch.all(model[0].weight != 0)
     with pytest.warns(UserWarning, match="found no zero"):
         freeze_zeros([model[0].weight], optimizer)
