@@ -45,6 +45,11 @@ LONGEST = (
 )
 
 
+def pytest_collectstart(collector):
+    """What a module draws while it is imported does not depend on the modules before it."""
+    torch.manual_seed(0)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}

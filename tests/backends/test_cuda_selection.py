@@ -77,23 +77,23 @@ def test_the_usual_weights_are_read_once(sampled, fraction, dtype):
     check(sampled, torch.randn(size).to(dtype), int(fraction * size), fallbacks=0)
 
 
+ARRANGED = {
+    "period 16": lambda: torch.randn(16).repeat(SIZE // 16 + 1)[:SIZE],
+    "period 512": lambda: torch.randn(512).repeat(SIZE // 512 + 1)[:SIZE],
+    "sorted": lambda: torch.randn(SIZE).sort().values,
+    "pairs": lambda: torch.randn(SIZE // 2 + 1).repeat_interleave(2)[:SIZE],
+    "7 values": lambda: torch.randint(-3, 4, (SIZE,)),
+    "zeros": lambda: torch.randn(SIZE) * (torch.rand(SIZE) > 0.6),
+    "equal": lambda: torch.full((SIZE,), 0.3),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "weight",
-    [
-        torch.randn(16).repeat(SIZE // 16 + 1)[:SIZE],
-        torch.randn(512).repeat(SIZE // 512 + 1)[:SIZE],
-        torch.randn(SIZE).sort().values,
-        torch.randn(SIZE // 4 + 1).repeat_interleave(4)[:SIZE],
-        torch.randint(-3, 4, (SIZE,)),
-        torch.randn(SIZE) * (torch.rand(SIZE) > 0.6),
-        torch.full((SIZE,), 0.3),
-    ],
-    ids=["period 16", "period 512", "sorted", "blocks of 4", "7 values", "zeros", "equal"],
-)
-def test_order_and_ties_do_not_mislead_the_sample(sampled, weight, dtype):
+@pytest.mark.parametrize("arranged", ARRANGED)
+def test_order_and_ties_do_not_mislead_the_sample(sampled, arranged, dtype):
+    weight = ARRANGED[arranged]().to(dtype)
     for count in (SIZE // 2, int(0.9 * SIZE)):
-        check(sampled, weight.to(dtype), count, fallbacks=0)
+        check(sampled, weight, count, fallbacks=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
