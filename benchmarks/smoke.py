@@ -9,6 +9,7 @@ import argparse
 import faulthandler
 import fnmatch
 import importlib
+import math
 import os
 import sys
 import time
@@ -74,6 +75,10 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         group = (tau, 4, 2, 1, relative)
         yield Case("soft_mask_nm", what, (image, *group, out, relative))
         yield Case("soft_mask_nm_backward", what, (image, None, image, *group))
+    layers, thresholds = [flat, image, normal(33)], torch.tensor([0.02, 0.01, math.inf])
+    mask = (thresholds, torch.tensor(0.1).expand(3), True)
+    yield Case("soft_mask_list", "", (layers, *mask, out))
+    yield Case("soft_mask_list_backward", "", ([normal(4099), image, None], layers, *mask))
     both = (normal(4099), normal(4099), flat, threshold, temperatures[1][1], True)
     yield Case("soft_mask_backward", "and of the mask", both)
     yield Case("soft_mask_nm", "3 of 7 pruned", (normal(5, 77), tau, 7, 3, 1, True, None, True))
@@ -103,7 +108,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
 # Answers without tolerance: integers and positions; and thresholds, which equal those in float64.
 EXACT = {"prune_counts", "thresholds", "digit_counts", "hard_mask", "hard_mask_nm", "compress_2to4"}
 
-TRITON_FILES = ("soft_mask", "soft_mask_nm", "soft_mask_channel", "compress")
+TRITON_FILES = ("soft_mask", "soft_mask_list", "soft_mask_nm", "soft_mask_channel", "compress")
 
 
 def triton_function(operator: str) -> Callable | None:
@@ -134,9 +139,9 @@ def expected(case: Case) -> tuple[Tensor, ...]:
     return as_tuple(getattr(reference, case.operator)(*arguments))
 
 
-def as_tuple(answer: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_tuple(answer: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the answer as a tuple."""
-    return answer if isinstance(answer, tuple) else (answer,)
+    return (answer,) if isinstance(answer, Tensor) else tuple(answer)
 
 
 def difference(case: Case, answer: tuple[Tensor, ...]) -> str | None:

@@ -5,6 +5,8 @@ has its name and its arguments. csrc/arguments.h has the same checks for the nat
 public functions check more, before they call an operator.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,25 @@ def _check_like(weight: Tensor, **gradients: Tensor | None) -> None:
         )
 
 
+def _check_list(weights: Sequence[Tensor], **values: Tensor) -> None:
+    _require(len(weights) > 0, "weights must not be empty, got none")
+    dtype = threshold_dtype(weights[:1])
+    for weight in weights:
+        _check_weight(weight)
+        _require(
+            weight.device == weights[0].device,
+            f"weights must be on one device, got {weights[0].device} and {weight.device}",
+        )
+        _require(
+            threshold_dtype([weight]) == dtype,
+            "weights must be all of float64 or none, because their thresholds have one dtype; got "
+            f"{weights[0].dtype} and {weight.dtype}",
+        )
+    for name, value in values.items():
+        _require(value.dim() == 1, f"{name} must have one dimension, got {value.dim()}")
+        _check_values(name, value, dtype, len(weights), weights[0])
+
+
 def _check_dim(weight: Tensor, dim: int) -> None:
     _require(0 <= dim < weight.dim(), f"dim must be in [0, {weight.dim()}), got {dim}")
 
@@ -98,6 +119,31 @@ def soft_mask_backward(
 ) -> None:
     _check_scalars(weight, threshold=threshold, tau=tau)
     _check_like(weight, grad_w_hat=grad_w_hat, grad_mask=grad_mask)
+
+
+def soft_mask_list(
+    weights: Sequence[Tensor],
+    thresholds: Tensor,
+    taus: Tensor,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+) -> None:
+    _check_list(weights, thresholds=thresholds, taus=taus)
+
+
+def soft_mask_list_backward(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    thresholds: Tensor,
+    taus: Tensor,
+    relative: bool,
+) -> None:
+    _check_list(weights, thresholds=thresholds, taus=taus)
+    _require(
+        len(grads) == len(weights), f"grads must have {len(weights)} elements, got {len(grads)}"
+    )
+    for grad, weight in zip(grads, weights, strict=True):
+        _check_like(weight, grads=grad)
 
 
 def soft_mask_nm(

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from pdp_kernels.ops import arguments
 from pdp_kernels.ops.schemas import library
 
@@ -34,6 +36,12 @@ TRITON_OPERATORS: dict[str, tuple[str, ...]] = {
 }
 
 
+# The operators that Triton serves where the extension module for CUDA is not there.
+TRITON_SUBSTITUTES: dict[str, tuple[str, ...]] = {
+    "soft_mask_list": ("soft_mask_list", "soft_mask_list_backward"),
+}
+
+
 def _on_first_call(file: str, name: str) -> Callable[..., Any]:
     """Return the Triton implementation, which imports Triton on its first call."""
     check = getattr(arguments, name)
@@ -47,6 +55,7 @@ def _on_first_call(file: str, name: str) -> Callable[..., Any]:
 
 
 if has_triton:
-    for _file, _names in TRITON_OPERATORS.items():
+    for _file, _names in (TRITON_OPERATORS | TRITON_SUBSTITUTES).items():
         for _name in _names:
-            library.impl(_name, _on_first_call(_file, _name), "CUDA")
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pdp::{_name}", "CUDA"):
+                library.impl(_name, _on_first_call(_file, _name), "CUDA")

@@ -48,6 +48,29 @@ def soft_mask_backward(
     return torch.empty_like(weight)
 
 
+def soft_mask_list(
+    weights: Sequence[Tensor],
+    thresholds: Tensor,
+    taus: Tensor,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    return [torch.empty_like(weight, dtype=out_dtype) for weight in weights]
+
+
+def soft_mask_list_backward(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    thresholds: Tensor,
+    taus: Tensor,
+    relative: bool,
+) -> list[Tensor]:
+    return [
+        weight.new_empty(0) if grad is None else torch.empty_like(weight)
+        for grad, weight in zip(grads, weights, strict=True)
+    ]
+
+
 def soft_mask_nm(
     weight: Tensor,
     tau: Tensor,

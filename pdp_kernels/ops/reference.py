@@ -27,17 +27,12 @@ def threshold_dtype(weights: Sequence[Tensor]) -> torch.dtype:
 
 def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:
     """Return k_i = floor(r_i n_i + 1/2), int64 (L,), on the weights' device."""
-    counts = [
-        math.floor(sparsity * weight.numel() + 0.5)
-        for weight, sparsity in zip(weights, sparsities, strict=True)
-    ]
+    counts = [math.floor(r * w.numel() + 0.5) for w, r in zip(weights, sparsities, strict=True)]
     device = weights[0].device
     if device.type == "cpu":
         return torch.tensor(counts, dtype=torch.int64)
     # A copy from host memory would wait for the device, and a CUDA graph could not capture it.
-    return torch.stack(
-        [torch.full((), count, dtype=torch.int64, device=device) for count in counts]
-    )
+    return torch.stack([torch.full((), k, dtype=torch.int64, device=device) for k in counts])
 
 
 def midpoint(low: Tensor, high: Tensor) -> Tensor:
@@ -187,6 +182,33 @@ def soft_mask_backward(
         mask_slope = torch.where(slope == 0, 0, 2 * (scaled / scale) / tau * slope)
         grad = grad + grad_mask.to(z.dtype) * mask_slope
     return _like(weight, grad, weight.dtype)
+
+
+def soft_mask_list(
+    weights: Sequence[Tensor],
+    thresholds: Tensor,
+    taus: Tensor,
+    relative: bool,
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Return w_hat of each weight as `soft_mask` does, for thresholds and taus (T,)."""
+    layers = zip(weights, thresholds.unbind(), taus.unbind(), strict=True)
+    return [soft_mask(*layer, relative, out_dtype, False)[0] for layer in layers]
+
+
+def soft_mask_list_backward(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    thresholds: Tensor,
+    taus: Tensor,
+    relative: bool,
+) -> list[Tensor]:
+    """Return dw of each weight as `soft_mask_backward` does; (0,) where the gradient is None."""
+    layers = zip(grads, weights, thresholds.unbind(), taus.unbind(), strict=True)
+    return [
+        w.new_empty(0) if grad is None else soft_mask_backward(grad, None, w, t, tau, relative)
+        for grad, w, t, tau in layers
+    ]
 
 
 def groups(values: Tensor, m: int, dim: int) -> Tensor:

@@ -19,6 +19,14 @@ SCHEMAS = {
         "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor threshold, Tensor tau, "
         "bool relative) -> Tensor"
     ),
+    "soft_mask_list": (
+        "(Tensor[] weights, Tensor thresholds, Tensor taus, bool relative, "
+        "ScalarType? out_dtype) -> Tensor[]"
+    ),
+    "soft_mask_list_backward": (
+        "(Tensor?[] grads, Tensor[] weights, Tensor thresholds, Tensor taus, bool relative) "
+        "-> Tensor[]"
+    ),
     "soft_mask_nm": (
         "(Tensor weight, Tensor tau, int m, int pruned, int dim, bool relative, "
         "ScalarType? out_dtype, bool return_mask) -> (Tensor, Tensor)"

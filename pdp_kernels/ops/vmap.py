@@ -66,6 +66,24 @@ def _power_sums(
     return sums.unflatten(0, (info.batch_size, -1)), 0
 
 
+def _for_mask_lists(operator: Callable[..., Any]) -> Rule:
+    """Return the rule of an operator from lists of tensors to a list: one call for the batch."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        batch = info.batch_size
+
+        def flattened(arg: Any, dims: Any) -> Any:
+            if isinstance(arg, Tensor):
+                return torch.cat([_example(arg, dims, index) for index in range(batch)])
+            return _examples(arg, dims, batch) if isinstance(arg, (list, tuple)) else arg
+
+        results = operator(*map(flattened, args, in_dims))
+        layers = len(results) // batch
+        return [torch.stack(results[layer::layers]) for layer in range(layers)], [0] * layers
+
+    return rule
+
+
 def _for_each_example(operator: Callable[..., Any]) -> Rule:
     """Return the rule of an operator on one weight: one call per example."""
     return lambda info, in_dims, *args: map_over_batch(operator, info.batch_size, in_dims, args)
@@ -79,4 +97,6 @@ for _name in ("prune_counts", "thresholds"):
     _register(_name, _for_lists(getattr(torch.ops.pdp, _name)))
 for _name in ("hard_mask", "hard_mask_nm", "channel_norms"):
     _register(_name, _for_each_example(getattr(torch.ops.pdp, _name)))
+for _name in ("soft_mask_list", "soft_mask_list_backward"):
+    _register(_name, _for_mask_lists(getattr(torch.ops.pdp, _name)))
 _register("power_sums", _power_sums)

@@ -39,6 +39,10 @@ def call(name, weight, grad):
         return (operator([weight, grad], [grad > 0, None], 0.5, 1.0, True),)
     if name == "hard_mask":
         return (operator(weight, counts[:1]),)
+    if name == "soft_mask_list":
+        return tuple(operator([weight, grad], t.expand(2), tau.expand(2), True, None))
+    if name == "soft_mask_list_backward":
+        return tuple(operator([grad, None], [weight, grad], t.expand(2), tau.expand(2), True))
     if name == "soft_mask":
         return operator(weight, t, tau, True, None, True)
     if name == "soft_mask_backward":

@@ -8,6 +8,7 @@ from pdp_kernels import ops
 W = torch.linspace(-1, 1, 48).view(4, 12)
 HALVES = torch.ones(32, 64, dtype=torch.bfloat16)
 T, TAU = torch.tensor(0.5), torch.tensor(0.1)
+PAIR = torch.tensor([0.5, 0.1])
 COUNTS = torch.tensor([3, 5])
 NORMS = torch.ones(12)
 
@@ -72,6 +73,40 @@ CASES = {
             (1, W.flatten()),
             (3, T.double()),
             (4, torch.ones(2)),
+        ],
+    ),
+    "soft_mask_list": (
+        ([W, W[0]], PAIR, PAIR, True, torch.bfloat16),
+        [
+            (0, []),
+            (0, [W]),
+            (0, [W, W.double()]),
+            (0, [W.double(), W]),
+            (0, [W, W.long()]),
+            (0, [W, Elsewhere(W)]),
+            (1, PAIR.double()),
+            (1, PAIR[:1]),
+            (1, PAIR.view(2, 1)),
+            (1, Elsewhere(PAIR)),
+            (2, T),
+            (2, PAIR.half()),
+            (2, torch.ones(3)),
+            (2, PAIR.view(1, 2)),
+            (2, Elsewhere(PAIR)),
+        ],
+    ),
+    "soft_mask_list_backward": (
+        ([W.half(), None], [W, W[0]], PAIR, PAIR, True),
+        [
+            (0, [W]),
+            (0, [W[:2], None]),
+            (0, [None, W]),
+            (0, [W.long(), None]),
+            (0, [Elsewhere(W), None]),
+            (1, [W, W.double()]),
+            (1, [W]),
+            (2, PAIR.double()),
+            (3, PAIR[:1]),
         ],
     ),
     "soft_mask_nm": (
@@ -150,7 +185,10 @@ def test_wrong_arguments_raise(device, name, index):
         getattr(torch.ops.pdp, name)(*placed(wrong, device, "cpu"))
 
 
-OF_TRITON = [name for names in ops.backends.TRITON_OPERATORS.values() for name in names]
+SERVED = ops.backends.TRITON_OPERATORS
+OF_TRITON = [
+    name for names in (SERVED | ops.backends.TRITON_SUBSTITUTES).values() for name in names
+]
 
 
 @pytest.mark.parametrize(("name", "index"), each_change(OF_TRITON))
@@ -162,7 +200,9 @@ def test_wrong_arguments_of_a_triton_kernel_raise(name, index):
         check(*placed(changed(arguments, changes[index]), "cpu", "meta"))
 
 
-@pytest.mark.parametrize("name", [name for name in OF_TRITON if name.endswith("_backward")])
+@pytest.mark.parametrize(
+    "name", [name for name in sum(SERVED.values(), ()) if name.endswith("_backward")]
+)
 def test_one_of_two_gradients_of_a_triton_kernel_may_be_missing(name):
     check = getattr(ops.arguments, name)
     grad_w_hat, grad_mask, *rest = CASES[name][0]

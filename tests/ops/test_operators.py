@@ -49,6 +49,10 @@ def sample_inputs(device):
             yield "soft_mask", (layout, t, tau, True, torch.bfloat16, True)
             yield "soft_mask_backward", (grad, None, layout, t, tau, True)
             yield "soft_mask_backward", (grad.float(), grad, layout, t, tau, False)
+            pair = torch.rand(2, 4, device=device, dtype=real)[:, 0]
+            given = ([layout, weight[0]], pair, tau.expand(2), True)
+            yield "soft_mask_list", (*given, None if dtype == torch.float16 else torch.bfloat16)
+            yield "soft_mask_list_backward", ([grad.float(), None], *given)
             norms = torch.rand(layout.shape[1], device=device).to(real)
             grad_mask = torch.randn(layout.shape[1], device=device).to(dtype)
             yield "channel_norms", (layout, 1, True)

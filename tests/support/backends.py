@@ -17,13 +17,26 @@ def dispatched(name):
 
 
 def on_device(backend, *arguments):
-    """Return the arguments with all tensors on the backend's device."""
-    return [a.to(backend.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+    """Return the arguments with all tensors, also those in lists, on the backend's device."""
+
+    def moved(argument):
+        if isinstance(argument, list):
+            return [moved(each) for each in argument]
+        return argument.to(backend.device) if isinstance(argument, torch.Tensor) else argument
+
+    return [moved(argument) for argument in arguments]
 
 
 def interpreted():
     """Return the mask operators that Triton's interpreter runs."""
-    from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
+    from pdp_kernels.triton_kernels import (
+        soft_mask,
+        soft_mask_channel,
+        soft_mask_list,
+        soft_mask_nm,
+    )
 
-    operators = vars(soft_mask) | vars(soft_mask_nm) | vars(soft_mask_channel)
+    operators = (
+        vars(soft_mask) | vars(soft_mask_list) | vars(soft_mask_nm) | vars(soft_mask_channel)
+    )
     return SimpleNamespace(device="cpu", **operators)

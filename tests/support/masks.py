@@ -56,6 +56,31 @@ def check_soft_mask(backend, weight, threshold, tau, relative, out_dtype=None):
         assert_within_budget(actual, expected, allowances.of_gradient(*chosen))
 
 
+def check_soft_mask_list(backend, weights, thresholds, taus, relative, out_dtype=None):
+    """Check the forward, and the backward of gradients in the output's dtype."""
+    layers = list(zip(weights, thresholds, taus, strict=True))
+    rest = on_device(backend, thresholds, taus, relative)
+    # The answers of soft_mask, of which the first result and the first choice of gradients count.
+    answers = [
+        answer(_soft_mask_answers, *layer, relative, out_dtype or layer[0].dtype)
+        for layer in layers
+    ]
+    allowances = [Allowances(backend, *layer, relative) for layer in layers]
+    on_its_device = [weight.to(backend.device) for weight in weights]
+    found = backend.soft_mask_list(on_its_device, *rest, out_dtype)
+    for weight, actual, (_, results, _), allowed in zip(
+        weights, found, answers, allowances, strict=True
+    ):
+        assert_within_budget(actual, results[0], largest(weight * allowed.mask))
+    grads = [each[0][0] for each in answers]
+    gradients = [grad.to(backend.device) for grad in grads]
+    found = backend.soft_mask_list_backward(gradients, on_its_device, *rest)
+    for grad, actual, (_, _, backward), allowed in zip(
+        grads, found, answers, allowances, strict=True
+    ):
+        assert_within_budget(actual, backward[0], allowed.of_gradient(grad, None))
+
+
 def shape_of_groups(m, dim):
     """Return a shape with more groups than a block of the native kernel, none a power of two."""
     other = 3 if m > 8 else 37

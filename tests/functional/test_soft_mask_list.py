@@ -1,0 +1,134 @@
+"""Soft masks of a list are those of its weights, within the same error budget."""
+
+import math
+
+import pytest
+import torch
+from torch.func import vmap
+
+from pdp_kernels.ops import reference
+from tests.support.backends import on_device
+from tests.support.masks import REAL, check_soft_mask_list
+from tests.support.weights import DTYPES, FINITE, denormals, weight_of
+
+SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(), (0,), (1,), (7,), (33, 3), (4097,), (5, 8, 3, 3)]
+
+
+def layers(dtypes, scale=1.0):
+    """Return weights of every shape, by turns of the dtypes, some of them channels_last."""
+    weights = [
+        (scale * torch.randn(shape)).to(dtypes[i % len(dtypes)]) for i, shape in enumerate(SHAPES)
+    ]
+    return [w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for w in weights]
+
+
+def table(weights, low, high):
+    """Return one number for each weight, with the stride of a table's column."""
+    columns = torch.full((len(weights), 4), math.nan, dtype=REAL[weights[0].dtype])
+    columns[:, 1] = torch.linspace(low, high, len(weights))
+    return columns[:, 1]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("out_dtype", [None, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtypes", [[torch.float64], SINGLE, SINGLE[1:]], ids=str)
+def test_every_mix_of_dtypes_stays_within_budget(masking, dtypes, out_dtype, relative):
+    weights = layers(dtypes)
+    thresholds, taus = table(weights, 0.2, 1.0), table(weights, 0.1, 0.4)
+    check_soft_mask_list(masking, weights, thresholds, taus, relative, out_dtype)
+
+
+@pytest.mark.parametrize("distribution", FINITE)
+def test_every_distribution_stays_within_budget(masking, distribution):
+    weights = [weight_of(distribution, size, d) for size in (31, 997) for d in SINGLE]
+    thresholds, tau = table(weights, 0.1, 1.5), torch.tensor(0.3)
+    check_soft_mask_list(masking, weights, thresholds, tau.expand(len(weights)), True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e30])
+def test_extreme_scales_stay_within_budget(masking, scale):
+    weights = layers([torch.float32], scale)
+    thresholds = scale * table(weights, 0.1, 1.0)
+    check_soft_mask_list(masking, weights, thresholds, table(weights, 0.01, 2), True)
+
+
+def test_subnormal_weights_and_thresholds_stay_within_budget(masking):
+    weights = [denormals(997, torch.float32), denormals(31, torch.bfloat16), torch.randn(9)]
+    thresholds = torch.tensor([1e-44, 4e-40, 1e-45])
+    check_soft_mask_list(masking, weights, thresholds, torch.tensor([0.3, 1.0, 0.1]), True)
+
+
+def test_an_absent_gradient_has_an_empty_result(masking):
+    weights = layers(SINGLE)
+    grads = [torch.randn(w.shape) if i % 2 else None for i, w in enumerate(weights)]
+    rest = (table(weights, 0.2, 1.0), table(weights, 0.1, 0.4), True)
+    weights, grads = on_device(masking, weights, grads)
+    rest = on_device(masking, *rest)
+    results = masking.soft_mask_list_backward(grads, weights, *rest)
+    every = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, weights, strict=True)]
+    expected = masking.soft_mask_list_backward(every, weights, *rest)
+    for grad, weight, result, present in zip(grads, weights, results, expected, strict=True):
+        assert result.dtype == weight.dtype
+        assert torch.equal(result, weight.new_empty(0) if grad is None else present)
+    none = masking.soft_mask_list_backward([None] * len(weights), weights, *rest)
+    assert all(result.shape == (0,) for result in none)
+
+
+def test_gradients_of_other_layouts_are_taken(masking):
+    weight = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)
+    grad, rest = torch.randn(4, 6, 3, 3), (torch.tensor([0.7]), torch.tensor([0.3]), True)
+    weight, grad, *rest = on_device(masking, weight, grad, *rest)
+    like_weight = grad.to(memory_format=torch.channels_last)
+    (expected,) = masking.soft_mask_list_backward([like_weight], [weight], *rest)
+    (found,) = masking.soft_mask_list_backward([grad], [weight], *rest)
+    assert torch.equal(found, expected) and found.stride() == weight.stride()
+    strided = grad[:, ::2]
+    (found,) = masking.soft_mask_list([strided], *rest, None)
+    (expected,) = masking.soft_mask_list([strided.contiguous()], *rest, None)
+    assert torch.equal(found, expected)
+
+
+def test_unaligned_weights_have_the_same_results(masking):
+    base, grad = torch.randn(2, 5001)
+    thresholds, taus = torch.full((4,), 0.7), torch.tensor(0.1).expand(4)
+    base, grad, *rest = on_device(masking, base, grad, thresholds, taus, True)
+    views, gradients = ([each[i:] for i in range(4)] for each in (base, grad))
+    for found in masking.soft_mask_list(views, *rest, None):
+        expected = masking.soft_mask_list(views, *rest, None)[0]
+        assert torch.equal(found, expected[-len(found) :])
+    for found in masking.soft_mask_list_backward(gradients, views, *rest):
+        expected = masking.soft_mask_list_backward(gradients, views, *rest)[0]
+        assert torch.equal(found, expected[-len(found) :])
+
+
+def test_vmap_treats_each_example_as_a_list(device):
+    stack, other = torch.randn(6, 3, 5, device=device), torch.randn(3, 7, device=device)
+    thresholds = torch.rand(3, 2, device=device)
+    rest = (torch.tensor(0.3, device=device).expand(2), True)
+
+    def masked(w, t, v):
+        return torch.ops.pdp.soft_mask_list([w, v], t, *rest, None)
+
+    def gradient(w, t, v):
+        return torch.ops.pdp.soft_mask_list_backward([w.sin(), None], [w, v], t, *rest)
+
+    for function in (masked, gradient):
+        found = vmap(function, (1, 0, 0))(stack, thresholds, other)
+        each = [
+            function(*example) for example in zip(stack.unbind(1), thresholds, other, strict=True)
+        ]
+        for results, expected in zip(found, zip(*each, strict=True), strict=True):
+            assert torch.equal(results, torch.stack(expected))
+
+
+def test_the_reference_computes_in_float64_when_its_arguments_do():
+    weight = torch.randn(50, dtype=torch.float64)
+    t, tau = torch.tensor([[0.7], [0.1]], dtype=torch.float64)
+    (w_hat,) = reference.soft_mask_list([weight], t, tau, False, None)
+    mask = torch.sigmoid((weight**2 - t**2) / tau)
+    torch.testing.assert_close(w_hat, mask * weight, rtol=1e-12, atol=1e-15)
+    grad = torch.randn_like(weight)
+    (found,) = reference.soft_mask_list_backward([grad], [weight], t, tau, False)
+    expected = grad * (mask + 2 * weight**2 / tau * mask * (1 - mask))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
