@@ -25,7 +25,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, sparsity: float) -> No
     )
     add("--method", choices=METHODS, default="pdp")
     add("--sparsity", type=float, default=sparsity, help="fraction of the weights to prune")
-    add("--pattern", default="unstructured", help="or N:M such as 2:4, which implies the sparsity")
+    add(
+        "--pattern",
+        default="unstructured",
+        help="or channel, or N:M such as 2:4, which implies the sparsity",
+    )
     add("--epochs", type=int)
     add("--batch", type=int)
     add("--lr", type=float)
@@ -71,24 +75,28 @@ def budget_of(
     warmup: float | None = None,
     ramp: float | None = None,
     exclude: tuple[str, ...] = (),
+    narrowed: tuple[str, ...] = (),
 ) -> Budget:
     """Return the budget of a run.
 
     Args:
         sparsity: Fraction of the weights to prune; N:M patterns imply their own.
-        pattern: "unstructured" or N:M.
+        pattern: "unstructured", "channel" or N:M.
         epochs: Length of the training.
         warmup: Epochs before pruning; by default 15% of the training.
         ramp: Epochs in which the sparsity grows; by default 40% of the training.
         exclude: Globs of names of layers that stay dense.
+        narrowed: Globs of names of the layers whose channels can be pruned.
 
     Raises:
         ValueError: An argument is out of range.
     """
-    if pattern != "unstructured":
+    if pattern not in ("unstructured", "channel"):
         n, colon, m = pattern.partition(":")
         if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 32):
-            raise ValueError(f"pattern must be unstructured or N:M, N < M <= 32, got {pattern!r}")
+            raise ValueError(
+                f"pattern must be unstructured, channel or N:M, N < M <= 32, got {pattern!r}"
+            )
         sparsity = 1 - int(n) / int(m)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and less than 1, got {sparsity}")
@@ -101,7 +109,10 @@ def budget_of(
             f"warmup and ramp must be at least 0 and fit into {epochs} epochs, "
             f"got {warmup:g} and {ramp:g}"
         )
-    return Budget(sparsity, epochs, warmup, ramp, pattern, exclude)
+    if pattern == "channel" and not narrowed:
+        raise ValueError("pattern must not be channel: the network has no layers to narrow")
+    include = narrowed if pattern == "channel" else ("*",)
+    return Budget(sparsity, epochs, warmup, ramp, pattern, include, exclude)
 
 
 def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -128,6 +139,7 @@ def run(
     make_task: Callable[[Recipe], Task],
     make_model: Callable[[Task], nn.Module],
     exclude: tuple[str, ...] = (),
+    narrowed: tuple[str, ...] = (),
 ) -> None:
     """Train as the arguments say, and print the outcome.
 
@@ -137,6 +149,7 @@ def run(
         make_task: Returns the data for a recipe.
         make_model: Returns the network for the data.
         exclude: Globs of names of layers that stay dense.
+        narrowed: Globs of names of the layers whose channels can be pruned.
     """
     changes = {name: getattr(arguments, name) for name in ("epochs", "batch", "lr", "weight_decay")}
     recipe = recipe._replace(**{name: v for name, v in changes.items() if v is not None})
@@ -147,6 +160,7 @@ def run(
         arguments.warmup,
         arguments.ramp,
         exclude,
+        narrowed,
     )
     options = method_options(arguments)
     task = make_task(recipe)

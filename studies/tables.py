@@ -6,8 +6,13 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from matplotlib import colormaps
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats import t as student_t
+
+REFERENCE = "pdp"  # the setting from which the others' scores are subtracted
+CONFIDENCE = 0.95
 
 
 class Row(NamedTuple):
@@ -19,8 +24,8 @@ class Row(NamedTuple):
     sparsity: str
     seed: str
     epochs: str
-    accuracy: float
-    soft_accuracy: float | None
+    score: float  # accuracy, or the loss of a text model in nats per character
+    soft_score: float | None
     own_sparsity: float  # before `finalize`
     seconds: float
 
@@ -46,23 +51,81 @@ def read_rows(path: Path) -> list[Row]:
         ]
 
 
+class Score(NamedTuple):
+    """How scores are shown."""
+
+    name: str
+    factor: float  # to the unit in which they are shown
+    digits: int
+    is_loss: bool  # less is better
+
+    @property
+    def description(self) -> str:
+        return f"{self.name}, nats per character" if self.is_loss else f"{self.name}, percent"
+
+    def text(self, values: list[float]) -> str:
+        """Return mean and standard deviation over the seeds."""
+        numbers = [mean(values), *([stdev(values)] if len(values) > 1 else [])]
+        return " ± ".join(f"{self.factor * number:.{self.digits}f}" for number in numbers)
+
+    def difference(self, mine: dict[str, float], other: dict[str, float]) -> str:
+        """Return by how much mine are better, paired by seed: mean [95% interval of the mean].
+
+        Bold if the interval does not contain 0.
+        """
+        sign = -self.factor if self.is_loss else self.factor
+        paired = [sign * (mine[seed] - other[seed]) for seed in sorted(mine.keys() & other.keys())]
+        if not paired:
+            return ""
+        middle = mean(paired)
+        text = f"{middle:+.{self.digits}f}"
+        if len(paired) == 1:
+            return text
+        quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1)
+        half = quantile * stdev(paired) / len(paired) ** 0.5
+        low, high = middle - half, middle + half
+        text += f" [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
+        return f"**{text}**" if low > 0 or high < 0 else text
+
+    def format_axis(self, axis: Axis) -> None:
+        if not self.is_loss:
+            axis.set_major_formatter(PercentFormatter(1))
+
+    def best_range(self, scores: list[float], width: float) -> tuple[float, float]:
+        """Return limits of an axis around the best scores.
+
+        Networks that collapsed are left out, so that the others stay distinguishable.
+        """
+        width *= 10 if self.is_loss else 1
+        margin = 0.05 * width
+        if self.is_loss:
+            return min(scores) - margin, min(max(scores), min(scores) + width) + margin
+        return max(min(scores), max(scores) - width) - margin, max(scores) + margin
+
+
+def score_of(rows: list[Row]) -> Score:
+    """Return how the scores of these rows are shown, all of one network."""
+    if rows and rows[0].network.startswith("gpt"):
+        return Score("loss", 1, 4, True)
+    return Score("accuracy", 100, 2, False)
+
+
 def columns_of(rows: list[Row]) -> list[str]:
     """Return the headings of pruned networks in the order of the rows."""
     return [c for c in dict.fromkeys(row.column for row in rows) if c != "0%"]
 
 
-def spread(values: list[float]) -> str:
-    """Return mean and standard deviation over the seeds, in percent."""
-    text = f"{100 * mean(values):.2f}"
-    return text + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
-
-
 def write_table(rows: list[Row], path: Path, command: str) -> None:
-    """Write a Markdown table with a line for each setting, and the command that made it."""
+    """Write a Markdown table with a line for each setting, and the command that made it.
+
+    A second table compares the settings with the reference, if that is among them.
+    """
+    score = score_of(rows)
     columns = columns_of(rows)
+    settings = list(dict.fromkeys(row.setting for row in rows))
     seeds = len({row.seed for row in rows})
     lines = [
-        f"Test accuracy in percent, mean ± standard deviation of {seeds} seeds: of the finished "
+        f"Test {score.description}, mean ± standard deviation of {seeds} seeds: of the finished "
         "network, then with soft masks (soft). Time per run with one thread.",
         "",
         f"    {command}",
@@ -71,36 +134,66 @@ def write_table(rows: list[Row], path: Path, command: str) -> None:
         "|---" * (2 * len(columns) + 2) + "|",
     ]
     notes = []
-    for setting in dict.fromkeys(row.setting for row in rows):
-        own = [row for row in rows if row.setting == setting]
+    for setting in settings:
         cells, soft_cells = [], []
         for column in columns:
-            group = [row for row in own if row.column in (column, "0%")]
-            soft = [row.soft_accuracy for row in group if row.soft_accuracy is not None]
-            cells.append(spread([row.accuracy for row in group]) if group else "")
-            soft_cells.append(spread(soft) if soft else "")
+            group = group_of(rows, setting, column)
+            soft = [row.soft_score for row in group if row.soft_score is not None]
+            cells.append(score.text([row.score for row in group]) if group else "")
+            soft_cells.append(score.text(soft) if soft else "")
             missed = [row for row in group if abs(row.own_sparsity - float(row.sparsity)) > 5e-4]
             if missed and ":" not in column:
                 reached = mean(row.own_sparsity for row in group)
                 notes.append(f"{setting} at {column}: {100 * reached:.2f}%")
-        time = f"{mean(row.seconds for row in own):.0f} s"
+        time = f"{mean(row.seconds for row in rows if row.setting == setting):.0f} s"
         lines.append(f"| {setting} | " + " | ".join([*cells, *soft_cells, time]) + " |")
     if notes:
         title = "Sparsity before the final pruning, where it missed the budget: "
         lines += ["", title + "; ".join(notes) + "."]
+    if REFERENCE in settings and len(settings) > 1:
+        lines += ["", *comparison(rows, settings, columns, score)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def comparison(rows: list[Row], settings: list[str], columns: list[str], score: Score) -> list[str]:
+    """Return the lines of a table of how much better the reference is than each other setting."""
+
+    def by_seed(setting: str, column: str) -> dict[str, float]:
+        return {row.seed: row.score for row in group_of(rows, setting, column)}
+
+    lines = [
+        f"By how much {REFERENCE} is better than each, over the same seeds: mean [95% interval of "
+        "the mean, Student's t], bold where the interval does not contain 0.",
+        "",
+        f"| {REFERENCE} against | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for setting in settings:
+        if setting != REFERENCE:
+            cells = [
+                score.difference(by_seed(REFERENCE, column), by_seed(setting, column))
+                for column in columns
+            ]
+            lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def group_of(rows: list[Row], setting: str, column: str) -> list[Row]:
+    """Return the rows of a cell of the table. Dense networks stand in every column."""
+    return [row for row in rows if row.setting == setting and row.column in (column, "0%")]
 
 
 def plot_by_sparsity(rows: list[Row], path: Path) -> None:
     """Plot accuracy against the fraction of remaining weights, with a line for each setting."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    score = score_of(rows)
     axes.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     for setting in dict.fromkeys(row.setting for row in rows):
         groups: dict[float, list[float]] = {}
         for row in rows:
             if row.setting == setting:
-                groups.setdefault(1 - float(row.sparsity), []).append(row.accuracy)
+                groups.setdefault(1 - float(row.sparsity), []).append(row.score)
         remaining = sorted(groups)
         means = [mean(groups[x]) for x in remaining]
         errors = [stdev(groups[x]) if len(groups[x]) > 1 else 0.0 for x in remaining]
@@ -110,15 +203,13 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
             axes.errorbar(
                 remaining, means, errors, fmt="o-", markersize=3, capsize=2, label=setting
             )
-    axes.set(xscale="log", xlabel="remaining weights", ylabel="test accuracy")
+    axes.set(xscale="log", xlabel="remaining weights", ylabel=f"test {score.name}")
     axes.invert_xaxis()
     axes.set_xticks(sorted({1 - float(row.sparsity) for row in rows if row.column != "0%"}))
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.3g}%")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    # Networks that collapsed are left out of the range, so that the others stay distinguishable.
-    top = max(row.accuracy for row in rows)
-    axes.set_ylim(max(min(row.accuracy for row in rows), top - 0.025) - 0.001, top + 0.001)
+    score.format_axis(axes.yaxis)
+    axes.set_ylim(*score.best_range([row.score for row in rows], 0.025))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
@@ -126,6 +217,7 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
 
 def plot_by_setting(rows: list[Row], path: Path) -> None:
     """Plot the accuracy of each setting, pruned (filled) and with soft masks (open), by column."""
+    score = score_of(rows)
     columns = columns_of(rows) or ["0%"]
     settings = list(dict.fromkeys(row.setting for row in rows))[::-1]
     figure = Figure(
@@ -135,18 +227,15 @@ def plot_by_setting(rows: list[Row], path: Path) -> None:
     for axes, column in zip(panels, columns, strict=True):
         group = [row for row in rows if row.column in (column, "0%")]
         places = [settings.index(row.setting) for row in group]
-        axes.plot([row.accuracy for row in group], places, "o", markersize=4, label="pruned")
-        soft = [
-            (row.soft_accuracy, settings.index(row.setting)) for row in group if row.soft_accuracy
-        ]
+        axes.plot([row.score for row in group], places, "o", markersize=4, label="pruned")
+        soft = [(row.soft_score, settings.index(row.setting)) for row in group if row.soft_score]
         if soft:
             axes.plot(
                 *zip(*soft, strict=True), "o", markersize=6, fillstyle="none", label="soft masks"
             )
-        top = max(row.accuracy for row in group)
-        axes.set(xlabel="test accuracy", title=column)
-        axes.set_xlim(left=max(min(row.accuracy for row in group), top - 0.06) - 0.002)
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.set(xlabel=f"test {score.name}", title=column)
+        axes.set_xlim(*score.best_range([row.score for row in group], 0.06))
+        score.format_axis(axes.xaxis)
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(settings)), settings, fontsize="small")
     panels[0].legend(fontsize="small")

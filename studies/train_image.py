@@ -31,14 +31,18 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
         mlp(channels * size * size, 300, 100, 10)
     ),
     "lenet": lenet,
-    "resnet20": lambda channels, size: resnet20(channels),
+    "resnet20": lambda channels, size: resnet20(channels).to(memory_format=torch.channels_last),
 }
 RECIPES = {
     "mlp": Recipe(epochs=20, batch=128, lr=0.1, weight_decay=5e-4),
     "mlp-small-head": Recipe(epochs=20, batch=128, lr=0.1, weight_decay=5e-4),
     "lenet": Recipe(epochs=20, batch=128, lr=0.05, weight_decay=5e-4),
-    "resnet20": Recipe(epochs=100, batch=128, lr=0.1, weight_decay=5e-4, nesterov=True),
+    "resnet20": Recipe(
+        epochs=100, batch=128, lr=0.1, weight_decay=5e-4, nesterov=True, bfloat16=True
+    ),
 }
+# Globs of the layers whose channels can be pruned: those that no shortcut adds to others.
+NARROWED = {"resnet20": ("*.conv1",)}
 CROP_PADDING = 4  # pixels, as in the ResNet paper's training on CIFAR-10
 
 
@@ -141,6 +145,7 @@ def main() -> None:
             arguments.network, arguments.data_dir, recipe.batch, arguments.device
         ),
         make_model=lambda task: make_network(arguments.network, task),
+        narrowed=NARROWED.get(arguments.network, ()),
     )
 
 

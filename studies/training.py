@@ -32,6 +32,12 @@ class Recipe(NamedTuple):
     clip: float | None = None  # maximum norm of the gradient
     bfloat16: bool = False  # autocast
 
+    def finetuning(self) -> "Recipe":
+        """Return the training of a trained network: the last fifth of the schedule, once more."""
+        epochs = max(1, self.epochs // 5)
+        rate = self.lr_at(self.epochs - epochs)
+        return self._replace(epochs=epochs, lr=rate, lr_warmup=0.0)
+
     def lr_at(self, epoch: float) -> float:
         """Return the learning rate at this progress in epochs."""
         if epoch < self.lr_warmup:
@@ -65,6 +71,10 @@ class EpochLog(NamedTuple):
     seconds: float  # of training, including the time before a resume
 
 
+# The number of epochs done, their log, and the seconds that they took.
+Progress = tuple[int, list[EpochLog], float]
+
+
 class Outcome(NamedTuple):
     """The result of a training."""
 
@@ -86,6 +96,7 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     stop_after: int | None = None,
+    keep_log: bool = True,
     show_progress: bool = True,
 ) -> Outcome | None:
     """Train the model and finalize it: pruned weights are exact zeros in plain parameters.
@@ -96,11 +107,12 @@ def train(
         method: The pruning method.
         recipe: How to train.
         seed: Seed of the order of the data.
-        folder: Where checkpoint.pt, log.csv and log.png are written after every epoch. Without a
-            folder the model is scored only at the end.
+        folder: Where checkpoint.pt is written after every epoch, and the log. None writes nothing.
         resume: Whether to continue from the checkpoint, if there is one. The network is the same
             bit for bit as without the interruption.
         stop_after: Number of epochs after which to stop early.
+        keep_log: Whether to score the model after every epoch, for log.csv and log.png in the
+            folder, and not only at the end.
         show_progress: Whether to show a progress bar.
 
     Returns:
@@ -110,8 +122,8 @@ def train(
     device = next(model.parameters()).device
     start, log, seconds = 0, [], 0.0
     if resume and folder is not None and (folder / "checkpoint.pt").exists():
-        start, log = load_checkpoint(folder / "checkpoint.pt", model, method, optimizer, device)
-        seconds = log[-1].seconds
+        state = load_checkpoint(folder / "checkpoint.pt", model, method, optimizer, device)
+        start, log, seconds = state
     end = recipe.epochs if stop_after is None else min(stop_after, recipe.epochs)
     began = time.perf_counter() - seconds
     with tqdm(
@@ -123,13 +135,17 @@ def train(
         for epoch in range(start, end):
             loss = train_epoch(task, model, method, recipe, optimizer, epoch, seed, bar)
             seconds = time.perf_counter() - began
-            if folder is not None:
+            if folder is None:
+                continue
+            if keep_log:
                 lr = recipe.lr_at(epoch + 1)
                 scores = score(task, model), soft_score(task, model, method)
                 log.append(EpochLog(epoch + 1, lr, loss, *scores, method.sparsity(), seconds))
-                save_checkpoint(folder / "checkpoint.pt", model, method, optimizer, epoch + 1, log)
-                write_log(log, task.score_name, folder)
                 bar.set_postfix_str(f"{task.score_name} {scores[0]:.4f}")
+            state = (epoch + 1, log, seconds)
+            save_checkpoint(folder / "checkpoint.pt", model, method, optimizer, state)
+            if keep_log:
+                write_log(log, task.score_name, folder)
     if end < recipe.epochs:
         return None
     soft = soft_score(task, model, method)
@@ -221,13 +237,14 @@ def save_checkpoint(
     model: nn.Module,
     method: Method,
     optimizer: torch.optim.Optimizer,
-    epoch: int,
-    log: list[EpochLog],
+    progress: Progress,
 ) -> None:
     """Write the state of the training, replacing the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    epoch, log, seconds = progress
     state = {
         "epoch": epoch,
+        "seconds": seconds,
         "model": model.state_dict(),
         "method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -245,8 +262,8 @@ def load_checkpoint(
     method: Method,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
-) -> tuple[int, list[EpochLog]]:
-    """Restore the state of the training, and return the number of epochs done and their log."""
+) -> Progress:
+    """Restore the state of the training, and return its progress."""
     state = torch.load(path, map_location=device, weights_only=True)
     model.load_state_dict(state["model"])
     method.load_state_dict(state["method"])
@@ -254,7 +271,7 @@ def load_checkpoint(
     torch.set_rng_state(state["random"].cpu())
     if state["random_cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random_cuda"].cpu())
-    return state["epoch"], [EpochLog(*entry) for entry in state["log"]]
+    return state["epoch"], [EpochLog(*entry) for entry in state["log"]], state["seconds"]
 
 
 def write_log(log: list[EpochLog], score_name: str, folder: Path) -> None:

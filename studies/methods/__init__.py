@@ -8,7 +8,7 @@ from torch import nn
 
 from studies.methods.base import Budget, Method
 from studies.methods.learned import DNW, SRSTE, STR, Movement, OptG
-from studies.methods.magnitude import ACDC, GMP, GlobalGMP, GraNet
+from studies.methods.magnitude import ACDC, GMP, GlobalGMP, GraNet, OneShot, Slimming
 from studies.methods.pdp import PDP, HardPDP
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -16,6 +16,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "pdp": PDP,
     "pdp-paper": partial(PDP, paper=True),
     "pdp-hard": HardPDP,
+    "one-shot": OneShot,
     "gmp": GMP,
     "gmp-global": GlobalGMP,
     "granet": GraNet,
@@ -25,8 +26,15 @@ METHODS: dict[str, Callable[..., Method]] = {
     "optg": OptG,
     "movement": Movement,
     "sr-ste": SRSTE,
+    "slimming": Slimming,
 }
-NM_METHODS = ("dense", "pdp", "pdp-paper", "sr-ste")
+
+# The methods of each pattern. Those for unstructured sparsity are all that need no other pattern.
+NM_METHODS = ("dense", "pdp", "pdp-paper", "one-shot", "sr-ste")
+CHANNEL_METHODS = ("dense", "pdp", "pdp-paper", "one-shot", "slimming")
+UNSTRUCTURED_METHODS: tuple[str, ...] = tuple(
+    name for name in METHODS if name not in ("sr-ste", "slimming")
+)
 
 
 def make_method(name: str, model: nn.Module, budget: Budget, **options: Any) -> Method:
@@ -41,11 +49,11 @@ def make_method(name: str, model: nn.Module, budget: Budget, **options: Any) -> 
     Raises:
         ValueError: The method cannot prune the budget's pattern.
     """
-    grouped = ":" in budget.pattern
-    if grouped and name not in NM_METHODS:
-        raise ValueError(f"method with an N:M pattern must be one of {NM_METHODS}, got {name!r}")
-    if name == "sr-ste" and not grouped:
-        raise ValueError(f"method sr-ste must have an N:M pattern, got {budget.pattern!r}")
+    pattern = budget.pattern
+    kind = "an N:M" if ":" in pattern else f"the {pattern}"
+    methods = {"unstructured": UNSTRUCTURED_METHODS, "channel": CHANNEL_METHODS}
+    if name not in (accepted := methods.get(pattern, NM_METHODS)):
+        raise ValueError(f"method with {kind} pattern must be one of {accepted}, got {name!r}")
     if name == "dense":
         budget = budget._replace(sparsity=0.0, pattern="unstructured")
     return METHODS[name](model, budget, **options)

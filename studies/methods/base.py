@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pdp_kernels import hard_mask
+from pdp_kernels import hard_mask, hard_mask_nm
 
 UPDATE_INTERVAL = 0.2  # epochs between mask updates of gradual methods: 94 steps on MNIST
 
@@ -26,8 +26,10 @@ class Budget(NamedTuple):
     epochs: float
     warmup: float  # epochs without pruning
     ramp: float  # epochs in which the sparsity grows
-    pattern: str = "unstructured"  # or N:M, such as "2:4", of which the sparsity is 1 - N/M
-    exclude: tuple[str, ...] = ()  # globs of names of layers that stay dense
+    pattern: str = "unstructured"  # or N:M, such as "2:4", of which the sparsity is 1 - N/M; or
+    # channel: whole output channels, of which `sparsity` is the fraction
+    include: tuple[str, ...] = ("*",)  # globs of names of layers that are pruned
+    exclude: tuple[str, ...] = ()  # globs of names of layers that stay dense all the same
 
     def ramp_at(self, progress: float, shape: str = "cubic") -> float:
         """Return the fraction of the final sparsity at this progress in epochs."""
@@ -95,16 +97,15 @@ class Method:
         for layer in self.layers:
             if parametrize.is_parametrized(layer, "weight"):
                 parametrize.remove_parametrizations(layer, "weight")
-        masks = global_masks([layer.weight for layer in self.layers], self.budget.sparsity)
-        for layer, mask in zip(self.layers, masks, strict=True):
-            layer.weight.mul_(mask)
+        weights = [layer.weight for layer in self.layers]
+        masks = largest_masks(weights, self.budget)
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.mul_(mask)
 
     @torch.no_grad()
     def sparsity(self) -> float:
-        """Return the fraction of zeros in the weights that the network computes with."""
-        weights = [layer.weight for layer in self.layers]
-        zeros = sum(int((weight == 0).sum()) for weight in weights)
-        return zeros / sum(weight.numel() for weight in weights)
+        """Return the fraction of zeros in what the network computes with: weights or channels."""
+        return sparsity_of([layer.weight for layer in self.layers], self.budget)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that the model's state_dict does not hold."""
@@ -129,11 +130,15 @@ class Method:
 
 def prunable_names(model: nn.Module, budget: Budget) -> list[str]:
     """Return names of Linear and Conv2d layers; for N:M, those with a multiple of M inputs."""
+
+    def matches(name: str, globs: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(name, glob) for glob in globs)
+
     names = []
     for name, layer in model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             continue
-        if any(fnmatchcase(name, glob) for glob in budget.exclude):
+        if not matches(name, budget.include) or matches(name, budget.exclude):
             continue
         if ":" not in budget.pattern or layer.weight.shape[1] % group_size(budget.pattern)[1] == 0:
             names.append(name)
@@ -144,6 +149,44 @@ def group_size(pattern: str) -> tuple[int, int]:
     """Return N and M of a pattern such as "2:4"."""
     n, m = pattern.split(":")
     return int(n), int(m)
+
+
+def largest_masks(weights: list[Tensor], budget: Budget) -> list[Tensor]:
+    """Return masks that keep the largest magnitudes, as many as the budget's pattern keeps.
+
+    Unstructured masks have one threshold for all layers. Masks of channels keep those of the
+    largest L2 norms over sqrt(fan-in), with one threshold for all layers too.
+    """
+    if budget.pattern == "unstructured":
+        return global_masks(weights, budget.sparsity)
+    if budget.pattern == "channel":
+        return channel_masks([channel_norms(weight) for weight in weights], weights, budget)
+    return [hard_mask_nm(weight, *group_size(budget.pattern), dim=1) for weight in weights]
+
+
+def sparsity_of(weights: list[Tensor], budget: Budget) -> float:
+    """Return the fraction of zeros among all weights, or among all channels."""
+    if budget.pattern == "channel":
+        weights = [channel_norms(weight) for weight in weights]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
+
+
+def channel_norms(weight: Tensor) -> Tensor:
+    """Return the L2 norm of each output channel over sqrt(fan-in), (channels,)."""
+    rows = weight.detach().flatten(1)
+    return rows.norm(dim=1) / rows.shape[1] ** 0.5
+
+
+def channel_masks(scores: list[Tensor], weights: list[Tensor], budget: Budget) -> list[Tensor]:
+    """Return masks of the weights that keep the channels with the largest scores over all layers.
+
+    Scores of a layer: (channels,), none negative.
+    """
+    masks = []
+    for kept, weight in zip(global_masks(scores, budget.sparsity), weights, strict=True):
+        masks.append(kept.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight))
+    return masks
 
 
 def global_masks(weights: list[Tensor], sparsity: float) -> list[Tensor]:

@@ -1,12 +1,77 @@
-"""Methods that prune by magnitude and train the kept weights: GMP, GraNet, AC/DC."""
+"""Methods that prune by magnitude and train the kept weights: one-shot, GMP, GraNet, AC/DC."""
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from studies.methods.base import Mask, Masking, global_masks, layer_masks
+from studies.methods.base import (
+    Budget,
+    Mask,
+    Masking,
+    channel_masks,
+    global_masks,
+    largest_masks,
+    layer_masks,
+)
+
+
+class OneShot(Masking):
+    """Dense until the end of the ramp, then pruned at once, and trained on with that mask.
+
+    Unstructured: one threshold for all layers. N:M: the largest of each group. Channels: the same
+    fraction of each layer, by their L1 norms, as Hao Li, Asim Kadav, Igor Durdanovic, Hanan Samet,
+    Hans Peter Graf, "Pruning Filters for Efficient ConvNets", arXiv 1608.08710.
+    """
+
+    def step(self, progress: float) -> None:
+        # `updates` says whether the network is pruned, so that a checkpoint holds it.
+        if self.updates == 0 and progress >= self.budget.warmup + self.budget.ramp - 1e-6:
+            self.updates = 1
+            self.set_masks(self.select(self.plain_weights()))
+
+    def select(self, weights: list[Tensor]) -> list[Tensor]:
+        """Return the masks."""
+        if self.budget.pattern != "channel":
+            return largest_masks(weights, self.budget)
+        masks = []
+        for weight in weights:
+            norms = [weight.detach().abs().flatten(1).sum(1)]
+            masks += channel_masks(norms, [weight], self.budget)
+        return masks
+
+
+class Slimming(OneShot):
+    """One-shot pruning of channels by the scales of their batch norms, which an L1 penalty shrinks.
+
+    The penalty of 1e-4 ends when the network is pruned. Zhuang Liu, Jianguo Li, Zhiqiang Shen, Gao
+    Huang, Shoumeng Yan, Changshui Zhang, "Learning Efficient Convolutional Networks through Network
+    Slimming", arXiv 1708.06519.
+    """
+
+    penalty = 1e-4
+
+    def __init__(self, model: nn.Module, budget: Budget):
+        super().__init__(model, budget)
+        layers = list(model.modules())
+        self.scales: list[nn.Parameter] = []
+        for layer in self.layers:
+            after = layers[layers.index(layer) :]
+            norm = next((x for x in after if isinstance(x, nn.BatchNorm2d)), None)
+            if norm is None or norm.num_features != layer.weight.shape[0]:
+                raise ValueError("model must have a batch norm after every layer that is pruned")
+            self.scales.append(norm.weight)
+            norm.weight.register_hook(partial(self.with_penalty, norm.weight))
+
+    def with_penalty(self, scale: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient of the loss with its penalty."""
+        return gradient if self.updates else gradient + self.penalty * scale.detach().sign()
+
+    def select(self, weights: list[Tensor]) -> list[Tensor]:
+        scores = [scale.detach().abs() for scale in self.scales]
+        return channel_masks(scores, weights, self.budget)
 
 
 class GMP(Masking):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner, pdp_thresholds
-from studies.methods.base import Budget, Masking, Method, global_masks
+from studies.methods.base import Budget, Masking, Method, global_masks, sparsity_of
 
 
 class PDP(Method):
@@ -55,7 +55,10 @@ class PDP(Method):
         self.pruner.finalize()
 
     def sparsity(self) -> float:
-        return self.pruner.report().sparsity
+        if self.pruner.finalized:
+            return super().sparsity()
+        pruned = self.pruner.pruned_copy()
+        return sparsity_of([pruned.get_submodule(name).weight for name in self.names], self.budget)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"pruner": self.pruner.state_dict()}

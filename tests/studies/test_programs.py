@@ -4,16 +4,17 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
-from studies import data, grid, sap_mnist, train_image, train_text
+from studies import data, grid, sap_mnist, train_image, train_text, training
 from studies.command_line import budget_of
 from studies.methods import make_method
-from studies.tables import Row, plot_by_setting, plot_by_sparsity, write_table
-from tests.support.studies import digits_mlp, read_csv, short_text
+from studies.tables import Row, Score, plot_by_setting, plot_by_sparsity, write_table
+from tests.support.studies import digits_mlp, read_csv, short_text, small_residual_network
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,24 @@ def test_settings_of_another_method_are_rejected(call_main, tmp_path):
         call_main(train_image, "--method", "gmp", "--tau", 0.1, "--out", tmp_path)
 
 
+class InThisProcess:
+    """A ProcessPoolExecutor whose calls run at once, in this process."""
+
+    def __init__(self, workers, context, initializer, arguments):
+        initializer(*arguments)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
 PRESENT = "mlp,gmp,unstructured,0.9,0,1,0.125,,0.9,1.0"
 
 
@@ -100,9 +119,47 @@ def test_grid_runs_on_several_workers(grid_folder):
 
 @pytest.mark.parametrize("name", sorted(grid.STUDIES))
 def test_settings_of_studies_are_valid(name, tmp_path):
+    pattern = {"nm": "2:4", "channels": "channel"}.get(name, "unstructured")
     for setting in grid.STUDIES[name]():
-        budget = budget_of(0.9, "2:4" if name == "nm" else "unstructured", 20)
-        make_method(setting.method, digits_mlp(), budget, **setting.options)
+        budget = budget_of(0.5, pattern, 20, narrowed=("*.conv1",))
+        model = small_residual_network() if name == "channels" else digits_mlp()
+        make_method(setting.method, model, budget, **setting.options)
+
+
+def test_finetuning_starts_from_a_trained_network(call_main, tmp_path):
+    arguments = ("finetune", "--seeds", 1, "--out", tmp_path, "--settings", "dense", "gmp-global")
+    call_main(grid, *arguments, "--epochs", 1, "--sparsities", 0.5)
+    rows = {row["setting"]: float(row["score"]) for row in read_csv(tmp_path / "finetune.csv")}
+    assert min(rows.values()) > 0.9  # one epoch from scratch leaves 0.1 to 0.3
+    assert [path.name for path in (tmp_path / "trained").iterdir()] == [
+        "mlp_trained_unstructured_0_0_20.pt"
+    ]
+    assert not list((tmp_path / "running").iterdir())
+
+
+def test_a_stopped_run_of_a_grid_goes_on(call_main, monkeypatch, tmp_path):
+    arguments = ("methods", "--seeds", 1, "--epochs", 2, "--settings", "gmp", "--sparsities", 0.5)
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", InThisProcess)
+    call_main(grid, *arguments, "--out", tmp_path / "whole")
+    train_epoch = training.train_epoch
+
+    def stop_at_second(task, model, method, recipe, optimizer, epoch, *rest):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(task, model, method, recipe, optimizer, epoch, *rest)
+
+    monkeypatch.setattr(training, "train_epoch", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        call_main(grid, *arguments, "--out", tmp_path / "stopped")
+
+    epochs = []
+    monkeypatch.setattr(
+        training, "train_epoch", lambda *a: (epochs.append(a[5]), train_epoch(*a))[1]
+    )
+    call_main(grid, *arguments, "--out", tmp_path / "stopped")
+    assert epochs == [1]
+    whole, stopped = (read_csv(tmp_path / name / "methods.csv") for name in ("whole", "stopped"))
+    assert [row["score"] for row in stopped] == [row["score"] for row in whole]
 
 
 def test_study_table_and_plot(tmp_path):
@@ -126,11 +183,33 @@ def test_study_table_and_plot(tmp_path):
         "| str |  | 90.00 |  |  | 10 s |",
         "",
         "Sparsity before the final pruning, where it missed the budget: str at 95%: 91.00%.",
+        "",
+        "By how much pdp is better than each, over the same seeds: mean [95% interval of the mean, "
+        "Student's t], bold where the interval does not contain 0.",
+        "",
+        "| pdp against | 90% | 95% |",
+        "|---|---|---|",
+        "| dense | -1.00 |  |",
+        "| str |  |  |",
     ]
     for plot in (plot_by_sparsity, plot_by_setting):
         plot(rows, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "plot.png").unlink()
+
+
+def test_paired_differences():
+    accuracy = Score("accuracy", 100, 2, False)
+    mine, other = {"0": 0.90, "1": 0.92, "2": 0.94}, {"0": 0.89, "1": 0.905, "2": 0.92, "3": 0.1}
+    # 1, 1.5 and 2 points: the mean's standard error is 0.5 / sqrt(3), the quantile of t_2 4.3027.
+    assert accuracy.difference(mine, other) == "**+1.50 [+0.26, +2.74]**"
+    assert accuracy.difference(other, mine) == "**-1.50 [-2.74, -0.26]**"
+    assert accuracy.difference({"0": 0.9, "1": 0.9}, {"0": 0.8, "1": 0.95}) == (
+        "+2.50 [-92.80, +97.80]"
+    )
+    loss = Score("loss", 1, 4, True)
+    assert loss.difference({"0": 1.5}, {"0": 1.75}) == "+0.2500"
+    assert loss.difference({"0": 1.5}, {"1": 1.75}) == ""
 
 
 def test_sap_mnist(call_main, tmp_path):

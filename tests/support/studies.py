@@ -3,12 +3,17 @@
 import csv
 
 from studies import data
-from studies.networks import mlp
+from studies.networks import mlp, residual_network
 
 
 def digits_mlp():
     """The MLP of the studies for scikit-learn's digits."""
     return mlp(64, 300, 100, 10)
+
+
+def small_residual_network():
+    """Two residual blocks for images of one channel; the hidden channels are 8 and 16."""
+    return residual_network(1, [(8, 8, 8), (8, 16, 16)])
 
 
 def read_csv(path):
