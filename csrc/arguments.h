@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "digits.h"
@@ -105,6 +106,35 @@ inline void check_masks(const std::vector<std::optional<torch::stable::Tensor>>&
 inline void check_scalar(const torch::stable::Tensor& value, const torch::stable::Tensor& weight,
                          const char* name) {
   check_values(value, real_type(weight), 1, weight, name);
+}
+
+// A list of at least one weight whose thresholds and temperatures have one dtype.
+inline void check_mask_list(const std::vector<torch::stable::Tensor>& weights,
+                            const torch::stable::Tensor& thresholds,
+                            const torch::stable::Tensor& taus,
+                            torch::headeronly::DeviceType device) {
+  check_weights(weights, device);
+  const auto type = real_type(weights[0]);
+  for (const torch::stable::Tensor& weight : weights) {
+    STD_TORCH_CHECK(real_type(weight) == type,
+                    "weights must be all of float64 or none, because their thresholds have one "
+                    "dtype; got ",
+                    torch::headeronly::toString(weights[0].scalar_type()), " and ",
+                    torch::headeronly::toString(weight.scalar_type()));
+  }
+  const auto count = static_cast<int64_t>(weights.size());
+  for (const auto& [values, name] : {std::pair(&thresholds, "thresholds"), {&taus, "taus"}}) {
+    STD_TORCH_CHECK(values->dim() == 1, name, " must have one dimension, got ", values->dim());
+    check_values(*values, type, count, weights[0], name);
+  }
+}
+
+// Each gradient is None or has its weight's shape.
+inline void check_gradients(const std::vector<std::optional<torch::stable::Tensor>>& grads,
+                            const std::vector<torch::stable::Tensor>& weights) {
+  STD_TORCH_CHECK(grads.size() == weights.size(), "grads must have ", weights.size(),
+                  " elements, got ", grads.size());
+  for (size_t i = 0; i < weights.size(); ++i) check_like(grads[i], weights[i], "grads");
 }
 
 inline void check_dim(const torch::stable::Tensor& weight, int64_t dim) {

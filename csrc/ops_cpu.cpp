@@ -160,8 +160,13 @@ std::tuple<Tensor, Tensor> soft_mask(Tensor weight, Tensor threshold, Tensor tau
   Tensor mask = return_mask ? torch::stable::empty_like(w_hat)
                             : torch::stable::empty({0}, w_hat.scalar_type());
   const Tensor ordered = in_order_of(w_hat, weight);
-  cpu::soft_mask(array(ordered), threshold.data_ptr(), tau.data_ptr(), relative, array(w_hat),
-                 return_mask ? array(mask) : kNoArray, weight.numel(), parallel_for);
+  const cpu::MaskedWeight one{array(ordered),
+                              threshold.data_ptr(),
+                              tau.data_ptr(),
+                              array(w_hat),
+                              return_mask ? array(mask) : kNoArray,
+                              weight.numel()};
+  cpu::soft_mask({one}, relative, parallel_for);
   return {w_hat, mask};
 }
 
@@ -175,11 +180,61 @@ Tensor soft_mask_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor
   const Tensor ordered = in_order_of(grad, weight);
   if (grad_w_hat) grad_w_hat = in_order_of(grad, *grad_w_hat);
   if (grad_mask) grad_mask = in_order_of(grad, *grad_mask);
-  cpu::soft_mask_backward(grad_w_hat ? array(*grad_w_hat) : kNoArray,
-                          grad_mask ? array(*grad_mask) : kNoArray, array(ordered),
-                          threshold.data_ptr(), tau.data_ptr(), relative, array(grad),
-                          weight.numel(), parallel_for);
+  const cpu::MaskedGradient one{grad_w_hat ? array(*grad_w_hat) : kNoArray,
+                                grad_mask ? array(*grad_mask) : kNoArray,
+                                array(ordered),
+                                threshold.data_ptr(),
+                                tau.data_ptr(),
+                                array(grad),
+                                weight.numel()};
+  cpu::soft_mask_backward({one}, relative, parallel_for);
   return grad;
+}
+
+// Returns the place of a value of a table of one dimension and any stride.
+const void* place(const Tensor& values, size_t index) {
+  const int64_t offset = static_cast<int64_t>(index) * values.stride(0);
+  return static_cast<const char*>(values.data_ptr()) +
+         offset * static_cast<int64_t>(values.element_size());
+}
+
+std::vector<Tensor> soft_mask_list(std::vector<Tensor> weights, Tensor thresholds, Tensor taus,
+                                   bool relative, std::optional<ScalarType> out_dtype) {
+  pdp::check_mask_list(weights, thresholds, taus, DeviceType::CPU);
+  std::vector<Tensor> w_hats;
+  std::vector<cpu::MaskedWeight> list;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    Tensor& weight = weights[i];
+    w_hats.push_back(empty_like(weight, out_dtype.value_or(weight.scalar_type())));
+    weight = in_order_of(w_hats[i], weight);  // the list keeps a copy alive
+    list.push_back({array(weight), place(thresholds, i), place(taus, i), array(w_hats[i]), kNoArray,
+                    weight.numel()});
+  }
+  cpu::soft_mask(list, relative, parallel_for);
+  return w_hats;
+}
+
+std::vector<Tensor> soft_mask_list_backward(std::vector<std::optional<Tensor>> grads,
+                                            std::vector<Tensor> weights, Tensor thresholds,
+                                            Tensor taus, bool relative) {
+  pdp::check_mask_list(weights, thresholds, taus, DeviceType::CPU);
+  pdp::check_gradients(grads, weights);
+  std::vector<Tensor> results;
+  std::vector<cpu::MaskedGradient> list;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    Tensor& weight = weights[i];
+    if (!grads[i]) {
+      results.push_back(torch::stable::empty({0}, weight.scalar_type()));
+      continue;
+    }
+    results.push_back(torch::stable::empty_like(weight));
+    weight = in_order_of(results[i], weight);
+    grads[i] = in_order_of(results[i], *grads[i]);
+    list.push_back({array(*grads[i]), kNoArray, array(weight), place(thresholds, i), place(taus, i),
+                    array(results[i]), weight.numel()});
+  }
+  cpu::soft_mask_backward(list, relative, parallel_for);
+  return results;
 }
 
 cpu::GroupLayout group_layout(const Tensor& ordered, int64_t members, int64_t dim) {
@@ -324,6 +379,8 @@ STABLE_TORCH_LIBRARY_IMPL(pdp, CPU, m) {
   m.impl("hard_mask", TORCH_BOX(&hard_mask));
   m.impl("soft_mask", TORCH_BOX(&soft_mask));
   m.impl("soft_mask_backward", TORCH_BOX(&soft_mask_backward));
+  m.impl("soft_mask_list", TORCH_BOX(&soft_mask_list));
+  m.impl("soft_mask_list_backward", TORCH_BOX(&soft_mask_list_backward));
   m.impl("soft_mask_nm", TORCH_BOX(&soft_mask_nm));
   m.impl("soft_mask_nm_backward", TORCH_BOX(&soft_mask_nm_backward));
   m.impl("hard_mask_nm", TORCH_BOX(&hard_mask_nm));

@@ -110,24 +110,39 @@ PDP_MULTIVERSION void backward_double(const Backward& pass, const void* threshol
   run_range<double>(pass, threshold, tau, relative, begin, end);
 }
 
-}  // namespace
-
-void soft_mask(Array weight, const void* threshold, const void* tau, bool relative, Array w_hat,
-               Array mask, int64_t numel, ParallelFor parallel_for) {
-  const Forward pass{weight, w_hat, mask};
-  const auto run = weight.type == WeightType::kFloat64 ? forward_double : forward_float;
+// Calls run(entry, begin, end) for ranges of each weight. Threads divide the list as if it were one
+// weight: many small ones keep all of them busy.
+template <typename Entry, typename Run>
+void over_list(const std::vector<Entry>& list, ParallelFor parallel_for, const Run& run) {
+  std::vector<int64_t> ends;
+  int64_t numel = 0;
+  for (const Entry& entry : list) ends.push_back(numel += entry.numel);
   parallel_for(numel, kGrain, [&](int64_t begin, int64_t end) {
-    run(pass, threshold, tau, relative, begin, end);
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (; begin < end; ++i) {
+      const int64_t first = ends[i] - list[i].numel, stop = std::min(end, ends[i]);
+      run(list[i], begin - first, stop - first);
+      begin = stop;
+    }
   });
 }
 
-void soft_mask_backward(Array grad_w_hat, Array grad_mask, Array weight, const void* threshold,
-                        const void* tau, bool relative, Array grad, int64_t numel,
+}  // namespace
+
+void soft_mask(const std::vector<MaskedWeight>& list, bool relative, ParallelFor parallel_for) {
+  over_list(list, parallel_for, [=](const MaskedWeight& one, int64_t begin, int64_t end) {
+    const Forward pass{one.weight, one.w_hat, one.mask};
+    const auto run = one.weight.type == WeightType::kFloat64 ? forward_double : forward_float;
+    run(pass, one.threshold, one.tau, relative, begin, end);
+  });
+}
+
+void soft_mask_backward(const std::vector<MaskedGradient>& list, bool relative,
                         ParallelFor parallel_for) {
-  const Backward pass{grad_w_hat, grad_mask, weight, grad};
-  const auto run = weight.type == WeightType::kFloat64 ? backward_double : backward_float;
-  parallel_for(numel, kGrain, [&](int64_t begin, int64_t end) {
-    run(pass, threshold, tau, relative, begin, end);
+  over_list(list, parallel_for, [=](const MaskedGradient& one, int64_t begin, int64_t end) {
+    const Backward pass{one.grad_w_hat, one.grad_mask, one.weight, one.grad};
+    const auto run = one.weight.type == WeightType::kFloat64 ? backward_double : backward_float;
+    run(pass, one.threshold, one.tau, relative, begin, end);
   });
 }
 

@@ -9,7 +9,7 @@ from torch.func import vmap
 from pdp_kernels.ops import reference
 from tests.support.backends import on_device
 from tests.support.masks import REAL, check_soft_mask_list
-from tests.support.weights import DTYPES, FINITE, denormals, weight_of
+from tests.support.weights import DTYPES, FINITE, SPECIAL, denormals, weight_of
 
 SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (0,), (1,), (7,), (33, 3), (4097,), (5, 8, 3, 3)]
@@ -59,6 +59,29 @@ def test_subnormal_weights_and_thresholds_stay_within_budget(masking):
     check_soft_mask_list(masking, weights, thresholds, torch.tensor([0.3, 1.0, 0.1]), True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("relative", [False, True])
+def test_results_equal_those_of_each_weight(masking, dtype, relative):
+    """Bit for bit on a CPU; on a GPU another kernel computes the list."""
+    if masking.device == "cuda":
+        pytest.skip("two compilers: within budget, not equal")
+    weights = [*layers([dtype]), *(weight_of(name, 500, dtype) for name in SPECIAL)]
+    grads = [torch.randn_like(weight).float() for weight in weights]
+    thresholds, taus = table(weights, 0.0, 2.0), table(weights, 0.01, 3.0)
+    thresholds[-2:] = torch.tensor([math.inf, -math.inf])
+    found = masking.soft_mask_list(weights, thresholds, taus, relative, torch.bfloat16)
+    back = masking.soft_mask_list_backward(grads, weights, thresholds, taus, relative)
+    for i, weight in enumerate(weights):
+        given = (weight, thresholds[i], taus[i], relative)
+        expected = masking.soft_mask(*given, torch.bfloat16, False)[0]
+        exact = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(found[i], expected, **exact)
+        assert found[i].stride() == expected.stride()
+        expected = masking.soft_mask_backward(grads[i], None, *given)
+        torch.testing.assert_close(back[i], expected, **exact)
+        assert back[i].stride() == expected.stride()
+
+
 def test_an_absent_gradient_has_an_empty_result(masking):
     weights = layers(SINGLE)
     grads = [torch.randn(w.shape) if i % 2 else None for i, w in enumerate(weights)]
@@ -100,6 +123,23 @@ def test_unaligned_weights_have_the_same_results(masking):
     for found in masking.soft_mask_list_backward(gradients, views, *rest):
         expected = masking.soft_mask_list_backward(gradients, views, *rest)[0]
         assert torch.equal(found, expected[-len(found) :])
+
+
+def test_many_small_weights_are_the_same_on_any_number_of_threads(masking, set_threads):
+    sizes = [40_000, *(i % 97 for i in range(1000))]
+    if masking.device == "cpu" and not hasattr(masking, "prune_counts"):
+        sizes = sizes[-20:]  # the interpreter
+    weights = [torch.randn(size).to(SINGLE[i % 3]) for i, size in enumerate(sizes)]
+    grads = [torch.randn_like(weight) for weight in weights]
+    rest = (table(weights, 0.2, 1.0), torch.tensor(0.1).expand(len(weights)), True)
+    weights, grads, *rest = on_device(masking, weights, grads, *rest)
+    first = masking.soft_mask_list(weights, *rest, None)
+    first_back = masking.soft_mask_list_backward(grads, weights, *rest)
+    for threads in (2, 3):
+        set_threads(threads)
+        assert all(map(torch.equal, masking.soft_mask_list(weights, *rest, None), first))
+        back = masking.soft_mask_list_backward(grads, weights, *rest)
+        assert all(map(torch.equal, back, first_back))
 
 
 def test_vmap_treats_each_example_as_a_list(device):

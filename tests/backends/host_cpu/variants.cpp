@@ -111,16 +111,22 @@ void hard_mask(const void* weight, int64_t type, int64_t numel, int64_t k, bool*
 
 void soft_mask(void* weight, int64_t type, const void* threshold, const void* tau, int64_t relative,
                void* w_hat, void* mask, int64_t out_type, int64_t numel) {
-  pdp::cpu::soft_mask(array(weight, type), threshold, tau, relative, array(w_hat, out_type),
-                      array(mask, out_type), numel, two_ranges);
+  const MaskedWeight one{array(weight, type),   threshold, tau, array(w_hat, out_type),
+                         array(mask, out_type), numel};
+  pdp::cpu::soft_mask({one}, relative, two_ranges);
 }
 
 void soft_mask_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, void* weight,
                         int64_t type, const void* threshold, const void* tau, int64_t relative,
                         void* grad, int64_t numel) {
-  pdp::cpu::soft_mask_backward(array(grad_w_hat, grad_type), array(grad_mask, grad_type),
-                               array(weight, type), threshold, tau, relative, array(grad, type),
-                               numel, two_ranges);
+  const MaskedGradient one{array(grad_w_hat, grad_type),
+                           array(grad_mask, grad_type),
+                           array(weight, type),
+                           threshold,
+                           tau,
+                           array(grad, type),
+                           numel};
+  pdp::cpu::soft_mask_backward({one}, relative, two_ranges);
 }
 
 void soft_mask_nm(void* weight, int64_t type, const void* tau, int64_t members, int64_t stride,
