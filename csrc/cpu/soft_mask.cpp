@@ -2,7 +2,8 @@
 
 #include <algorithm>
 
-#include "mask_math.h"
+#include "../mask_math.h"
+#include "flush.h"
 
 namespace pdp::cpu {
 namespace {
@@ -13,42 +14,46 @@ constexpr int kBlock = 1024;
 // The fewest elements worth a thread.
 constexpr int64_t kGrain = 16384;
 
-template <typename Real, bool kRelative>
-PDP_INLINE void forward_block(Mask<Real, kRelative> at, const Real* __restrict weight,
+template <bool kWithMask, typename Real, bool kRelative>
+PDP_INLINE void forward_block(SoftMask<Real, kRelative> at, const Real* __restrict weight,
                               Real* __restrict w_hat, Real* __restrict mask, int count) {
   for (int i = 0; i < count; ++i) {
     const Real m = at.value(weight[i]);
     w_hat[i] = multiply(m, weight[i]);
-    mask[i] = m;
+    if (kWithMask) mask[i] = flush(m);
   }
 }
 
 template <typename Real, bool kRelative>
-PDP_INLINE void backward_block(Mask<Real, kRelative> at, const Real* grad_w_hat, const Real* weight,
-                               Real* grad, int count) {
+PDP_INLINE void backward_block(SoftMask<Real, kRelative> at, const Real* grad_w_hat,
+                               const Real* weight, Real* grad, int count) {
   for (int i = 0; i < count; ++i) {
-    grad[i] = multiply(at.weight_gradient(weight[i]), grad_w_hat[i]);
+    grad[i] = multiply(at.w_hat_slope(weight[i]), grad_w_hat[i]);
   }
 }
 
 template <typename Real, bool kRelative>
-PDP_INLINE void add_mask_gradient(Mask<Real, kRelative> at, const Real* grad_mask,
+PDP_INLINE void add_mask_gradient(SoftMask<Real, kRelative> at, const Real* grad_mask,
                                   const Real* weight, Real* grad, int count) {
-  for (int i = 0; i < count; ++i) grad[i] += grad_mask[i] * at.mask_gradient(weight[i]);
+  for (int i = 0; i < count; ++i) grad[i] += grad_mask[i] * at.mask_slope(weight[i]);
 }
 
 struct Forward {
   Array weight, w_hat, mask;
 
   template <typename Real, bool kRelative>
-  PDP_INLINE void operator()(Mask<Real, kRelative> at, int64_t begin, int64_t end) const {
+  PDP_INLINE void operator()(SoftMask<Real, kRelative> at, int64_t begin, int64_t end) const {
     Real weight_buffer[kBlock], w_hat_buffer[kBlock], mask_buffer[kBlock];
     for (int64_t offset = begin; offset < end; offset += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - offset));
       const Real* values = load(weight, offset, count, weight_buffer);
       Real* w_hats = destination(w_hat, offset, w_hat_buffer);
       Real* masks = destination(mask, offset, mask_buffer);
-      forward_block(at, values, w_hats, masks, count);
+      if (mask.data != nullptr) {
+        forward_block<true>(at, values, w_hats, masks, count);
+      } else {
+        forward_block<false>(at, values, w_hats, masks, count);
+      }
       store(w_hats, w_hat_buffer, w_hat, offset, count);
       store(masks, mask_buffer, mask, offset, count);
     }
@@ -59,7 +64,7 @@ struct Backward {
   Array grad_w_hat, grad_mask, weight, grad;
 
   template <typename Real, bool kRelative>
-  PDP_INLINE void operator()(Mask<Real, kRelative> at, int64_t begin, int64_t end) const {
+  PDP_INLINE void operator()(SoftMask<Real, kRelative> at, int64_t begin, int64_t end) const {
     Real gradient_buffer[kBlock], weight_buffer[kBlock], grad_buffer[kBlock];
     for (int64_t offset = begin; offset < end; offset += kBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kBlock, end - offset));
@@ -84,11 +89,11 @@ template <typename Real, typename Pass>
 PDP_INLINE void run_range(const Pass& pass, const void* threshold, const void* tau, bool relative,
                           int64_t begin, int64_t end) {
   const Real t = *static_cast<const Real*>(threshold);
-  const Temperature<Real> temperature(*static_cast<const Real*>(tau));
+  const Real temperature = *static_cast<const Real*>(tau);
   if (relative) {
-    pass(Mask<Real, true>(t, temperature), begin, end);
+    pass(SoftMask<Real, true>(t, temperature), begin, end);
   } else {
-    pass(Mask<Real, false>(t, temperature), begin, end);
+    pass(SoftMask<Real, false>(t, temperature), begin, end);
   }
 }
 

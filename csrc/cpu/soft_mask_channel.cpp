@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "mask_math.h"
+#include "../mask_math.h"
 
 namespace pdp::cpu {
 namespace {
@@ -200,12 +200,11 @@ std::vector<double> channel_products(const Products& products, bool is_double,
 template <typename Real, bool kRelative>
 struct NormMask {
   const Real* norms;
-  Mask<double, kRelative> at;
+  SoftMask<double, kRelative> at;
 
   explicit NormMask(const ChannelMask& given)
       : norms(static_cast<const Real*>(given.norms)),
-        at(*static_cast<const Real*>(given.threshold),
-           Temperature<double>(*static_cast<const Real*>(given.tau))) {}
+        at(*static_cast<const Real*>(given.threshold), *static_cast<const Real*>(given.tau)) {}
 
   // dW_c = mask g_c + coefficient d W_c, where d is the gradient with respect to the channel's
   // mask, over the fan-in if the norms are rms.
@@ -213,7 +212,7 @@ struct NormMask {
   double coefficient(int64_t channel) const {
     const double norm = norms[channel];
     // The norm of a channel of zeros has no derivative: no gradient passes through it.
-    return norm == 0 ? 0 : at.mask_gradient(norm) / norm;
+    return norm == 0 ? 0 : at.mask_slope(norm) / norm;
   }
 };
 

@@ -2,7 +2,8 @@
 
 #include <limits>
 
-#include "mask_math.h"
+#include "../mask_math.h"
+#include "flush.h"
 
 namespace pdp::cpu {
 namespace {
@@ -102,17 +103,13 @@ PDP_INLINE void for_each_chunk(int length, const Body& body) {
     body(begin, std::min(begin + kChunk, length));
 }
 
-// Every group has a threshold of its own, so a reciprocal would be used only M times.
-template <typename Real, bool kRelative>
-using GroupMask = Mask<Real, kRelative, /*kReciprocal=*/false>;
-
 struct Forward {
   GroupSelection selection;
   GroupLayout layout;
   Array weight, w_hat, mask;
 
   template <typename Real, bool kRelative>
-  PDP_INLINE void block(Temperature<Real> tau, int64_t first, int count) const {
+  PDP_INLINE void block(Real tau, int64_t first, int count) const {
     Real buffers[3][kMaxMembers * kGroups];
     const auto run = [&](int64_t offset, int length, const Real* thresholds) PDP_LAMBDA {
       const Real* values = load(weight, offset, length, buffers[0]);
@@ -121,9 +118,9 @@ struct Forward {
       for_each_chunk(length, [&](int begin, int end) PDP_LAMBDA {
         prefetch_ahead(values + begin, end - begin);
         for (int i = begin; i < end; ++i) {
-          const Real m = GroupMask<Real, kRelative>(thresholds[i], tau).value(values[i]);
+          const Real m = SoftMask<Real, kRelative>(thresholds[i], tau).value(values[i]);
           w_hats[i] = multiply(m, values[i]);
-          masks[i] = m;
+          masks[i] = flush(m);
         }
       });
       store(w_hats, buffers[1], w_hat, offset, length);
@@ -139,7 +136,7 @@ struct Backward {
   Array grad_w_hat, grad_mask, weight, grad;
 
   template <typename Real, bool kRelative>
-  PDP_INLINE void block(Temperature<Real> tau, int64_t first, int count) const {
+  PDP_INLINE void block(Real tau, int64_t first, int count) const {
     Real buffers[3][kMaxMembers * kGroups];
     const auto run = [&](int64_t offset, int length, const Real* thresholds) PDP_LAMBDA {
       const Real* values = load(weight, offset, length, buffers[0]);
@@ -150,8 +147,8 @@ struct Backward {
           prefetch_ahead(values + begin, end - begin);
           prefetch_ahead(gradients + begin, end - begin);
           for (int i = begin; i < end; ++i) {
-            const GroupMask<Real, kRelative> at(thresholds[i], tau);
-            results[i] = multiply(at.weight_gradient(values[i]), gradients[i]);
+            const SoftMask<Real, kRelative> at(thresholds[i], tau);
+            results[i] = multiply(at.w_hat_slope(values[i]), gradients[i]);
           }
         });
       } else {
@@ -160,8 +157,8 @@ struct Backward {
       if (grad_mask.data != nullptr) {
         const Real* gradients = load(grad_mask, offset, length, buffers[2]);
         for (int i = 0; i < length; ++i) {
-          const GroupMask<Real, kRelative> at(thresholds[i], tau);
-          results[i] += gradients[i] * at.mask_gradient(values[i]);
+          const SoftMask<Real, kRelative> at(thresholds[i], tau);
+          results[i] += gradients[i] * at.mask_slope(values[i]);
         }
       }
       store(results, buffers[1], grad, offset, length);
@@ -209,7 +206,7 @@ struct Hard {
 template <typename Real, typename Pass>
 PDP_INLINE void run_range(const Pass& pass, const void* tau, bool relative, int64_t begin,
                           int64_t end) {
-  const Temperature<Real> temperature(*static_cast<const Real*>(tau));
+  const Real temperature = *static_cast<const Real*>(tau);
   for (int64_t first = begin; first < end; first += kGroups) {
     const int count = static_cast<int>(std::min<int64_t>(kGroups, end - first));
     if (relative) {
