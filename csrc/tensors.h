@@ -32,6 +32,7 @@ inline WeightType weight_type(const torch::stable::Tensor& tensor) {
 
 // Whether the elements fill one contiguous range of memory, each place once, in any order.
 inline bool is_dense(const torch::stable::Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dimensions;  // (stride, size)
