@@ -34,7 +34,8 @@ def reshard(model: nn.Module) -> None:
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """Return the modules of a model that `fully_shard` has sharded."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
+    # fully_shard gives a module a subclass of FSDPModule. Without any there is no need to look.
+    if fsdp is None or not fsdp.FSDPModule.__subclasses__():
         return []
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -17,11 +18,66 @@ from pdp_kernels.pruning.optimizers import parameter_ids
 from pdp_kernels.pruning.targets import Target
 from pdp_kernels.pruning.user_warnings import warn_user
 
+_shape = attrgetter("shape")
 
-def check_layers(model: nn.Module, targets: Sequence[Target]) -> None:
+
+class Snapshot:
+    """The structure of a model that a pruner relies on.
+
+    Every step compares the model with it. Only if they differ must `check_layers` and `check_masks`
+    look for the reason, which takes several times as long.
+
+    Args:
+        model: the model.
+        targets: its weights to prune. Each layer has its name.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target]) -> None:
+        holders = [holder for target in targets for holder in target.holders]
+        firsts = [target.holders[0] for target in targets]
+        self._slots = [(holder.layer, holder.slot.name) for holder in firsts]
+        weights = self._weights()
+        self._types: list[type] = list(map(type, weights))
+        self._shapes: list[torch.Size] = list(map(_shape, weights))
+        self._layers = [holder.layer for holder in holders]
+        self._masks = [dict(masks) for masks in self._layer_masks()]
+        links: dict[tuple[nn.Module, str], nn.Module] = {}
+        for holder in holders:
+            module = model
+            for name in holder.layer_name.split(".") if holder.layer_name else ():
+                child = module.get_submodule(name)
+                links[module, name] = child
+                module = child
+        self._links = list(links)
+        self._children = list(links.values())
+
+    def matches(self) -> bool:
+        """Whether layers, and the types, shapes and masks of their weights are as they were."""
+        weights = self._weights()
+        return (
+            list(map(type, weights)) == self._types
+            and list(map(_shape, weights)) == self._shapes
+            and self._layer_masks() == self._masks
+            and all(map(is_, self._linked(), self._children))
+        )
+
+    def _weights(self) -> list[Any]:
+        return [layer._parameters.get(name) for layer, name in self._slots]
+
+    def _layer_masks(self) -> list[Any]:
+        return [vars(layer).get("pdp_masks") for layer in self._layers]
+
+    def _linked(self) -> list[nn.Module | None]:
+        return [module._modules.get(name) for module, name in self._links]
+
+
+def check_layers(model: nn.Module, targets: Sequence[Target]) -> bool:
     """Raise a RuntimeError if a layer has been replaced. A wrapper around it does no harm.
 
     Masks the wrapper if it reads the weight itself, as PEFT's may.
+
+    Returns:
+        Whether a layer has a wrapper.
     """
     holders = (holder for target in targets for holder in target.holders)
     moved = [holder for holder in holders if not holder.has_its_name(model)]
@@ -34,6 +90,7 @@ def check_layers(model: nn.Module, targets: Sequence[Target]) -> None:
             )
     if moved:
         mask_parents(model)
+    return bool(moved)
 
 
 def check_masks(

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -10,10 +12,17 @@ from torch import Tensor
 from pdp_kernels.functional.threshold import find_thresholds
 from pdp_kernels.ops.reference import threshold_dtype
 from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.layers import parameter_of
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.targets import Target
 
 _Place = tuple[torch.device, torch.dtype]
+
+# Constants are this many bytes apart. For an address that 16 does not divide Triton compiles a
+# kernel again, and inductor takes the tensor for unaligned.
+_SPACING = 16
+
+_device, _dtype, _tau = attrgetter("device"), attrgetter("dtype"), attrgetter("tau")
 
 
 class DeviceTables:
@@ -22,16 +31,27 @@ class DeviceTables:
     Args:
         targets: the weights that are pruned.
         masks: the mask of each target.
+
+    Attributes:
+        tables: the tables, as of the last step.
     """
 
     def __init__(self, targets: list[Target], masks: list[WeightMask]) -> None:
+        self.tables: list[DeviceTable] = []
         self._targets = targets
         self._masks = masks
-        self._tables: list[DeviceTable] = []
+        self._without_table = [mask for mask in masks if not isinstance(mask, SelectedMask)]
+        self._layers = [target.holders[0].layer for target in targets]
+        self._names = [target.holders[0].slot.name for target in targets]
+        # Of the weights and masks at the last step.
+        self._places: dict[_Place, list[int]] = {}
+        self._devices: list[torch.device] = []
+        self._dtypes: list[torch.dtype] = []
+        self._taus: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle forgets that masks hold slices of a table: a copy makes new tables.
-        return {**vars(self), "_tables": []}
+        return {**vars(self), "tables": [], "_taus": []}
 
     def set_schedule(
         self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
@@ -44,39 +64,83 @@ class DeviceTables:
             final_counts: for each target, the number of units to prune in the end; None if they are
                 not allocated yet, so that all weights are kept.
         """
-        self._follow_weights()
+        self._set_schedule(self._weights(), config, progress, final_counts)
+
+    def step(
+        self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
+    ) -> None:
+        """Set the schedule, and select its thresholds from the weights as they are now.
+
+        Args:
+            config: as for `set_schedule`.
+            progress: as for `set_schedule`.
+            final_counts: as for `set_schedule`.
+        """
+        weights = self._weights()
+        self._set_schedule(weights, config, progress, final_counts)
+        for table in self.tables:
+            table.find_thresholds(weights)
+
+    def _weights(self) -> list[Tensor]:
+        return list(map(parameter_of, self._layers, self._names))
+
+    def _set_schedule(
+        self,
+        weights: Sequence[Tensor],
+        config: PDPConfig,
+        progress: float,
+        final_counts: Mapping[str, int] | None,
+    ) -> None:
+        self._follow(weights)
         ramp = config.ramp_at(progress)
-        for mask in self._masks:
+        for mask in self._without_table:
             mask.set_ramp(ramp)
-        for table in self._tables:
+        for table in self.tables:
             table.set_temperatures(config, progress)
             if final_counts is not None:
                 table.set_prune_counts(final_counts, ramp)
 
-    def find_thresholds(self) -> None:
-        """Select the thresholds of the current prune counts from the weights as they are now."""
-        for table in self._tables:
-            table.find_thresholds()
+    def _follow(self, weights: Sequence[Tensor]) -> None:
+        """Make new tables if weights have moved to another device or dtype since the last step.
 
-    def _follow_weights(self) -> None:
-        """Make new tables if weights have moved to another device or dtype since the last step."""
+        Also if they have moved and are back: their masks then hold tensors of their own.
+        """
+        devices, dtypes = list(map(_device, weights)), list(map(_dtype, weights))
+        are_held = bool(self.tables) and all(map(is_, map(_tau, self._masks), self._taus))
+        if are_held and devices == self._devices and dtypes == self._dtypes:
+            return
         places: dict[_Place, list[int]] = {}
-        for index, target in enumerate(self._targets):
-            weight = target.weight
+        for index, weight in enumerate(weights):
             places.setdefault((weight.device, threshold_dtype([weight])), []).append(index)
-        if places != {table.place: table.members for table in self._tables}:
-            self._tables = [
+        if not are_held or places != self._places:
+            self.tables = [
                 DeviceTable(place, members, self._targets, self._masks)
                 for place, members in places.items()
             ]
+        self._places, self._devices, self._dtypes = places, devices, dtypes
+        self._taus = list(map(_tau, self._masks))
 
 
 class DeviceTable:
     """Thresholds, temperatures and prune counts on one device. The masks hold slices of them.
 
-    Attributes:
+    Masks with a threshold come first. Among them, and among the others, those of one class with the
+    same `relative` are next to one another, so that an operator for a list of weights takes a slice
+    of thresholds and of taus.
+
+    Args:
         place: the device, and the dtype of the thresholds.
         members: the positions of the targets and masks that belong here.
+        targets: those of the model.
+        masks: those of the model.
+
+    Attributes:
+        positions: the members in the order of this table.
+        targets: those here.
+        masks: the mask of each target.
+        thresholds: (S,), those of the first S masks; 16 bytes apart.
+        taus: (M,), the temperatures of all M masks; 16 bytes apart. Masks whose schedules have the
+            same (start, end) hold the first one of theirs as tau.
     """
 
     def __init__(
@@ -87,44 +151,68 @@ class DeviceTable:
         masks: Sequence[WeightMask],
     ) -> None:
         device, dtype = place
-        self.place: _Place = place
-        self.members = members
-        self._taus: dict[tuple[float, float], Tensor] = {}
-        self._targets: list[Target] = []  # those that have a threshold
-        self._masks: list[SelectedMask] = []
-        for index in members:
-            target, mask = targets[index], masks[index]
-            mask.tau = self._taus.setdefault(
-                target.plan.temperatures, torch.empty((), dtype=dtype, device=device)
-            )
-            if isinstance(mask, SelectedMask):
-                self._targets.append(target)
-                self._masks.append(mask)
-        size = len(self._masks)
+
+        def kind(index: int) -> tuple[bool, str, bool, tuple[float, float]]:
+            mask = masks[index]
+            has_threshold = isinstance(mask, SelectedMask)
+            plan = targets[index].plan
+            return not has_threshold, type(mask).__name__, mask.relative, plan.temperatures
+
+        self.positions = sorted(members, key=kind)
+        self.targets = [targets[index] for index in self.positions]
+        self.masks = [masks[index] for index in self.positions]
+        self._selected = [mask for mask in self.masks if isinstance(mask, SelectedMask)]
+        size = len(self._selected)
         self._written_counts: Mapping[str, int] | None = None  # the source of _final_counts
         self._final_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self._scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self._prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
-        self._thresholds = torch.full((size,), -math.inf, dtype=dtype, device=device)
-        for index, mask in enumerate(self._masks):
-            mask.hold(self._thresholds[index], self._prune_counts[index : index + 1])
+        self.thresholds = _spaced(size, -math.inf, dtype, device)
+        for index, selected in enumerate(self._selected):
+            selected.hold(self.thresholds[index], self._prune_counts[index : index + 1])
+        self.taus = _spaced(len(members), math.nan, dtype, device)
+        # Runs of taus with one (start, end): one operation writes each.
+        self._runs: list[tuple[tuple[float, float], Tensor]] = []
+        begin = 0
+        for temperatures, run in groupby(target.plan.temperatures for target in self.targets):
+            end = begin + len(list(run))
+            self._runs.append((temperatures, self.taus[begin:end]))
+            begin = end
+        held: dict[tuple[float, float], Tensor] = {}
+        for temperatures, taus in self._runs:
+            held.setdefault(temperatures, taus[0])
+        for target, mask in zip(self.targets, self.masks, strict=True):
+            mask.tau = held[target.plan.temperatures]
 
     def set_temperatures(self, config: PDPConfig, progress: float) -> None:
-        for temperatures, tau in self._taus.items():
-            tau.fill_(config.temperature_at(temperatures, progress))
+        for temperatures, taus in self._runs:
+            taus.fill_(config.temperature_at(temperatures, progress))
 
     def set_prune_counts(self, final_counts: Mapping[str, int], ramp: float) -> None:
         """Set each prune count to round(ramp * final count)."""
+        if not self._selected:
+            return
         if self._written_counts is not final_counts:
-            counts = [final_counts[target.name] for target in self._targets]
+            targets = self.targets[: len(self._selected)]
+            counts = [final_counts[target.name] for target in targets]
             self._final_counts.copy_(torch.tensor(counts, dtype=torch.float64))
             self._written_counts = final_counts
         torch.mul(self._final_counts, ramp, out=self._scaled_counts)
-        self._prune_counts.copy_(self._scaled_counts.add_(0.5).floor_())
+        # The conversion to integers rounds down.
+        self._prune_counts.copy_(self._scaled_counts.add_(0.5))
 
-    def find_thresholds(self) -> None:
-        """Select the thresholds in one call, unless no counts are allocated yet."""
-        if self._written_counts is not None and self._masks:
-            weights = [target.weight for target in self._targets]
-            values = selection_values(self._masks, weights)
-            self._thresholds.copy_(find_thresholds(values, self._prune_counts))
+    def find_thresholds(self, weights: Sequence[Tensor]) -> None:
+        """Select the thresholds in one call, unless no counts are allocated yet.
+
+        Args:
+            weights: those of the model.
+        """
+        if self._written_counts is not None:
+            own = [weights[index] for index in self.positions[: len(self._selected)]]
+            values = selection_values(self._selected, own)
+            self.thresholds.copy_(find_thresholds(values, self._prune_counts))
+
+
+def _spaced(size: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (size,) constants that are 16 bytes apart, all of this value."""
+    return torch.full((size, _SPACING // dtype.itemsize), value, dtype=dtype, device=device)[:, 0]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pdp_kernels.distributed.shards import fsdp_modules, reshard
-from pdp_kernels.pruning.checks import check_layers, check_masks
+from pdp_kernels.pruning.checks import Snapshot, check_layers, check_masks
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.masked_layer import mask_model, unmask_model
@@ -35,6 +35,7 @@ class MaskedWeights:
         self._shapes = [target.weight.shape for target in targets]
         self._tables = DeviceTables(targets, self.masks)
         self._followers: list[tuple[nn.Module, list[Target]]] = []
+        self._snapshot: Snapshot | None = None  # of the model when a check found all well
         self._put_on(model, targets)
 
     def follow(self, model: nn.Module, targets: list[Target]) -> None:
@@ -51,8 +52,11 @@ class MaskedWeights:
 
     def check(self) -> None:
         """Raise a RuntimeError if the model no longer has these masks on these weights."""
-        check_layers(self.model, self.targets)
+        if self._snapshot is not None and self._snapshot.matches():
+            return
+        is_wrapped = check_layers(self.model, self.targets)
         check_masks(self.targets, self.masks, self._shapes)
+        self._snapshot = None if is_wrapped else Snapshot(self.model, self.targets)
 
     def set_schedule(
         self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
@@ -60,9 +64,11 @@ class MaskedWeights:
         """Set the prune counts and temperatures of this progress. The thresholds stay."""
         self._tables.set_schedule(config, progress, final_counts)
 
-    def find_thresholds(self) -> None:
-        """Select the thresholds of the current prune counts from the weights as they are now."""
-        self._tables.find_thresholds()
+    def step(
+        self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
+    ) -> None:
+        """Set the schedule, and select its thresholds from the weights as they are now."""
+        self._tables.step(config, progress, final_counts)
         self.forget_loads()
 
     def set_thresholds(self, thresholds: Mapping[str, Tensor]) -> None:
@@ -114,6 +120,9 @@ class MaskedWeights:
             mask.prune(copies[id(target.weight)])
         unmask_model(model)
         return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_snapshot": None}
 
     def _put_on(self, model: nn.Module, targets: list[Target]) -> None:
         masks: dict[nn.Module, dict[str, WeightMask]] = {}

@@ -245,14 +245,16 @@ def _moved(values: Tensor, device: torch.device, dtype: torch.dtype, keep_all: f
 def selection_values(masks: Sequence[SelectedMask], weights: Sequence[Tensor]) -> list[Tensor]:
     """Return the values among which each mask's threshold is selected, in one collective at most.
 
+    Call it under torch.no_grad: weights are not detached, which takes as long as all else in it.
+
     Args:
         masks: the masks.
         weights: the weight of each mask.
 
     Returns:
-        For each mask the weight itself, detached, or the norms of all its channels.
+        For each mask the weight itself, or the norms of all its channels.
     """
-    values = [weight.detach() for weight in weights]
+    values = list(weights)
     channels = {index: mask for index, mask in enumerate(masks) if isinstance(mask, ChannelMask)}
     if channels:
         norms = find_norms(

@@ -139,10 +139,10 @@ class PDPPruner:
         reshard(self.model)
         if self._allocates_at(progress):
             self.prune_counts = self._allocate()
-        weights = [target.weight for target in self._weights.targets]
+        weights = (target.weight for target in self._weights.targets)
         self._step_counter.note(self.config, progress, weights)
-        self._set_schedule(float(progress))
-        self._weights.find_thresholds()
+        self.progress = float(progress)
+        self._weights.step(self.config, self.progress, self.prune_counts)
 
     def attach(
         self, optimizer: Optimizer, steps_per_epoch: float, epochs: float | None = None
@@ -373,9 +373,10 @@ class PDPPruner:
         self._weights.check()
 
     def _allocates_at(self, progress: float) -> bool:
-        if progress < self.config.warmup or any(t.weight.is_meta for t in self._weights.targets):
+        if progress < self.config.warmup:
             return False
-        return self.prune_counts is None or self.config.reallocates(self.progress, progress)
+        is_due = self.prune_counts is None or self.config.reallocates(self.progress, progress)
+        return is_due and not any(target.weight.is_meta for target in self._weights.targets)
 
     def _allocate(self) -> dict[str, int]:
         targets = self._weights.targets

@@ -1,6 +1,6 @@
 """A progress that counts optimizer steps, where the schedule is in epochs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class StepCounter:
         self._last: tuple[float, int] | None = None
         self._has_warned = False
 
-    def note(self, config: PDPConfig, progress: float, weights: Sequence[Tensor]) -> None:
+    def note(self, config: PDPConfig, progress: float, weights: Iterable[Tensor]) -> None:
         """Note a step to this progress, before which the weights have changed or not."""
         if self._has_warned or not 0 < config.ramp_epochs < _SHORT_RAMP:
             return
@@ -46,7 +46,7 @@ class StepCounter:
             )
 
 
-def _version(weights: Sequence[Tensor]) -> int:
+def _version(weights: Iterable[Tensor]) -> int:
     """Return how often the first weight that trains has been changed in place."""
     trained = (weight for weight in weights if weight.requires_grad and not weight.is_inference())
     weight = next(trained, None)

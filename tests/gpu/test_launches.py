@@ -74,6 +74,16 @@ def test_launches_of_a_step_of_the_pruner_do_not_grow_with_the_model():
     assert launches(lambda: steps[0](1)) == launches(lambda: steps[1](1))
 
 
+def test_a_step_of_the_pruner_is_the_selection_and_five_launches():
+    """They write the temperature, the prune counts (3) and the thresholds of all layers."""
+    model = nn.Sequential(*[nn.Linear(64, 64, device="cuda") for _ in range(60)])
+    pruner = PDPPruner(model, PDPConfig(0.9, warmup=0, ramp=4))
+    weights = [layer.weight.detach() for layer in model]
+    counts = torch.full((60,), 2000, device="cuda")
+    selection = launches(lambda: torch.ops.pdp.thresholds(weights, counts))
+    assert launches(lambda: pruner.step(1)) == selection + 5
+
+
 def number(value):
     return torch.tensor(value, device="cuda")
 

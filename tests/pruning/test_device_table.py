@@ -1,0 +1,131 @@
+"""The constants of all masks are in few tensors, which a step writes in few operations."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pdp_kernels import PDPConfig, PDPPruner
+from pdp_kernels.pruning.masks import SelectedMask
+from tests.support.models import small_model
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MIXED = PDPConfig(
+    0.5,
+    warmup=0,
+    ramp=4,
+    relative_tau=(1.0, 0.02),
+    overrides={
+        "1": {"pattern": "2:4"},
+        "2": {"tau": 1e-3},
+        "4": {"pattern": "channel", "sparsity": 0.5},
+        "5": {"tau": 1e-2},
+        "6": {"pattern": "1:4", "tau": 1e-2},
+    },
+)
+
+
+def layers(count, dtypes=(torch.float32,)):
+    dtype = itertools.cycle(dtypes)
+    return nn.Sequential(*[nn.Linear(16, 16, dtype=next(dtype)) for _ in range(count)])
+
+
+def tables_of(pruner):
+    return pruner._weights._tables.tables
+
+
+def masks_of(model):
+    return [layer.pdp_masks["weight"] for layer in model]
+
+
+def test_addresses_of_constants_are_divisible_by_16():
+    model = layers(24, DTYPES)
+    PDPPruner(model, MIXED).step(1.0)
+    for mask in masks_of(model):
+        constants = [mask.tau, mask.threshold] if isinstance(mask, SelectedMask) else [mask.tau]
+        assert [constant.data_ptr() % 16 for constant in constants] == [0] * len(constants)
+
+
+def test_masks_hold_slices_of_their_table():
+    model = layers(24, DTYPES)
+    pruner = PDPPruner(model, MIXED)
+    pruner.step(1.0)
+    tables = tables_of(pruner)
+    assert sum(len(table.masks) for table in tables) == 24
+    for table in tables:
+        assert table.thresholds.stride(0) * table.thresholds.itemsize == 16
+        assert table.taus.stride(0) * table.taus.itemsize == 16
+        assert len(table.taus) == len(table.masks) == len(table.targets)
+        for index, (mask, target) in enumerate(zip(table.masks, table.targets, strict=True)):
+            assert mask is target.holders[0].layer.pdp_masks["weight"]
+            assert torch.equal(mask.tau, table.taus[index])
+            start, end = target.plan.temperatures
+            assert mask.tau.item() == pytest.approx(start**0.75 * end**0.25)
+            if index < len(table.thresholds):
+                assert mask.threshold.data_ptr() == table.thresholds[index].data_ptr()
+            else:
+                assert not isinstance(mask, SelectedMask)
+        kinds = [key for key, _ in itertools.groupby((type(m), m.relative) for m in table.masks)]
+        assert len(kinds) == len(set(kinds))
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that do work: no views, and no allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).partition(".")[2]
+        if not name.startswith(("detach", "empty")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+FILL, SELECT = ["fill_.Scalar"], ["thresholds.default", "copy_.default"]
+COUNT = ["mul.out", "add_.Tensor", "copy_.default"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, FILL + COUNT + SELECT),
+        ({"1": {"relative_tau": 0.5}, "7": {"relative_tau": 0.5}}, 2 * FILL + COUNT + SELECT),
+        ({"*": {"pattern": "2:4"}}, FILL),
+    ],
+    ids=["one temperature", "two temperatures", "N:M"],
+)
+def test_the_operations_of_a_step(overrides, expected):
+    pruner = PDPPruner(layers(30), PDPConfig(0.5, warmup=0, ramp=4, overrides=overrides))
+    pruner.step(1.0)
+    with Operations() as operations:
+        pruner.step(1.5)
+    assert operations.names == expected
+
+
+def test_a_state_holds_no_more_than_its_values():
+    """A slice of a table would be saved with all of the table."""
+    pruner = PDPPruner(layers(30), PDPConfig(0.5, warmup=0, ramp=4))
+    pruner.step(1.0)
+    for threshold in pruner.state_dict()["thresholds"].values():
+        assert threshold.untyped_storage().nbytes() == threshold.itemsize
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
+def test_masks_of_a_model_that_moved_away_and_back_follow_the_schedule(pattern):
+    """As a model does that goes to the CPU to be saved."""
+    sparsity = None if pattern == "2:4" else 0.5
+    models = small_model(), small_model()
+    models[1].load_state_dict(models[0].state_dict())
+    config = PDPConfig(sparsity, pattern=pattern, warmup=0, ramp=4)
+    pruners = [PDPPruner(model, config) for model in models]
+    for progress in (1.0, 4.0):
+        models[1].double().float()
+        for pruner in pruners:
+            pruner.step(progress)
+        for mode in (True, False):
+            outputs = [model.train(mode)(torch.ones(16)) for model in models]
+            assert torch.equal(*outputs)
