@@ -2,9 +2,9 @@
 
 Counts are static. An instruction counts once per run of the code that holds it, whatever its
 predicate (it takes an issue slot anyway), and on both sides of a branch (threads of a warp may take
-both): an upper bound for code without loops. `issue` and the units leave out subroutines for rare
-operands (subnormals, divisors beyond 32 bits). `with_subroutines` counts them once per call. Other
-subroutines, such as pow, count in both.
+both) unless the caller leaves one out: an upper bound for code without loops. `issue` and the units
+leave out subroutines for rare operands (subnormals, divisors beyond 32 bits). `with_subroutines`
+counts them once per call. Other subroutines, such as pow, count in both.
 """
 
 import json

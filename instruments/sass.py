@@ -5,12 +5,14 @@ a call returns, and BSYNC waits at its label. BRA.DIV, which serves a warp that 
 warp instruction, counts as never taken.
 """
 
+import functools
 import itertools
+import operator
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -102,6 +104,23 @@ class Function:
         name, address = TARGET.search(instruction.operands).groups()
         name = name or self.kernel.subroutines.get(int(address, 16))
         return name if name in self.subroutines else None
+
+    def way(self, worth: Callable[[list[Instruction]], int]) -> set[int]:
+        """Return the blocks of the way through the kernel that is worth most.
+
+        It goes from the first block to an end, and through the whole of a loop.
+        """
+        loop_of = {block: loop.blocks for loop in self.loops() for block in loop.blocks}
+
+        @functools.cache
+        def best(block: int) -> tuple[int, frozenset[int]]:
+            here = frozenset(loop_of.get(block, {block}))
+            following = {after for each in here for after in self._next[each]} - here
+            after, rest = max(map(best, sorted(following)), default=(0, frozenset()), key=first)
+            return worth(self.instructions(here)) + after, here | rest
+
+        first = operator.itemgetter(0)
+        return set(best(0)[1])
 
     def loops(self) -> list[Loop]:
         """Return the outermost loops."""

@@ -3,7 +3,8 @@
 Most kernels are straight-line code: all instructions count, divided by the elements per thread of
 the launch. Where a tile exceeds the tensor (3 x 3 convolutions along dim 1 use 9 of 16 columns),
 the same instructions serve fewer elements. A loop over tiles counts as many times as it runs to
-read its tiles. Both sides of a branch count.
+read its tiles. Where a kernel branches, the side counts that moves more in accesses of 16 bytes,
+as full tiles do; of two equal ones the longer.
 """
 
 import base64
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from instruments.build import ROOT, build
 from instruments.cubin import Kernel, read_cubin
-from instruments.measured import LOADS, Compiled, bits, measure
+from instruments.measured import LOADS, STORES, Compiled, bits, measure, width
 from instruments.sass import Function, Instruction, disassemble
 
 
@@ -87,9 +88,10 @@ def measure_triton(architecture: str) -> Compiled:
 
 def _runs(launch: Launch, function: Function) -> list[tuple[list[Instruction], float]]:
     """Return the code outside loops, and each loop with the number of times that it runs."""
-    loops = function.loops()
+    way = function.way(_worth)
+    loops = [loop for loop in function.loops() if loop.blocks <= way]
     inside = set().union(*(loop.blocks for loop in loops))
-    runs = [(function.instructions(set(range(len(function.blocks))) - inside), 1.0)]
+    runs = [(function.instructions(way - inside), 1.0)]
     for loop in loops:
         body = function.instructions(loop.blocks)
         read = bits(i for i in body if i.name in LOADS) / 8 / launch.element_bytes
@@ -97,6 +99,12 @@ def _runs(launch: Launch, function: Function) -> list[tuple[list[Instruction], f
             raise RuntimeError(f"{launch.name}: a loop whose number of runs is unknown")
         runs.append((body, launch.padded / read))
     return runs
+
+
+def _worth(instructions: list[Instruction]) -> int:
+    """Return a number by which wide accesses come first, and then the number of instructions."""
+    wide = [i for i in instructions if i.name in LOADS | STORES and width(i) >= 128]
+    return bits(wide) * 2**20 + len(instructions)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements per program: for float32, loads of 16 bytes and 4 loads per thread. Not yet measured on a
-# GPU.
+# Elements per program, half as many in float64: for float32, loads of 16 bytes and 4 loads per
+# thread. Not yet measured on a GPU.
 BLOCK = 2048
 NUM_WARPS = 4
+
+TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float64, torch.float32)}
+
+# Options of kernels that are compiled once for all sizes and addresses. What they need to know of
+# addresses is an argument: whether they are multiples of 16.
+POINTERS = ("weight", "threshold", "tau", "w_hat", "mask", "grad_w_hat", "grad_mask", "grad")
+ONE_VARIANT = {
+    "do_not_specialize": ["numel"],
+    "do_not_specialize_on_alignment": [f"{name}_ptr" for name in POINTERS],
+}
 
 HALF_LOG2_E = tl.constexpr(0.5 / math.log(2))
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -155,29 +165,94 @@ def store(ptr, value, inside):
 
 
 @triton.jit
+def _first(ptr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the address of this program's first element. ALIGNED: `ptr` is a multiple of 16."""
+    first = ptr + tl.program_id(0).to(tl.int64) * BLOCK
+    return tl.multiple_of(first, 16) if ALIGNED else first
+
+
+@triton.jit
+def _count(numel, BLOCK: tl.constexpr):
+    """Return how many elements this program has: BLOCK, or fewer if it is the last."""
+    return tl.minimum(numel - tl.program_id(0).to(tl.int64) * BLOCK, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _forward(
+    weight_ptr,
+    t,
+    tau,
+    w_hat_ptr,
+    mask_ptr,
+    i,
+    inside,
+    RELATIVE: tl.constexpr,
+    TINY: tl.constexpr,
+):
+    """Mask elements i: those `inside`, or all if that is None."""
+    w = tl.load(weight_ptr + i, mask=inside).to(t.dtype)
+    m = soft_mask_value(w, t, tau, RELATIVE, TINY)
+    store(w_hat_ptr + i, m * w, inside)
+    if mask_ptr is not None:
+        store(mask_ptr + i, m, inside)
+
+
+@triton.jit
+def _backward(
+    grad_w_hat_ptr,
+    grad_mask_ptr,
+    weight_ptr,
+    t,
+    tau,
+    grad_ptr,
+    i,
+    inside,
+    RELATIVE: tl.constexpr,
+    TINY: tl.constexpr,
+):
+    """Write the gradients of elements i: those `inside`, or all if that is None."""
+    w = tl.load(weight_ptr + i, mask=inside).to(t.dtype)
+    w_hat_slope, mask_slope = soft_mask_slopes(w, t, tau, RELATIVE, TINY)
+    grad = tl.zeros_like(w)
+    if grad_w_hat_ptr is not None:
+        grad += tl.load(grad_w_hat_ptr + i, mask=inside).to(t.dtype) * w_hat_slope
+    if grad_mask_ptr is not None:
+        grad += tl.load(grad_mask_ptr + i, mask=inside).to(t.dtype) * mask_slope
+    store(grad_ptr + i, grad, inside)
+
+
+@triton.jit(**ONE_VARIANT)
 def _soft_mask_fwd_kernel(
     weight_ptr,
     threshold_ptr,
     tau_ptr,
     w_hat_ptr,
     mask_ptr,
-    numel,
+    numel: tl.int64,
     RELATIVE: tl.constexpr,
-    WITH_MASK: tl.constexpr,
     TINY: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    t = tl.load(threshold_ptr)
-    w = tl.load(weight_ptr + offsets, mask=inside).to(t.dtype)
-    m = soft_mask_value(w, t, tl.load(tau_ptr), RELATIVE, TINY)
-    store(w_hat_ptr + offsets, m * w, inside)
-    if WITH_MASK:
-        store(mask_ptr + offsets, m, inside)
+    t, tau = tl.load(threshold_ptr), tl.load(tau_ptr)
+    weight_ptr = _first(weight_ptr, ALIGNED, BLOCK)
+    w_hat_ptr = _first(w_hat_ptr, ALIGNED, BLOCK)
+    if mask_ptr is not None:
+        mask_ptr = _first(mask_ptr, ALIGNED, BLOCK)
+    count = _count(numel, BLOCK)
+    if count == BLOCK:
+        i = tl.arange(0, BLOCK)
+        _forward(weight_ptr, t, tau, w_hat_ptr, mask_ptr, i, None, RELATIVE, TINY)
+    else:
+        part: tl.constexpr = BLOCK // 4  # masks of more would take more registers than a tile does
+        done = 0
+        while done < count:
+            i = done + tl.arange(0, part)
+            _forward(weight_ptr, t, tau, w_hat_ptr, mask_ptr, i, i < count, RELATIVE, TINY)
+            done += part
 
 
-@triton.jit
+@triton.jit(**ONE_VARIANT)
 def _soft_mask_bwd_kernel(
     grad_w_hat_ptr,
     grad_mask_ptr,
@@ -185,24 +260,44 @@ def _soft_mask_bwd_kernel(
     threshold_ptr,
     tau_ptr,
     grad_ptr,
-    numel,
+    numel: tl.int64,
     RELATIVE: tl.constexpr,
-    FROM_W_HAT: tl.constexpr,
-    FROM_MASK: tl.constexpr,
     TINY: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    t = tl.load(threshold_ptr)
-    w = tl.load(weight_ptr + offsets, mask=inside).to(t.dtype)
-    w_hat_slope, mask_slope = soft_mask_slopes(w, t, tl.load(tau_ptr), RELATIVE, TINY)
-    grad = tl.zeros_like(w)
-    if FROM_W_HAT:
-        grad += tl.load(grad_w_hat_ptr + offsets, mask=inside).to(t.dtype) * w_hat_slope
-    if FROM_MASK:
-        grad += tl.load(grad_mask_ptr + offsets, mask=inside).to(t.dtype) * mask_slope
-    store(grad_ptr + offsets, grad, inside)
+    t, tau = tl.load(threshold_ptr), tl.load(tau_ptr)
+    if grad_w_hat_ptr is not None:
+        grad_w_hat_ptr = _first(grad_w_hat_ptr, ALIGNED, BLOCK)
+    if grad_mask_ptr is not None:
+        grad_mask_ptr = _first(grad_mask_ptr, ALIGNED, BLOCK)
+    weight_ptr = _first(weight_ptr, ALIGNED, BLOCK)
+    grad_ptr = _first(grad_ptr, ALIGNED, BLOCK)
+    count = _count(numel, BLOCK)
+    if count == BLOCK:
+        i = tl.arange(0, BLOCK)
+        _backward(
+            grad_w_hat_ptr, grad_mask_ptr, weight_ptr, t, tau, grad_ptr, i, None, RELATIVE, TINY
+        )
+    else:
+        part: tl.constexpr = BLOCK // 4  # masks of more would take more registers than a tile does
+        done = 0
+        while done < count:
+            i = done + tl.arange(0, part)
+            inside = i < count
+            _backward(
+                grad_w_hat_ptr,
+                grad_mask_ptr,
+                weight_ptr,
+                t,
+                tau,
+                grad_ptr,
+                i,
+                inside,
+                RELATIVE,
+                TINY,
+            )
+            done += part
 
 
 def soft_mask(
@@ -218,18 +313,20 @@ def soft_mask(
     mask = torch.empty_like(w_hat) if return_mask else w_hat.new_empty(0)
     numel = weight.numel()
     if numel > 0:
+        ordered = in_order_of(w_hat, weight)
+        block = BLOCK if threshold.dtype == torch.float32 else BLOCK // 2
         with torch.cuda.device_of(weight):
-            _soft_mask_fwd_kernel[(triton.cdiv(numel, BLOCK),)](
-                in_order_of(w_hat, weight),
+            _soft_mask_fwd_kernel[(-(-numel // block),)](
+                ordered,
                 threshold,
                 tau,
                 w_hat,
-                mask,
+                mask if return_mask else None,
                 numel,
-                RELATIVE=relative,
-                WITH_MASK=return_mask,
-                TINY=torch.finfo(threshold.dtype).tiny,
-                BLOCK=BLOCK,
+                relative,
+                TINY[threshold.dtype],
+                ordered.data_ptr() % 16 == 0,
+                block,
                 num_warps=NUM_WARPS,
             )
     return w_hat, mask
@@ -247,20 +344,28 @@ def soft_mask_backward(
     grad = torch.empty_like(weight, requires_grad=False)
     numel = weight.numel()
     if numel > 0:
+        weight = in_order_of(grad, weight)
+        aligned = weight.data_ptr() % 16 == 0
+        block = BLOCK if threshold.dtype == torch.float32 else BLOCK // 2
+        if grad_w_hat is not None:
+            grad_w_hat = in_order_of(grad, grad_w_hat)
+            aligned &= grad_w_hat.data_ptr() % 16 == 0
+        if grad_mask is not None:
+            grad_mask = in_order_of(grad, grad_mask)
+            aligned &= grad_mask.data_ptr() % 16 == 0
         with torch.cuda.device_of(weight):
-            _soft_mask_bwd_kernel[(triton.cdiv(numel, BLOCK),)](
-                grad if grad_w_hat is None else in_order_of(grad, grad_w_hat),
-                grad if grad_mask is None else in_order_of(grad, grad_mask),
-                in_order_of(grad, weight),
+            _soft_mask_bwd_kernel[(-(-numel // block),)](
+                grad_w_hat,
+                grad_mask,
+                weight,
                 threshold,
                 tau,
                 grad,
                 numel,
-                RELATIVE=relative,
-                FROM_W_HAT=grad_w_hat is not None,
-                FROM_MASK=grad_mask is not None,
-                TINY=torch.finfo(threshold.dtype).tiny,
-                BLOCK=BLOCK,
+                relative,
+                TINY[threshold.dtype],
+                aligned,
+                block,
                 num_warps=NUM_WARPS,
             )
     return grad
@@ -269,8 +374,11 @@ def soft_mask_backward(
 def in_order_of(layout: Tensor, values: Tensor) -> Tensor:
     """Return the values in the memory order of `layout`, a result of empty_like.
 
-    They are copied only if their strides differ, which those of a dense layout do not.
+    They are copied only if that order is another. The stride of a dimension of size 1 is arbitrary.
     """
     if values.stride() == layout.stride():
+        return values
+    dimensions = zip(values.shape, values.stride(), layout.stride(), strict=True)
+    if all(size == 1 or own == other for size, own, other in dimensions):
         return values
     return torch.empty_like(layout, dtype=values.dtype).copy_(values)

@@ -183,6 +183,21 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
             assert w_hat.stride() == mask.stride() == back.stride() == weight.stride()
 
 
+def test_only_another_order_in_memory_makes_triton_copy():
+    """Gradients of 1 x 1 convolutions have other strides than channels_last weights."""
+    pytest.importorskip("triton")
+    from pdp_kernels.triton_kernels.soft_mask import in_order_of
+
+    for shape, is_copied in (((8, 4, 1, 1), False), ((8, 1, 3, 3), False), ((8, 4, 3, 3), True)):
+        layout = torch.empty(shape).to(memory_format=torch.channels_last)
+        values = torch.randn(shape)
+        assert values.stride() != layout.stride()
+        ordered = in_order_of(layout, values)
+        assert (ordered is not values) == is_copied
+        assert torch.equal(ordered, values)
+        assert not is_copied or ordered.stride() == layout.stride()
+
+
 def test_native_masks_make_no_denormals():
     """Some CPUs take a hundred times as long over them, here and in the layer that reads w_hat."""
     tiny = torch.finfo(torch.float32).tiny

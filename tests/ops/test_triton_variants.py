@@ -4,101 +4,131 @@ The first step of a training waits for them, half a second or more each. Triton 
 operators' own launchers on tensors without memory, and compiles nothing here.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-# Prints, by network and pattern, how many variants of all kernels a training and an evaluation in
-# float32 need. Convolutions are channels_last.
-PROGRAM = """
-import json
 import torch
-from pdp_kernels.triton_kernels import soft_mask, soft_mask_channel, soft_mask_nm
-from triton import knobs
-from triton.runtime import driver
 
 from benchmarks import layer_shapes
-from instruments.triton_launches import CompilingDriver
+from tests.support.masks import REAL
+from tests.support.parameters import by_turns
+from tests.support.triton_variants import count_variants
+from tests.support.weights import DTYPES
 
-variants = set()
 
-def note_and_skip(key, fn, **rest):
-    variants.add((fn.name, key))
-    return True
+def unstructured(weight, t, out_dtype=None, relative=True, grad=None):
+    from pdp_kernels.triton_kernels import soft_mask
 
-def unstructured(weight, t):
-    soft_mask.soft_mask(weight, t, t, True, None, False)
-    soft_mask.soft_mask_backward(weight, None, weight, t, t, True)
+    soft_mask.soft_mask(weight, t, t, relative, out_dtype, False)
+    grad = weight.to(out_dtype) if grad is None else grad
+    soft_mask.soft_mask_backward(grad, None, weight, t, t, relative)
+
 
 def groups_of_4(weight, t):
+    from pdp_kernels.triton_kernels import soft_mask_nm
+
     if weight.shape[1] % 4 == 0:
         soft_mask_nm.soft_mask_nm(weight, t, 4, 2, 1, True, None, False)
         soft_mask_nm.soft_mask_nm_backward(weight, None, weight, t, 4, 2, 1, True)
         soft_mask_nm.hard_mask_nm(weight, 4, 2, 1)
 
-def channels(dim):
-    def step(weight, t):
-        norms = soft_mask_channel.channel_norms(weight, dim, True)
-        rest = (weight, norms, t, t, dim, True)
-        soft_mask_channel.soft_mask_channel(*rest, None)
-        soft_mask_channel.soft_mask_channel_backward(weight, None, *rest, True)
-    return step
 
+def channels(dim, weight, t):
+    from pdp_kernels.triton_kernels import soft_mask_channel
+
+    norms = soft_mask_channel.channel_norms(weight, dim, True)
+    rest = (weight, norms, t, t, dim, True)
+    soft_mask_channel.soft_mask_channel(*rest, None)
+    soft_mask_channel.soft_mask_channel_backward(weight, None, *rest, True)
+
+
+def layers(network, dtype):
+    """Return the weights, convolutions in channels_last, and their thresholds out of one table."""
+    weights = [torch.empty(shape, dtype=dtype, device="meta") for shape, _ in network()]
+    weights = [w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for w in weights]
+    return zip(weights, torch.empty(len(weights), dtype=REAL[dtype], device="meta"), strict=True)
+
+
+def train(network, pattern):
+    """Train and evaluate in float32."""
+    for weight, t in layers(network, torch.float32):
+        pattern(weight, t)
+
+
+def mask_sizes(dtype, out_dtype, relative):
+    """Mask weights of every kind of size, with thresholds of every alignment."""
+    table = torch.empty(4, dtype=REAL[dtype], device="meta")
+    for size in (1, 15, 16, 2048, 4099 * 1021, 1 << 31):
+        for t in table:
+            weight = torch.empty(size, dtype=dtype, device="meta")
+            unstructured(weight, t, out_dtype, relative)
+
+
+def mask_views(aligned):
+    """Mask weights, or take gradients, that begin at any address: of a flat buffer, for example."""
+    buffer, t = torch.empty(4200, device="meta"), torch.empty((), device="meta")
+    for first in (0, 4) if aligned else (0, 1, 2, 3, 4):
+        for size in (16, 4000):
+            plain, view = torch.empty(size, device="meta"), buffer[first : first + size]
+            for weight, grad in ((view, plain), (plain, view), (view, view)):
+                unstructured(weight, t, grad=grad)
+
+
+NETWORKS = (layer_shapes.resnet50, layer_shapes.gpt2)
 PATTERNS = {
     "unstructured": unstructured,
     "2:4": groups_of_4,
-    "output channels": channels(0),
-    "input channels": channels(1),
+    "output channels": partial(channels, 0),
+    "input channels": partial(channels, 1),
 }
+TRAININGS = {
+    f"{network.__name__}, {name}": partial(train, network, pattern)
+    for network in NETWORKS
+    for name, pattern in PATTERNS.items()
+}
+OPTIONS = {
+    f"{dtype} to {out_dtype}, relative = {relative}": partial(
+        mask_sizes, dtype, out_dtype, relative
+    )
+    for dtype, out_dtype, relative in by_turns(DTYPES, DTYPES, [False, True])
+}
+VIEWS = {
+    "aligned views": partial(mask_views, True),
+    "all views": partial(mask_views, False),
+}
+STEPS = TRAININGS | OPTIONS | VIEWS
 
-driver.set_active(CompilingDriver("sm_90"))
-knobs.runtime.jit_cache_hook = note_and_skip
-counts = {}
-for network in (layer_shapes.resnet50, layer_shapes.gpt2):
-    for pattern, step in PATTERNS.items():
-        variants.clear()
-        for shape, _ in network():
-            weight = torch.empty(shape, device="meta")
-            if len(shape) == 4:
-                weight = weight.to(memory_format=torch.channels_last)
-            step(weight, torch.empty((), device="meta"))
-        counts[f"{network.__name__}, {pattern}"] = len(variants)
-print(json.dumps(counts))
-"""
-
+# Of all kernels together.
 MOST = {
     "resnet50, unstructured": 2,
-    "resnet50, 2:4": 3,
-    "resnet50, output channels": 27,
-    "resnet50, input channels": 19,
+    "resnet50, 2:4": 5,
+    "resnet50, output channels": 40,
+    "resnet50, input channels": 29,
     "gpt2, unstructured": 2,
-    "gpt2, 2:4": 3,
-    "gpt2, output channels": 8,
-    "gpt2, input channels": 4,
+    "gpt2, 2:4": 5,
+    "gpt2, output channels": 10,
+    "gpt2, input channels": 6,
 }
 
 
 @pytest.fixture(scope="module")
 def counts():
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return count_variants(f"{__name__}:STEPS")
 
 
 @pytest.mark.parametrize("name", MOST)
 def test_no_more_variants_than_committed(counts, name):
-    assert 0 < counts[name] <= MOST[name]
+    assert 0 < sum(counts[name].values()) <= MOST[name]
+
+
+def test_a_soft_mask_has_one_variant_for_its_dtypes_and_options(counts):
+    """Of each kernel, for every size and wherever a threshold stands in a table."""
+    one = {"_soft_mask_fwd_kernel": 1, "_soft_mask_bwd_kernel": 1}
+    assert {name: counts[name] for name in OPTIONS} == dict.fromkeys(OPTIONS, one)
+
+
+def test_a_soft_mask_has_one_more_variant_for_views_that_begin_anywhere(counts):
+    kernels = ("_soft_mask_fwd_kernel", "_soft_mask_bwd_kernel")
+    assert counts["aligned views"] == dict.fromkeys(kernels, 1)
+    assert counts["all views"] == dict.fromkeys(kernels, 2)
