@@ -158,19 +158,19 @@ class DeviceTable:
             plan = targets[index].plan
             return not has_threshold, type(mask).__name__, mask.relative, plan.temperatures
 
-        self.positions = sorted(members, key=kind)
-        self.targets = [targets[index] for index in self.positions]
-        self.masks = [masks[index] for index in self.positions]
+        self.positions: list[int] = sorted(members, key=kind)
+        self.targets: list[Target] = [targets[index] for index in self.positions]
+        self.masks: list[WeightMask] = [masks[index] for index in self.positions]
         self._selected = [mask for mask in self.masks if isinstance(mask, SelectedMask)]
         size = len(self._selected)
         self._written_counts: Mapping[str, int] | None = None  # the source of _final_counts
         self._final_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self._scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self._prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
-        self.thresholds = _spaced(size, -math.inf, dtype, device)
+        self.thresholds: Tensor = _spaced(size, -math.inf, dtype, device)
         for index, selected in enumerate(self._selected):
             selected.hold(self.thresholds[index], self._prune_counts[index : index + 1])
-        self.taus = _spaced(len(members), math.nan, dtype, device)
+        self.taus: Tensor = _spaced(len(members), math.nan, dtype, device)
         # Runs of taus with one (start, end): one operation writes each.
         self._runs: list[tuple[tuple[float, float], Tensor]] = []
         begin = 0
