@@ -1,6 +1,7 @@
 """Command line of the benchmark."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -9,17 +10,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import masks
 from benchmarks.batches import make_batches
 from benchmarks.environment import describe_environment, device_is_lost
 from benchmarks.layer_shapes import NETWORKS
+from benchmarks.masks import DTYPES, NAMES
 from benchmarks.measure import Bench, note_of
-from benchmarks.report import describe, format_environment, format_headlines, format_table
+from benchmarks.report import (
+    HOST_TITLE,
+    describe,
+    format_environment,
+    format_headlines,
+    format_host_table,
+    format_table,
+)
 from benchmarks.rows import ResultFiles, Row
 from benchmarks.steps import STEPS
 
 PROVIDERS = list(dict.fromkeys(name for step in STEPS.values() for name in step.providers))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 STEPS_BY_DEFAULT = ["copy", "threshold", "mask", "step"]
 INPUTS_QUICK = ["65536", "2359296", "resnet50"]
@@ -65,11 +72,15 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS_BY_DEFAULT)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument(
-        "--masks", nargs="+", choices=masks.NAMES,
-        help="the paper's: tau = 1e-4, w_hat as the weight; the pruner's: relative_tau = 0.1 on "
-        "the device, w_hat in bfloat16 (default: both, or the paper's if --quick)",
+        "--dtypes", nargs="+", choices=DTYPES,
+        help="of the weight, or of weight/w_hat as under autocast (default: float32 and "
+        "float32/bfloat16, or float32 if --quick)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--masks", nargs="+", choices=NAMES, default=["relative"],
+        help="relative: relative_tau = 0.1 as a tensor on the device, as PDPPruner computes; "
+        "paper: tau = 1e-4 as a number (default: relative)",
     )  # fmt: skip
     parser.add_argument("--sparsity", type=parse_sparsity, default=0.9, metavar="R")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -101,8 +112,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("the input digits needs scikit-learn: pip install scikit-learn")
     if arguments.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    if arguments.masks is None:
-        arguments.masks = ["paper"] if arguments.quick else list(masks.NAMES)
+    if arguments.dtypes is None:
+        arguments.dtypes = ["float32"] if arguments.quick else ["float32", "float32/bfloat16"]
     if arguments.providers is None:
         skipped = set() if on_gpu else PROVIDERS_ON_GPU_ONLY
         arguments.providers = [name for name in PROVIDERS if name not in skipped]
@@ -120,35 +131,47 @@ def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
         budget=arguments.budget,
         limit=arguments.limit,
     )
-    # Steps without a mask run only once, with the first mask.
-    cells = [
-        (mask, step)
+    by_weight: dict[torch.dtype, list[str]] = {}
+    for dtype in arguments.dtypes:
+        by_weight.setdefault(DTYPES[dtype].weight, []).append(dtype)
+    cells = {weight: cells_of(arguments, dtypes) for weight, dtypes in by_weight.items()}
+    total = len(arguments.inputs) * sum(map(len, cells.values()))
+    with tqdm(total=total, file=sys.stderr, unit="row", disable=None) as progress:
+        for weight, name in itertools.product(cells, arguments.inputs):
+            dtype = by_weight[weight][0]
+            progress.set_description(f"{name}, {dtype}: making weights")
+            try:
+                batches = make_batches(name, weight, bench.device, arguments.sparsity)
+            except Exception as error:
+                yield [Row(name, 0, 0, dtype, "", "", "", 0, note=note_of(error))]
+                if device_is_lost(bench.device):
+                    return
+                continue
+            current, masked = None, batches
+            for dtype, mask, step in cells[weight]:
+                if current != (dtype, mask):
+                    current = dtype, mask
+                    masked = [batch.masked_by(mask, DTYPES[dtype].w_hat) for batch in batches]
+                progress.set_description(f"{name}, {dtype}: {step}")
+                rows = bench.measure(name, step, masked)
+                yield rows
+                if any(row.is_error for row in rows) and device_is_lost(bench.device):
+                    return
+                progress.update()
+
+
+def cells_of(arguments: argparse.Namespace, dtypes: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return dtypes, mask and step of all measurements on weights of one dtype.
+
+    Steps without a mask run only once.
+    """
+    return [
+        (dtype, mask, step)
+        for dtype in dtypes
         for mask in arguments.masks
         for step in arguments.steps
-        if STEPS[step].masked or mask == arguments.masks[0]
+        if STEPS[step].masked or (dtype, mask) == (dtypes[0], arguments.masks[0])
     ]
-    total = len(arguments.dtypes) * len(arguments.inputs) * len(cells)
-    with tqdm(total=total, file=sys.stderr, unit="row", disable=None) as progress:
-        for dtype in arguments.dtypes:
-            for name in arguments.inputs:
-                progress.set_description(f"{name}, {dtype}: making weights")
-                try:
-                    batches = make_batches(name, DTYPES[dtype], bench.device, arguments.sparsity)
-                except Exception as error:
-                    yield [Row(name, 0, 0, dtype, "", "", "", 0, note=note_of(error))]
-                    if device_is_lost(bench.device):
-                        return
-                    continue
-                masked = {}
-                for mask, step in cells:
-                    if mask not in masked:
-                        masked = {mask: [batch.masked_by(mask) for batch in batches]}
-                    progress.set_description(f"{name}, {dtype}: {step}")
-                    rows = bench.measure(name, step, masked[mask])
-                    yield rows
-                    if any(row.is_error for row in rows) and device_is_lost(bench.device):
-                        return
-                    progress.update()
 
 
 def main() -> int:
@@ -163,6 +186,7 @@ def main() -> int:
         rows += measured
         files.add(measured)
     print(format_table(rows))
+    print(f"\n{HOST_TITLE}\n{format_host_table(rows)}")
     if arguments.device == "cpu":
         print("\nRead the ratios: on a shared CPU the times themselves vary from run to run.")
     print(f"\n{format_headlines(rows)}")

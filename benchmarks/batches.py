@@ -31,10 +31,20 @@ class Batch:
         """Number of weights."""
         return sum(weight.numel() for weight in self.weights)
 
-    def masked_by(self, name: str) -> "Batch":
-        """Return the same weights with another mask, and gradients in the dtype of its w_hat."""
-        mask = Mask.of(name, self.weights[0].dtype, self.weights[0].device)
-        return replace(self, mask=mask, grads=[grad.to(mask.out_dtype) for grad in self.grads])
+    def masked_by(self, name: str, out_dtype: torch.dtype) -> "Batch":
+        """Return the same weights with another mask, and gradients in the dtype of w_hat."""
+        mask = Mask.of(name, out_dtype, self.weights[0].device)
+        return replace(self, mask=mask, grads=[grad.to(out_dtype) for grad in self.grads])
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the same batch on a device."""
+        moved = replace(
+            self,
+            weights=[weight.detach().to(device).requires_grad_() for weight in self.weights],
+            thresholds=[threshold.to(device) for threshold in self.thresholds],
+            grads=[grad.to(device) for grad in self.grads],
+        )
+        return moved.masked_by(self.mask.name, self.mask.out_dtype)
 
 
 def make_batches(
@@ -49,8 +59,24 @@ def make_batches(
 
 
 def make_batch(name: str, dtype: torch.dtype, sparsity: float, generator: torch.Generator) -> Batch:
-    """Return a batch on the generator's device, with the paper's mask."""
+    """Return a batch on the generator's device, with a relative temperature."""
     weights = [weight.to(dtype, copy=True) for weight in make_weights(name, generator)]
+    return batch_of(weights, sparsity, generator)
+
+
+def make_tiny_batch(
+    tensors: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Batch:
+    """Return a batch of weights of one shape, half of them pruned, to time the host with."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.empty(shape).normal_(std=0.02, generator=generator).to(dtype) for _ in range(tensors)
+    ]
+    return batch_of(weights, 0.5, generator).to(device)
+
+
+def batch_of(weights: list[Tensor], sparsity: float, generator: torch.Generator) -> Batch:
+    """Return a batch of these weights, with a relative temperature and w_hat in their dtype."""
     return Batch(
         weights=[weight.requires_grad_() for weight in weights],
         thresholds=[exact_threshold(weight, sparsity) for weight in weights],
@@ -59,7 +85,7 @@ def make_batch(name: str, dtype: torch.dtype, sparsity: float, generator: torch.
             for weight in weights
         ],
         sparsity=sparsity,
-        mask=Mask.of("paper", dtype, generator.device),
+        mask=Mask.of("relative", weights[0].dtype, generator.device),
     )
 
 

@@ -1,6 +1,7 @@
 """PDP in plain PyTorch: the baseline of pdp_kernels.
 
-Arithmetic is float32 for every storage dtype: in bfloat16 the mask would exceed its tolerance.
+Arithmetic is float32 (float64 for float64 weights) for every storage dtype: in bfloat16 the mask
+would exceed its tolerance.
 """
 
 import torch
@@ -67,7 +68,7 @@ def masked_weight(
         relative: Whether tau is in units of the squared threshold.
         out_dtype: Dtype of the result.
     """
-    w = weight.float()
+    w = weight if weight.dtype == torch.float64 else weight.float()
     if relative:
         tau = tau * threshold * threshold
     mask = torch.sigmoid((w * w - threshold * threshold) / tau)

@@ -61,8 +61,8 @@ export -f tests
 bench() {
   local name=$1 limit=$2
   shift 2
-  part "$name" "$limit" "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 \
-    --out "$RESULTS/$name" "$@"
+  part "$name" "$limit" "$PYTHON" -m benchmarks --device cuda \
+    --dtypes float32 bfloat16 float32/bfloat16 --out "$RESULTS/$name" "$@"
 }
 
 # For each kernel: time, bytes moved, occupancy, atomics and bank conflicts of shared memory.
@@ -101,25 +101,30 @@ parts() {
       "${sanitizer[@]}" "$PYTHON" -m benchmarks.smoke --triton --no-poison
   done
   finish
-  # 3 inputs x 2 dtypes x 9 steps of 0.3 s, and 8 compilations by inductor of 3 s.
+  # 3 inputs x (2 dtypes of weights x 3 steps + 3 pairs of dtypes x 3 steps) of 0.3 s, and 6
+  # compilations by inductor of 3 s.
   bench core 60 --budget 0.2 --inputs 2359296 100000000 resnet50 \
     --steps copy sum threshold forward backward step --providers copy sum compiled ours
-  # 60 launches, each replayed for a handful of counters.
+  # 65 launches, each replayed for a handful of counters.
   part ncu 60 ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
     --kernel-name "regex:$KERNELS" --csv --print-units base --log-file "$RESULTS/ncu.csv" \
     --metrics "$METRICS" "$PYTHON" -m benchmarks.profile --rows 8192
 
   # How fast is it?
   GROUP=fast
-  # 7 inputs x 2 dtypes x 9 steps of 0.3 s, and compilations.
-  bench sizes 110 --budget 0.2 --limit 0.5 \
+  # 7 inputs x 15 as in core, 4 lists of weights x 15 for the host, and compilations.
+  bench sizes 100 --budget 0.2 --limit 0.5 \
     --inputs 65536 1048576 16777216 100000000 resnet50 bert-base gpt2 \
     --steps copy sum threshold forward backward step \
     --providers copy sum sort eager compiled compiled-sort ours
   # One size for the eager providers: kthvalue runs in one block, 2.5 s at 1e8.
-  bench eager 60 --budget 0.5 --inputs 2359296 --steps copy threshold mask step
-  bench 2to4 50 --budget 0.2 --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4
-  bench channel 60 --budget 0.2 --inputs conv-1x1 conv-3x3 100663296 resnet50 \
+  bench eager 60 --budget 0.5 --inputs 2359296 --steps copy threshold mask step \
+    --masks relative paper
+  # 4 tasks: float64 gradients once, then 2 s; 2 compilations.
+  TAIL=4 part host 40 "$PYTHON" -m benchmarks.host --device cuda --budget 2 \
+    --out "$RESULTS/host.json"
+  bench 2to4 45 --budget 0.2 --inputs 2359296 16777216 100663296 --steps copy mask-2:4 pack-2:4
+  bench channel 50 --budget 0.2 --inputs conv-1x1 conv-3x3 100663296 resnet50 \
     --steps copy mask-channel
   bench pq-index 30 --budget 0.2 --inputs 100663296 resnet50 gpt2 --steps copy pq-index
   bench sparsity-50 25 --budget 0.2 --sparsity 0.5 --inputs 16777216 gpt2 \
@@ -134,12 +139,12 @@ parts() {
 
   # Whole training steps, the largest weights, and other constants.
   GROUP=tuned
-  # 4 tasks: float64 gradients once, then 3 s.
+  # 4 tasks: float64 gradients once, then 3 s; 3 compilations.
   TAIL=4 part training 120 "$PYTHON" -m benchmarks.training_step --device cuda --budget 3 \
     --out "$RESULTS/training_step.json" --tasks "ResNet-50, 128 images, bfloat16" \
     "GPT-2 124M, 8 x 1024 tokens, bfloat16" "GPT 10.6M, 64 x 256 tokens" "pruner.step, GPT-2"
   # A sort of 1e9 weights for their thresholds, and 2 s for a billion in float64.
-  bench large 100 --budget 0.3 --masks pruner --inputs 1e9 llama-7b-block \
+  bench large 100 --budget 0.3 --inputs 1e9 llama-7b-block \
     --steps copy sum threshold forward backward --providers copy sum compiled ours
   # 35 choices x 2 dtypes x 2 to 3 steps of 0.2 s, and two compilations for each.
   TAIL=80 part sweep 120 "$PYTHON" -m benchmarks.sweep --out "$RESULTS/sweep.csv"

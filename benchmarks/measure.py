@@ -1,20 +1,30 @@
 """Measurements: check the answers, then time. What fails becomes a note, and the others go on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from benchmarks.batches import Batch
+from benchmarks.batches import Batch, make_tiny_batch
+from benchmarks.masks import Dtypes
 from benchmarks.rows import Environment, Row, write_json
-from benchmarks.steps import STEPS
-from benchmarks.timing import ProviderError, Timing, clock_for, time_interleaved
+from benchmarks.steps import STEPS, Step
+from benchmarks.timing import (
+    Clock,
+    ProviderError,
+    Timing,
+    clock_for,
+    host_clock_for,
+    time_interleaved,
+)
 
 # A first run that takes longer is a sufficient warm-up, unless it compiled something.
 LONG_RUN = 1.0
 # The time of a shorter run is mostly overhead, and does not scale to a larger input.
 MIN_EXTRAPOLATED = 0.1
+# A hundred rounds over a few tiny weights take less; with a network's list, some ten fit.
+HOST_SECONDS = 0.5
 
 
 def note_of(error: Exception) -> str:
@@ -70,7 +80,7 @@ def set_timing(row: Row, timing: Timing, base: Timing | None) -> None:
 
 @dataclass
 class Bench:
-    """The settings of a run, and the speed of each provider measured so far."""
+    """The settings of a run, and what it has measured so far."""
 
     device: torch.device
     providers: set[str]
@@ -79,21 +89,24 @@ class Bench:
     limit: float
     """Longest run in seconds of a provider that is not the base; slower ones are skipped."""
     seconds_per_weight: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By step and provider."""
+    host_us: dict[tuple, float] = field(default_factory=dict)
+    """By what the time on the host depends on: all of a row but the sizes of its weights."""
 
     def measure(self, input_name: str, step_name: str, batches: list[Batch]) -> list[Row]:
         """Return the rows of one step on one input, one for each chosen provider."""
         step, first = STEPS[step_name], batches[0]
-        dtype = first.weights[0].dtype
+        weight, w_hat = first.weights[0].dtype, first.mask.out_dtype
         rows = {
             provider: Row(
                 input=input_name,
                 tensors=len(first.weights),
                 n=first.numel,
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=Dtypes(weight, w_hat if step.masked else weight).name,
                 mask=first.mask.name if step.masked else "",
                 step=step_name,
                 provider=provider,
-                bytes_per_weight=step.moved(dtype.itemsize, first.mask.out_dtype.itemsize),
+                bytes_per_weight=step.moved(weight.itemsize, w_hat.itemsize),
             )
             for provider in step.providers
             if provider in self.providers
@@ -101,15 +114,9 @@ class Bench:
         estimates = {}
         for provider, row in rows.items():
             row.note, estimates[provider] = self._warm_up(step_name, provider, first)
-        ready = {name: step.providers[name] for name, row in rows.items() if not row.note}
-        timings: dict[str, Timing] = {}
-        while ready and not timings:
-            try:
-                clock = clock_for(self.device)
-                timings = time_interleaved(ready, estimates, batches, clock, self.budget)
-            except ProviderError as failure:
-                rows[failure.provider].note = note_of(failure)
-                del ready[failure.provider]
+        self._measure_host(first, [row for row in rows.values() if not row.note])
+        ready = [row for row in rows.values() if not row.note]
+        timings = self._time(ready, estimates, batches, clock_for(self.device), self.budget)
         for provider, timing in timings.items():
             set_timing(rows[provider], timing, timings.get(step.base))
             if timing.median > MIN_EXTRAPOLATED:
@@ -119,20 +126,82 @@ class Bench:
     def _warm_up(self, step_name: str, provider: str, batch: Batch) -> tuple[str, float]:
         """Check the answer. Return the reason not to time it, or "", and the seconds of one run."""
         step, clock = STEPS[step_name], clock_for(self.device)
-        prepare, may_skip = step.providers[provider], provider != step.base
+        may_skip = provider != step.base
         seconds = self.seconds_per_weight.get((step_name, provider), 0.0) * batch.numel
         if may_skip and seconds > self.limit:
             return f"skipped: about {seconds:.1f} s per run, limit {self.limit:g} s", seconds
-        try:
-            seconds, answer = clock(prepare(batch))
-            wrong = step.check(batch, answer)
-            del answer
-            if wrong:
-                return f"wrong: {wrong}", seconds
-            if seconds < LONG_RUN or seconds > self.limit:
-                seconds, _ = clock(prepare(batch))
-        except Exception as error:
-            return note_of(error), seconds
-        if may_skip and seconds > self.limit:
-            return f"skipped: {seconds:.1f} s per run, limit {self.limit:g} s", seconds
-        return "", seconds
+        note, seconds = check(step, provider, batch, clock, self.limit)
+        if not note and may_skip and seconds > self.limit:
+            note = f"skipped: {seconds:.1f} s per run, limit {self.limit:g} s"
+        return note, seconds
+
+    def _measure_host(self, batch: Batch, rows: Sequence[Row]) -> None:
+        """Enter the microseconds of the host, checked and timed on as many tiny weights.
+
+        They are the same for all inputs of one number of weights, and measured once.
+        """
+        new = [row for row in rows if host_key(row) not in self.host_us]
+        if new:
+            step, clock = STEPS[new[0].step], host_clock_for(self.device)
+            dtype, mask = batch.weights[0].dtype, batch.mask
+            tiny = make_tiny_batch(len(batch.weights), step.tiny, dtype, self.device)
+            tiny = tiny.masked_by(mask.name, mask.out_dtype)
+            estimates = {}
+            for row in new:
+                row.note, estimates[row.provider] = check(step, row.provider, tiny, clock)
+            ready = [row for row in new if not row.note]
+            budget = min(self.budget, HOST_SECONDS)
+            timings = self._time(ready, estimates, [tiny], clock, budget)
+            for row in ready:
+                if not row.note:
+                    per_layer = timings[row.provider].median / row.tensors
+                    self.host_us[host_key(row)] = per_layer * 1e6
+        for row in rows:
+            row.host_us = self.host_us.get(host_key(row))
+
+    def _time(
+        self,
+        rows: Sequence[Row],
+        estimates: dict[str, float],
+        batches: list[Batch],
+        clock: Clock,
+        budget: float,
+    ) -> dict[str, Timing]:
+        """Return the timings of these rows' providers. One that fails becomes a note of its row."""
+        ready = {row.provider: row for row in rows}
+        while ready:
+            providers = {name: STEPS[row.step].providers[name] for name, row in ready.items()}
+            try:
+                return time_interleaved(providers, estimates, batches, clock, budget)
+            except ProviderError as failure:
+                ready.pop(failure.provider).note = note_of(failure)
+        return {}
+
+
+def host_key(row: Row) -> tuple:
+    """Return what the time of a row on the host depends on."""
+    return row.step, row.provider, row.tensors, row.dtype, row.mask
+
+
+def check(
+    step: Step, provider: str, batch: Batch, clock: Clock, limit: float = 0.0
+) -> tuple[str, float]:
+    """Run a provider and check its answer.
+
+    Returns:
+        What is wrong, or "", and the seconds of a run. It is the second run, since the first may
+        compile, unless the first took at least LONG_RUN and at most the limit.
+    """
+    seconds = 0.0
+    try:
+        prepare = step.providers[provider]
+        seconds, answer = clock(prepare(batch))
+        wrong = step.check(batch, answer)
+        del answer
+        if wrong:
+            return f"wrong: {wrong}", seconds
+        if seconds < LONG_RUN or seconds > limit:
+            seconds, _ = clock(prepare(batch))
+    except Exception as error:
+        return note_of(error), seconds
+    return "", seconds

@@ -22,6 +22,7 @@ COLUMNS = (3072, 4096, 64)
 
 # Packing works on blocks of this many rows.
 ROWS = 32
+SMALLEST = (ROWS, min(COLUMNS))  # a matrix that can be packed
 
 Packed = tuple[Tensor, Tensor]
 Gradients = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -30,8 +31,10 @@ Gradients = tuple[Sequence[Tensor], Sequence[Tensor]]
 def as_matrix(weight: Tensor) -> Tensor:
     """Return the weight as a matrix that can be packed, or else as one row.
 
-    The result is a view, and passes gradients on.
+    The result is a view, which passes gradients on, unless the weight is such a matrix itself.
     """
+    if weight.dim() == 2 and weight.shape[0] % ROWS == 0 and weight.shape[1] in COLUMNS:
+        return weight
     fitting = (columns for columns in COLUMNS if weight.numel() % (ROWS * columns) == 0)
     return weight.view(-1, next(fitting, weight.numel()))
 

@@ -13,13 +13,14 @@ from benchmarks.steps import STEPS
 
 PROVIDERS = dict.fromkeys(provider for step in STEPS.values() for provider in step.providers)
 COLOURS = {provider: f"C{index}" for index, provider in enumerate(PROVIDERS)}
-LINES = {"float32": "-", "bfloat16": "--"}
+LINES = {"float32": "-", "bfloat16": "--", "float32/bfloat16": ":"}
 
 
 def plot_speedups(path: Path, rows: Sequence[Row], title: str) -> None:
     """Plot the speedup over eager against the number of weights, with a panel for each step.
 
-    Lists of tensors are stars. bfloat16 has dashed lines and hollow markers.
+    Lists of tensors are stars. Lines are dashed for bfloat16 and dotted for float32/bfloat16, with
+    hollow markers for both.
     """
     timed = [row for row in rows if row.speedup and row.provider != STEPS[row.step].base]
     steps = list(dict.fromkeys(row.step for row in timed))

@@ -55,22 +55,23 @@ def operations(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[
         )
     yield Operation("hard mask", one + weight.numel(), lambda: hard_mask(plain, 0.9))
     yield Operation("PQ Index", one, lambda: pq_index(plain))
-    pruner = Mask.of("pruner", dtype, device)
-    masks = {
-        "mask": lambda: pdp_mask(weight, threshold=threshold),
-        "pruner's mask": lambda: pdp_mask(weight, threshold=threshold, **pruner.arguments),
-        "2:4 mask": lambda: pdp_mask_nm(weight, 2, 4),
-        "channel mask": lambda: pdp_mask_channel(weight, 0.5),
-    }
-    for name, mask in masks.items():
-        norms = one if name == "channel mask" else 0  # reads for the norms, and for <g, W>
-        masked = mask()
-        w_hat = masked.numel() * masked.element_size()
-        yield Operation(f"{name}, forward", one + w_hat + norms, mask)
-        backward = partial(
-            torch.autograd.grad, masked, weight, grad.to(masked.dtype), retain_graph=True
-        )
-        yield Operation(f"{name}, backward", 2 * one + w_hat + 2 * norms, backward)
+    for out_dtype in dict.fromkeys((dtype, torch.bfloat16)):
+        written = "" if out_dtype == dtype else " to bfloat16"
+        arguments = Mask.of("relative", out_dtype, device).arguments
+        masks = {
+            "mask": partial(pdp_mask, weight, threshold=threshold, **arguments),
+            "2:4 mask": partial(pdp_mask_nm, weight, 2, 4, **arguments),
+            "channel mask": partial(pdp_mask_channel, weight, 0.5, **arguments),
+        }
+        for name, mask in masks.items():
+            norms = one if name == "channel mask" else 0  # reads for the norms, and for <g, W>
+            masked = mask()
+            w_hat = masked.numel() * masked.element_size()
+            yield Operation(f"{name}{written}, forward", one + w_hat + norms, mask)
+            backward = partial(
+                torch.autograd.grad, masked, weight, grad.to(out_dtype), retain_graph=True
+            )
+            yield Operation(f"{name}{written}, backward", 2 * one + w_hat + 2 * norms, backward)
     if dtype == torch.bfloat16:
         yield Operation("2:4 packed", one + one // 2 + one // 16, lambda: compress_2to4(plain))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.kernels import format_kernels
 from benchmarks.rows import Environment, Row, read_rows
 
-# (step, input, other provider) of the ratios in the last lines, with the paper's mask.
+# (step, input, other provider) of the ratios in the last lines, with the first mask measured.
 HEADLINES = (
     ("threshold", "2359296", "eager-kthvalue"),
     ("step", "2359296", "eager-kthvalue"),
@@ -21,6 +21,8 @@ HEADLINES = (
     ("threshold", "gpt2", "eager-kthvalue"),
     ("step", "gpt2", "eager-kthvalue"),
 )
+
+HOST_TITLE = "microseconds of the host for each layer:"
 
 COLUMNS = {
     "input": str.ljust,
@@ -32,6 +34,7 @@ COLUMNS = {
     "vs eager": str.rjust,
     "median (ms)": str.rjust,
     "IQR": str.rjust,
+    "host (us/layer)": str.rjust,
     "B/weight": str.rjust,
     "GB/s": str.rjust,
     "of copy": str.rjust,
@@ -47,7 +50,7 @@ def format_environment(environment: Environment) -> str:
 def format_table(rows: Sequence[Row]) -> str:
     """Return a GitHub table that is padded for plain text too. IQR is relative to the median."""
     copies = copy_rates(rows)
-    lines = [_cells(row, copies.get((row.input, row.dtype))) for row in rows]
+    lines = [_cells(row, copies.get((row.input, weight_dtype(row)))) for row in rows]
     return table(COLUMNS, lines)
 
 
@@ -59,27 +62,48 @@ def format_short_table(rows: Sequence[Row]) -> str:
     copies = copy_rates(rows)
     ours = [row for row in rows if row.provider == "ours" and row.median_s]
     steps = list(dict.fromkeys(row.step for row in ours))
-    masks: dict[tuple[str, str], list[str]] = {}
+    # The dtypes and masks of each input and dtype of its weights. Steps without a mask are in the
+    # first line.
+    kinds: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
     for row in ours:
-        masks.setdefault((row.input, row.dtype), [])
-        if row.mask and row.mask not in masks[row.input, row.dtype]:
-            masks[row.input, row.dtype].append(row.mask)
+        of_input = kinds.setdefault((row.input, weight_dtype(row)), {})
+        if row.mask:
+            of_input[row.dtype, row.mask] = None
     cells = {}
     for row in ours:
-        # A step without a mask is in the first line of its input.
-        mask = row.mask or next(iter(masks[row.input, row.dtype]), "")
-        copy = copies.get((row.input, row.dtype))
+        key = row.input, weight_dtype(row)
+        kind = (row.dtype, row.mask) if row.mask else next(iter(kinds[key]), (key[1], ""))
+        copy = copies.get(key)
         fraction = f" {row.gb_per_s / copy:4.0%}" if copy else ""
-        cells[row.input, row.dtype, mask, row.step] = f"{row.median_s * 1e3:.3g}{fraction}"
-    lines = [
-        (*key, mask, f"{copies.get(key, 0):.0f}", *(cells.get((*key, mask, s), "") for s in steps))
-        for key, names in masks.items()
-        for mask in names or [""]
-    ]
+        cells[(row.input, *kind, row.step)] = f"{row.median_s * 1e3:.3g}{fraction}"
+    lines = []
+    for key, of_input in kinds.items():
+        for kind in of_input or [(key[1], "")]:
+            line = (key[0], *kind)
+            times = (cells.get((*line, step), "") for step in steps)
+            lines.append((*line, f"{copies.get(key, 0):.0f}", *times))
     columns = {"input": str.ljust, "dtype": str.ljust, "mask": str.ljust, "copy GB/s": str.rjust}
     text = table(columns | dict.fromkeys(steps, str.rjust), lines)
     errors = [f"{describe(row)}: {row.note}" for row in rows if row.is_error]
     return "\n".join(["ours, in ms, and its GB/s as a fraction of the copy's:", text, *errors])
+
+
+def format_host_table(rows: Sequence[Row]) -> str:
+    """Return microseconds of the host for each layer, with a column for each provider.
+
+    Inputs with the same number of weights share a line.
+    """
+    timed = [row for row in rows if row.host_us is not None]
+    providers = list(dict.fromkeys(row.provider for row in timed))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in timed:
+        line = lines.setdefault((row.step, str(row.tensors), row.dtype, row.mask), {})
+        line[row.provider] = f"{row.host_us:.3g}"
+    columns = {"step": str.ljust, "layers": str.rjust, "dtype": str.ljust, "mask": str.ljust}
+    return table(
+        columns | dict.fromkeys(providers, str.rjust),
+        [(*key, *(line.get(name, "") for name in providers)) for key, line in lines.items()],
+    )
 
 
 def describe(row: Row) -> str:
@@ -87,8 +111,13 @@ def describe(row: Row) -> str:
     return " ".join(filter(None, (row.input, row.dtype, row.mask, row.step, row.provider)))
 
 
+def weight_dtype(row: Row) -> str:
+    """Return the dtype of the weights of a row."""
+    return row.dtype.partition("/")[0]
+
+
 def copy_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
-    """Return GB/s of the copy by input and dtype."""
+    """Return GB/s of the copy by input and dtype of the weights."""
     copies = (row for row in rows if row.step == "copy" and row.gb_per_s)
     return {(row.input, row.dtype): row.gb_per_s for row in copies}
 
@@ -117,12 +146,13 @@ def table(columns: dict[str, Callable], lines: Iterable[Sequence[str]]) -> str:
 def _cells(row: Row, copy: float | None) -> tuple[str, ...]:
     key = (row.input, f"{row.n:,}", row.dtype, row.mask, row.step, row.provider)
     if row.note:
-        return (*key, "", "", "", "", "", "", row.note)
+        return (*key, "", "", "", "", "", "", "", row.note)
     return (
         *key,
         f"{row.speedup:.3g}x" if row.speedup else "",
         f"{row.median_s * 1e3:.4g}",
         f"{(row.quartile_high_s - row.quartile_low_s) / row.median_s:.0%}",
+        f"{row.host_us:.3g}" if row.host_us is not None else "",
         f"{row.bytes_per_weight:g}",
         f"{row.gb_per_s:.3g}",
         f"{row.gb_per_s / copy:.0%}" if copy else "",
@@ -130,12 +160,13 @@ def _cells(row: Row, copy: float | None) -> tuple[str, ...]:
     )
 
 
-def format_headlines(rows: Iterable[Row]) -> str:
-    """Return a line for each headline and dtype: how many times faster ours is."""
+def format_headlines(rows: Sequence[Row]) -> str:
+    """Return a line for each headline and dtype, with the first mask: how many times faster."""
+    first = next((row.mask for row in rows if row.mask), "")
     medians = {
         (row.step, row.input, row.dtype, row.provider): row.median_s
         for row in rows
-        if row.median_s and row.mask in ("", "paper")
+        if row.median_s and row.mask in ("", first)
     }
     dtypes = dict.fromkeys(dtype for _, _, dtype, _ in medians)
     lines = []
@@ -158,7 +189,10 @@ def main() -> int:
     for path in sorted(folder.rglob("ncu.csv")):
         print(f"{format_kernels(path)}\n")
     for path in sorted(folder.rglob("benchmark.csv")):
-        print(f"{path.parent.name}\n{format_short_table(list(read_rows(path)))}\n")
+        rows = list(read_rows(path))
+        print(f"{path.parent.name}\n{format_short_table(rows)}\n")
+        if any(row.host_us is not None for row in rows):
+            print(f"{HOST_TITLE}\n{format_host_table(rows)}\n")
     return 0
 
 

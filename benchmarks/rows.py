@@ -21,8 +21,9 @@ class Row:
     tensors: int
     n: int
     dtype: str
+    """Of the weight, or "weight/w_hat" where a soft mask writes another one."""
     mask: str
-    """"paper" or "pruner"; empty for a step without a soft mask."""
+    """"relative" or "paper"; empty for a step without a soft mask."""
     step: str
     provider: str
     bytes_per_weight: float
@@ -33,6 +34,8 @@ class Row:
     gb_per_s: float | None = None
     speedup: float | None = None
     """Median of the step's base divided by this median."""
+    host_us: float | None = None
+    """Microseconds on the host for each layer, with layers so small that kernels take no time."""
     note: str = ""
     """Why there is no time: "wrong: ...", "failed: ..." or "skipped: ..."."""
 

@@ -36,6 +36,8 @@ class Step:
     """The provider to which ratios are taken."""
     masked: bool = False
     """Whether the step depends on the batch's mask."""
+    tiny: tuple[int, ...] = (64,)
+    """Shape of the weights on which the time of the host is measured."""
 
 
 def all_timed(run: Callable[[Batch], Any]) -> Provider:
@@ -172,12 +174,24 @@ STEPS = {
         masked=True,
     ),
     "mask-2:4": Step(
-        lambda w, h: 3 * w + 2 * h, nm.MASKS, nm.check_masks, base="eager", masked=True
+        lambda w, h: 3 * w + 2 * h,
+        nm.MASKS,
+        nm.check_masks,
+        base="eager",
+        masked=True,
+        tiny=nm.SMALLEST,
     ),
     "mask-channel": Step(
-        lambda w, h: 4 * w + 2 * h, channels.MASKS, channels.check_masks, base="eager", masked=True
+        lambda w, h: 4 * w + 2 * h,
+        channels.MASKS,
+        channels.check_masks,
+        base="eager",
+        masked=True,
+        tiny=nm.SMALLEST,
     ),
     # Always in bfloat16: reads each weight, and writes half of it and one bit.
-    "pack-2:4": Step(lambda w, h: 2 + 1 + 1 / 8, nm.PACKERS, nm.check_packed, base="eager"),
+    "pack-2:4": Step(
+        lambda w, h: 2 + 1 + 1 / 8, nm.PACKERS, nm.check_packed, base="eager", tiny=nm.SMALLEST
+    ),
     "pq-index": Step(lambda w, h: w, pq_index.PROVIDERS, pq_index.check, base="eager"),
 }

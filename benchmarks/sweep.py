@@ -18,7 +18,7 @@ import torch
 from benchmarks.batches import make_batches
 from benchmarks.environment import describe_environment, device_is_lost
 from benchmarks.measure import Bench
-from benchmarks.report import copy_rates, format_environment
+from benchmarks.report import copy_rates, format_environment, weight_dtype
 from benchmarks.rows import ResultFiles, Row
 
 
@@ -69,12 +69,12 @@ def label(file: str, choice: dict[str, int]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
-    """Yield the rows of each choice with the pruner's mask; end early if the device is lost."""
+    """Yield the rows of each choice with w_hat in bfloat16; end early if the device is lost."""
     device = torch.device(arguments.device)
     bench = Bench(device, {"copy", "ours"}, arguments.budget, limit=float("inf"))
     for dtype in DTYPES:
         batches = make_batches(str(arguments.weights), dtype, device, sparsity=0.9)
-        batches = [batch.masked_by("pruner") for batch in batches]
+        batches = [batch.masked_by("relative", torch.bfloat16) for batch in batches]
         for file in arguments.files:
             for choice in choices(file):
                 with constants(file, choice):
@@ -95,7 +95,7 @@ def format_sweep(rows: Sequence[Row]) -> str:
     for kernel, step, dtype in kernels:
         same = [r for r in timed if (r.input.split()[0], r.step, r.dtype) == (kernel, step, dtype)]
         for row in sorted(same, key=lambda row: row.median_s):
-            copy = copies.get((row.input, dtype))
+            copy = copies.get((row.input, weight_dtype(row)))
             of_copy = f"{row.gb_per_s / copy:.0%}" if copy else ""
             lines.append(
                 f"{row.input:{width}} {step:12} {dtype:9}{row.median_s * 1e6:9.1f} us {of_copy:>5}"

@@ -8,6 +8,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.batches import make_batch
+from benchmarks.masks import DTYPES
 from benchmarks.steps import STEPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,6 +20,7 @@ CASES = [
     ("threshold", "resnet50", "float32"),
     ("mask", "2359296", "float32"),
     ("mask", "2359296", "bfloat16"),
+    ("mask", "2359296", "float32/bfloat16"),
     ("step", "2359296", "float32"),
     ("step", "resnet50", "float32"),
 ]
@@ -26,7 +28,9 @@ CASES = [
 
 @pytest.mark.parametrize(("step", "name", "dtype"), CASES)
 def test_speed(benchmark: BenchmarkFixture, step: str, name: str, dtype: str) -> None:
-    batch = make_batch(name, getattr(torch, dtype), 0.9, torch.Generator(DEVICE).manual_seed(0))
+    weight, w_hat = DTYPES[dtype]
+    batch = make_batch(name, weight, 0.9, torch.Generator(DEVICE).manual_seed(0))
+    batch = batch.masked_by("relative", w_hat)
     run = STEPS[step].providers["ours"](batch)
 
     def synchronised() -> object:

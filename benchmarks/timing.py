@@ -71,6 +71,16 @@ def clock_for(device: torch.device) -> Clock:
     return cuda_clock if device.type == "cuda" else cpu_clock
 
 
+def host_clock_for(device: torch.device) -> Clock:
+    """Return the clock of the host: it waits for the device before a run, and not after it."""
+
+    def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+        torch.cuda.synchronize(device)
+        return cpu_clock(run)
+
+    return clock if device.type == "cuda" else cpu_clock
+
+
 def time_interleaved(
     providers: dict[str, Provider],
     estimates: dict[str, float],

@@ -1,8 +1,9 @@
-"""Time whole training steps: dense, with PDP, and with PDP in eager PyTorch.
+"""Time whole training steps: dense, with PDP, and with PDP in eager PyTorch and torch.compile.
 
 `python -m benchmarks.training_step`. A step is forward, backward, optimizer and, with PDP, the
-thresholds, which are also timed alone. Before anything is timed, the gradients with PDP are checked
-against those of eager PyTorch in float64.
+thresholds, which are also timed alone. PDP has its recommended setting, after the ramp. "eager"
+computes the same in eager PyTorch, and "compiled" has Eq. 1 through torch.compile. Before anything
+is timed, the gradients with PDP are checked against those of eager PyTorch in float64.
 """
 
 import argparse
@@ -17,18 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.eager import kthvalue_threshold, sort_threshold
+from benchmarks import eager
 from benchmarks.environment import describe_environment
 from benchmarks.layer_shapes import NETWORKS
+from benchmarks.masks import Mask
 from benchmarks.measure import measure_all
 from benchmarks.report import format_environment
+from benchmarks.steps import SoftMask
 from benchmarks.timing import clock_for, time_interleaved
 from pdp_kernels import PDPConfig, PDPPruner
 from studies.networks import character_gpt, gpt2, mlp, resnet50
 
 SPARSITY = 0.9
-RELATIVE_TAU = 0.1
-CONFIG = PDPConfig(SPARSITY, scope="layer", relative_tau=RELATIVE_TAU, warmup=0, ramp=0)
+# Of each layer: once a global budget is allocated, a step takes the same time.
+CONFIG = PDPConfig.for_epochs(SPARSITY, epochs=1.0, scope="layer")
+PROGRESS = 0.9  # all layers are at full sparsity, and the temperature still falls
+
+# The longest step with PDP that we aim at, relative to the dense step.
+GOAL = 1.15
 
 # Allowed differences: of float64 gradients at the same thresholds, relative to the layer's largest
 # gradient; and of thresholds, which eager computes in float32.
@@ -98,104 +105,150 @@ TASKS = {
 
 def eager_threshold(weight: Tensor) -> Tensor:
     """Return the threshold by the faster way of PyTorch: on a GPU kthvalue runs in one block."""
-    select = sort_threshold if weight.is_cuda else kthvalue_threshold
+    select = eager.sort_threshold if weight.is_cuda else eager.kthvalue_threshold
     return select(weight, SPARSITY)
-
-
-def eager_weight(layer: nn.Module) -> Tensor:
-    """Return the weight masked in eager PyTorch by Eq. 1; autograd derives the backward."""
-    t = layer.threshold
-    return torch.sigmoid((layer.weight**2 - t**2) / (RELATIVE_TAU * t**2)) * layer.weight
 
 
 class EagerLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, eager_weight(self), self.bias)
+        w_hat = self.soft_mask(self.weight, self.threshold, self.mask)
+        return functional.linear(x, w_hat, self.bias)
 
 
 class EagerConvolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, eager_weight(self), self.bias)
+        w_hat = self.soft_mask(self.weight, self.threshold, self.mask)
+        return self._conv_forward(x, w_hat, self.bias)
 
 
 class EagerPruner:
-    """Masks all layers in eager PyTorch, with thresholds one by one."""
+    """Masks all layers by a function in PyTorch, with thresholds one by one.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: Changed in place.
+        autocast: Whether the model computes in bfloat16.
+        soft_mask: Returns a masked weight.
+    """
+
+    def __init__(self, model: nn.Module, autocast: bool, soft_mask: SoftMask):
         classes = {nn.Linear: EagerLinear, nn.Conv2d: EagerConvolution}
         self.layers = [layer for layer in model.modules() if type(layer) in classes]
+        weight = self.layers[0].weight
+        double = weight.dtype == torch.float64
+        self.tau = weight.new_empty((), dtype=torch.float64 if double else torch.float32)
+        out_dtype = torch.bfloat16 if autocast and not double else weight.dtype
+        mask = Mask("relative", self.tau, relative=True, out_dtype=out_dtype)
         for layer in self.layers:
             layer.__class__ = classes[type(layer)]
-        self.step(0)
+            layer.soft_mask, layer.mask = soft_mask, mask
+        self.step(PROGRESS)
 
     @torch.no_grad()
     def step(self, progress: float) -> None:
+        self.tau.fill_(CONFIG.temperature_at(CONFIG.plan().temperatures, progress))
         for layer in self.layers:
             layer.threshold = eager_threshold(layer.weight)
 
 
-PRUNERS = {"dense": None, "pdp": lambda model: PDPPruner(model, CONFIG), "eager": EagerPruner}
+def compiled_soft_mask(weight: Tensor, threshold: Tensor, mask: Mask) -> Tensor:
+    """Return Eq. 1 through torch.compile, one kernel for all shapes, in the order of memory."""
+    if weight.dim() == 4 and not weight.is_contiguous():  # channels_last
+        weight = weight.permute(0, 2, 3, 1)
+        return eager.compiled_soft_mask(weight, threshold, mask).permute(0, 3, 1, 2)
+    return eager.compiled_soft_mask(weight, threshold, mask)
+
+
+# Each masks a model that may compute under autocast.
+PRUNERS = {
+    "pdp": lambda model, autocast: PDPPruner(model, CONFIG),
+    "eager": partial(EagerPruner, soft_mask=eager.soft_mask),
+    "compiled": partial(EagerPruner, soft_mask=compiled_soft_mask),
+}
 
 
 class Training:
-    """A network in training on one batch, dense or with one of PRUNERS."""
+    """A network in training on one batch, "dense" or with one of PRUNERS."""
 
     def __init__(self, model: nn.Module, task: Task, batch: tuple[Tensor, Tensor], name: str):
         self.model = copy.deepcopy(model)
         self.inputs, self.targets = batch
-        self.pruner = PRUNERS[name](self.model) if PRUNERS[name] else None
+        self.pruner = PRUNERS[name](self.model, task.autocast) if name != "dense" else None
+        if self.pruner:
+            self.pruner.step(PROGRESS)
         self.optimizer = task.optimizer(self.model.parameters())
         self.autocast = task.autocast
 
-    def backward(self) -> None:
+    def forward(self) -> Tensor:
+        """Return the loss."""
         with torch.autocast(self.inputs.device.type, torch.bfloat16, enabled=self.autocast):
             outputs = self.model(self.inputs)
-            loss = functional.cross_entropy(outputs.flatten(0, -2), self.targets.flatten())
-        loss.backward()
+            return functional.cross_entropy(outputs.flatten(0, -2), self.targets.flatten())
+
+    def backward(self) -> None:
+        """Compute the loss and its gradients."""
+        self.forward().backward()
 
     def step(self) -> None:
         self.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.pruner:
-            self.pruner.step(1.0)
+            self.pruner.step(PROGRESS)
 
 
 def difference(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor]) -> float:
-    """Return the largest gradient difference, ours against eager, relative to the layer's maximum.
+    """Return the largest gradient difference to eager PyTorch, relative to the layer's maximum.
 
     In float64 and at our thresholds: where a batch norm sees few values, gradients amplify small
     differences of thresholds. Infinite if thresholds differ by more than rounding to float32.
     """
     inputs, targets = (tensor[: task.checked] for tensor in batch)
     batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
-    ours, eager = (Training(model.double(), task, batch, name) for name in ("pdp", "eager"))
-    thresholds = ours.pruner.state_dict()["thresholds"].values()
-    for layer, threshold in zip(eager.pruner.layers, thresholds, strict=True):
-        if not torch.isclose(layer.threshold.double(), threshold, THRESHOLD_TOLERANCE, 0):
-            return float("inf")
-        layer.threshold = threshold
-    ours.backward()
-    eager.backward()
-    pairs = zip(ours.model.parameters(), eager.model.parameters(), strict=True)
-    gradients = [(own.grad, other.grad) for own, other in pairs]
-    return max(((own - other).abs().max() / other.abs().max()).item() for own, other in gradients)
+    trainings = {name: Training(model.double(), task, batch, name) for name in PRUNERS}
+    thresholds = trainings["pdp"].pruner.state_dict()["thresholds"].values()
+    for name in ("eager", "compiled"):
+        for layer, threshold in zip(trainings[name].pruner.layers, thresholds, strict=True):
+            if not torch.isclose(layer.threshold.double(), threshold, THRESHOLD_TOLERANCE, 0):
+                return float("inf")
+            layer.threshold = threshold
+    for training in trainings.values():
+        training.backward()
+    parameters = zip(*(t.model.parameters() for t in trainings.values()), strict=True)
+    gradients = [dict(zip(trainings, (p.grad for p in each), strict=True)) for each in parameters]
+    return max(
+        ((own[name] - own["eager"]).abs().max() / own["eager"].abs().max()).item()
+        for own in gradients
+        for name in ("pdp", "compiled")
+    )
+
+
+def checked_trainings(
+    task: Task, device: torch.device
+) -> tuple[dict[str, Training], dict[str, object]]:
+    """Return the trainings of a task, warmed up, and what a result says of their gradients.
+
+    If gradients are wrong there are no trainings, and a "note".
+    """
+    torch.manual_seed(0)
+    model = task.network().to(device)
+    batch = tuple(tensor.to(device) for tensor in task.batch())
+    found = difference(copy.deepcopy(model), task, batch)
+    if not found <= TOLERANCE:
+        return {}, {"note": f"wrong: gradients differ by {found:.3g} of the largest"}
+    trainings = {name: Training(model, task, batch, name) for name in ("dense", *PRUNERS)}
+    for training in trainings.values():
+        training.step()
+    return trainings, {"difference": found}
 
 
 def measure(task: Task, device: torch.device, budget: float) -> dict[str, object]:
     """Check a task, then time its steps for `budget` seconds."""
-    torch.manual_seed(0)
-    model = task.network().to(device)
-    batch = tuple(tensor.to(device) for tensor in task.batch())
-    wrong = difference(copy.deepcopy(model), task, batch)
-    if not wrong <= TOLERANCE:
-        return {"note": f"wrong: gradients differ by {wrong:.3g} of the largest"}
-    trainings = {name: Training(model, task, batch, name) for name in PRUNERS}
-    for training in trainings.values():
-        training.step()
+    trainings, checked = checked_trainings(task, device)
+    if not trainings:
+        return checked
     runs = {name: training.step for name, training in trainings.items()}
-    runs |= {"pdp's step": lambda: trainings["pdp"].pruner.step(1.0)}
-    return ratios(runs, "dense", device, budget) | {"difference": wrong}
+    runs |= {"pdp's step": lambda: trainings["pdp"].pruner.step(PROGRESS)}
+    return ratios(runs, "dense", device, budget) | checked | {"goal": GOAL}
 
 
 def measure_thresholds(device: torch.device, budget: float) -> dict[str, object]:
@@ -207,14 +260,17 @@ def measure_thresholds(device: torch.device, budget: float) -> dict[str, object]
     pruner = PDPPruner(model, CONFIG)
 
     @torch.no_grad()
-    def eager() -> list[Tensor]:
+    def one_by_one() -> list[Tensor]:
         return [eager_threshold(layer.weight) for layer in model]
 
-    pruner.step(1.0)
+    def ours() -> None:
+        pruner.step(PROGRESS)
+
+    ours()
     found = torch.stack(list(pruner.state_dict()["thresholds"].values()))
-    if not torch.equal(found, torch.stack(eager())):
+    if not torch.equal(found, torch.stack(one_by_one())):
         return {"note": "wrong: the thresholds differ"}
-    return ratios({"pdp": lambda: pruner.step(1.0), "eager": eager}, "pdp", device, budget)
+    return ratios({"pdp": ours, "eager": one_by_one}, "pdp", device, budget)
 
 
 def ratios(
@@ -274,6 +330,9 @@ def describe(result: dict) -> str:
         f"{provider} {seconds * 1e3:.4g} ms ({result['ratios'][provider]:.3g}x)"
         for provider, seconds in result["seconds"].items()
     ]
+    if "goal" in result:
+        met = "met" if result["ratios"]["pdp"] <= result["goal"] else "missed"
+        times.append(f"goal {result['goal']}x {met}")
     return ", ".join(times)
 
 

@@ -10,56 +10,49 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import __main__ as benchmark
-from benchmarks import channels, nm, profile, report, sparse_linear, training_step
+from benchmarks import channels, nm, profile, report, sparse_linear
 from benchmarks.batches import exact_threshold, make_batch
 from benchmarks.environment import describe_environment
 from benchmarks.layer_shapes import NETWORKS
+from benchmarks.masks import DTYPES
 from benchmarks.measure import Bench, measure_all
 from benchmarks.rows import ResultFiles, Row, read_rows
 from benchmarks.steps import STEPS
 from studies import networks
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16)
 
 
-def batch_of(name="65536", dtype=torch.float32, mask="paper", device="cpu"):
-    batch = make_batch(name, dtype, 0.9, torch.Generator().manual_seed(0))
-    if device == "cuda":
-        weights = [weight.detach().to(device).requires_grad_() for weight in batch.weights]
-        thresholds, grads = (
-            [tensor.to(device) for tensor in tensors] for tensors in (batch.thresholds, batch.grads)
-        )
-        batch = replace(batch, weights=weights, thresholds=thresholds, grads=grads)
-    return batch.masked_by(mask)
+def batch_of(name="65536", dtype="float32", mask="relative", device="cpu"):
+    weight, w_hat = DTYPES[dtype]
+    batch = make_batch(name, weight, 0.9, torch.Generator().manual_seed(0))
+    return batch.masked_by(mask, w_hat).to(torch.device(device))
 
 
+KINDS = [*((dtype, "relative") for dtype in DTYPES), ("float32", "paper")]
 CASES = [
-    pytest.param(step, provider, mask, id=f"{step} {provider} {mask}")
+    pytest.param(step, provider, dtype, mask, id=f"{step} {provider} {dtype} {mask}")
     for step, entry in STEPS.items()
     for provider in entry.providers
-    for mask in (("paper", "pruner") if entry.masked else ("paper",))
+    for dtype, mask in (KINDS if entry.masked else KINDS[:2])
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("step", "provider", "mask"), CASES)
-def test_every_provider_is_correct(device, step, provider, mask, dtype):
+@pytest.mark.parametrize(("step", "provider", "dtype", "mask"), CASES)
+def test_every_provider_is_correct(device, step, provider, dtype, mask):
     batch = batch_of(dtype=dtype, mask=mask, device=device)
     with torch.compiler.set_stance("force_eager"):
         answer = STEPS[step].providers[provider](batch)()
         assert STEPS[step].check(batch, answer) is None
 
 
-@pytest.mark.parametrize(
-    ("step", "mask"), [("mask", "pruner"), ("mask-2:4", "pruner"), ("mask-channel", "pruner")]
-)
-def test_compiled_providers_compile(step, mask):
-    batch = batch_of(mask=mask)
+@pytest.mark.parametrize("step", ["mask", "mask-2:4", "mask-channel"])
+def test_compiled_providers_compile(step):
+    batch = batch_of(dtype="float32/bfloat16")
     assert STEPS[step].check(batch, STEPS[step].providers["compiled"](batch)()) is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_oracle_threshold_is_the_midpoint_of_two_magnitudes(device, dtype):
     weight = torch.tensor([4.0, -1.0, 3.0, -2.0, 0.5], dtype=dtype).to(device)
     found = [exact_threshold(weight, sparsity).item() for sparsity in (0.2, 0.5, 0.8)]
@@ -92,14 +85,14 @@ def test_an_error_of_one_percent_is_reported(step, index):
 
 
 def test_packed_weights_in_the_wrong_place_are_reported():
-    batch = batch_of(dtype=torch.bfloat16)
+    batch = batch_of(dtype="bfloat16")
     values, metadata = STEPS["pack-2:4"].providers["ours"](batch)()[0]
     assert STEPS["pack-2:4"].check(batch, [(values.flip(0), metadata)]) is not None
 
 
 def test_channel_baseline_is_right_where_gradients_through_norms_are_large():
     """In bfloat16 its two parts were rounded each, and their sum again: past the tolerance."""
-    batch = batch_of("2097152", torch.bfloat16)
+    batch = batch_of("2097152", "bfloat16", "paper")
     assert channels.check_masks(batch, channels.MASKS["eager"](batch)()) is None
 
 
@@ -123,7 +116,7 @@ def broken_step(monkeypatch):
 
     def fails_later():
         runs.append(None)
-        if len(runs) > 2:
+        if len(runs) > 2 * 2:  # checks, on the input and on tiny weights, run it twice
             raise RuntimeError("while timed")
         return [torch.zeros(())]
 
@@ -173,22 +166,37 @@ def test_an_input_that_fails_costs_only_its_own_rows(monkeypatch, tmp_path, caps
     assert run_benchmark(monkeypatch, *words, "--providers", "copy", "ours", "--out", str(result))
     first, *others = read_rows(result)
     assert first.input == "1" and first.note.startswith("failed: ValueError: sparsity 0.9 prunes")
-    assert [(row.step, row.mask, row.bytes_per_weight, row.note) for row in others] == [
-        ("copy", "", 8, ""),
-        ("forward", "paper", 8, ""),
-        ("forward", "pruner", 6, ""),
+    found = [(row.step, row.dtype, row.mask, row.bytes_per_weight, row.note) for row in others]
+    assert found == [
+        ("copy", "float32", "", 8, ""),
+        ("forward", "float32", "relative", 8, ""),
+        ("forward", "float32/bfloat16", "relative", 6, ""),
     ]
     assert "1 float32: failed" in capsys.readouterr().err
 
 
-def row_of(step="forward", mask="paper", provider="ours", median=1e-3, **others):
+def test_steps_without_a_mask_run_once_for_each_dtype_of_weights(monkeypatch, tmp_path):
+    words = ["--inputs", "4096", "--steps", "copy", "forward", "--budget", "0.01"]
+    words += ["--dtypes", "float32/bfloat16", "bfloat16", "float32", "--masks", "relative", "paper"]
+    result = tmp_path / "rows.csv"
+    run_benchmark(monkeypatch, *words, "--providers", "copy", "ours", "--out", str(result))
+    assert [(row.step, row.dtype, row.mask) for row in read_rows(result)] == [
+        ("copy", "float32", ""),
+        *(("forward", "float32/bfloat16", mask) for mask in ("relative", "paper")),
+        *(("forward", "float32", mask) for mask in ("relative", "paper")),
+        ("copy", "bfloat16", ""),
+        *(("forward", "bfloat16", mask) for mask in ("relative", "paper")),
+    ]
+
+
+def row_of(step="forward", mask="relative", provider="ours", median=1e-3, **others):
     row = Row("1000", 1, 1000, "float32", mask, step, provider, 8.0, median, median, median, 5)
     return replace(row, gb_per_s=8e-6 / median, **others)
 
 
 def test_rows_are_in_the_file_before_the_run_ends(tmp_path):
     files = ResultFiles(tmp_path, {"commit": "0123abc"}, {"sparsity": 0.9})
-    rows = [row_of(), row_of(provider="eager", note="failed: KeyError: 'w'")]
+    rows = [row_of(host_us=2.5), row_of(provider="eager", note="failed: KeyError: 'w'")]
     for number, row in enumerate(rows, 1):
         files.add([row])
         assert list(read_rows(tmp_path / "benchmark.csv")) == rows[:number]
@@ -198,77 +206,72 @@ def test_rows_are_in_the_file_before_the_run_ends(tmp_path):
 
 
 def test_a_last_row_that_is_cut_off_is_left_out(tmp_path):
-    ResultFiles(tmp_path, {}, {}).add([row_of(), row_of(mask="pruner")])
+    ResultFiles(tmp_path, {}, {}).add([row_of(), row_of(mask="paper")])
     path = tmp_path / "benchmark.csv"
     path.write_text(path.read_text().rstrip()[:-20])
     assert list(read_rows(path)) == [row_of()]
 
 
-def test_short_table_has_a_line_for_each_input_and_mask(tmp_path, monkeypatch, capsys):
+def test_results_without_the_time_of_the_host_are_read(tmp_path):
+    ResultFiles(tmp_path, {}, {}).add([row_of()])
+    path = tmp_path / "benchmark.csv"
+    path.write_text(path.read_text().replace(",host_us,", ",").replace(",,,", ",,"))
+    assert "host_us" not in path.read_text()
+    assert list(read_rows(path)) == [row_of()]
+
+
+def test_short_table_has_a_line_for_each_input_dtype_and_mask(tmp_path, monkeypatch, capsys):
     rows = [
         row_of("copy", "", "copy", 1e-3),
-        row_of("threshold", "", median=2e-3),
-        row_of("forward", "paper", median=4e-3),
-        row_of("forward", "pruner", median=8e-3),
-        row_of("forward", "paper", "eager", median=1.0),
-        row_of("backward", "paper", note="failed: KeyError: 'w'"),
+        row_of("threshold", "", median=2e-3, host_us=12.3),
+        row_of("forward", "relative", median=4e-3, host_us=45.6),
+        row_of("forward", "paper", median=8e-3),
+        row_of("forward", dtype="float32/bfloat16", median=2e-3),
+        row_of("forward", "relative", "eager", median=1.0),
+        row_of("backward", "relative", note="failed: KeyError: 'w'"),
     ]
     ResultFiles(tmp_path / "core", {}, {}).add(rows)
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     assert report.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "core"
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:6]]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:7]]
     assert cells[0] == ["input", "dtype", "mask", "copy GB/s", "threshold", "forward", "backward"]
-    assert cells[2][2:] == ["paper", "0", "2  50%", "4  25%", "1 100%"]
-    assert cells[3][2:] == ["pruner", "0", "", "8  12%", ""]
-    assert lines[6] == "1000 float32 paper backward ours: failed: KeyError: 'w'"
+    assert cells[2][1:] == ["float32", "relative", "0", "2  50%", "4  25%", "1 100%"]
+    assert cells[3][1:] == ["float32", "paper", "0", "", "8  12%", ""]
+    assert cells[4][1:] == ["float32/bfloat16", "relative", "0", "", "2  50%", ""]
+    assert lines[7] == "1000 float32 relative backward ours: failed: KeyError: 'w'"
+    assert lines[9] == report.HOST_TITLE
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[12:14]]
+    assert cells == [
+        ["threshold", "1", "float32", "", "12.3"],
+        ["forward", "1", "float32", "relative", "45.6"],
+    ]
 
 
-def test_headlines_are_those_of_the_papers_mask():
+def test_headlines_are_those_of_the_first_mask():
     rows = [
         replace(row_of("mask", mask, provider, median), input="2359296")
-        for mask, factor in (("paper", 1), ("pruner", 7))
+        for mask, factor in (("relative", 1), ("paper", 7))
         for provider, median in (("ours", 1.0), ("compiled", 3.0 * factor))
     ]
     line = "mask, 2359296, float32: ours is 3x as fast as compiled"
     assert report.format_headlines(rows) == line
 
 
+def test_every_dtype_has_a_line_in_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot import LINES, plot_speedups
+
+    rows = [row_of(dtype=dtype, speedup=2.0) for dtype in DTYPES]
+    plot_speedups(tmp_path / "plot.png", rows, "title")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    assert len({LINES[dtype] for dtype in DTYPES}) == len(DTYPES)
+
+
 def test_commit_comes_from_the_environment_if_it_is_set(monkeypatch):
     monkeypatch.setenv("PDP_COMMIT", "0123abc")
     assert describe_environment(CPU)["commit"] == "0123abc"
-
-
-def run_training(monkeypatch, tmp_path, *tasks):
-    result = tmp_path / "training.json"
-    words = ["--device", "cpu", "--budget", "0.01", "--out", str(result), "--tasks", *tasks]
-    monkeypatch.setattr(sys, "argv", ["training_step", *words])
-    return training_step.main(), json.loads(result.read_text())["rows"]
-
-
-def test_a_training_step_is_checked_and_timed_and_one_that_fails_is_noted(monkeypatch, tmp_path):
-    def fail(device, budget):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    task = "MLP 784-300-100-10, batch 128"
-    monkeypatch.setitem(training_step.MEASUREMENTS, "too large", fail)
-    status, rows = run_training(monkeypatch, tmp_path, "too large", task)
-    assert status == 1
-    assert rows[0] == {"task": "too large", "note": "skipped: out of memory"}
-    assert rows[1]["difference"] < training_step.TOLERANCE
-    assert set(rows[1]["ratios"]) == {"dense", "pdp", "eager", "pdp's step"}
-
-
-@pytest.mark.parametrize("name", [name for name, t in training_step.TASKS.items() if t.on_gpu_only])
-def test_batches_of_the_large_networks_fit_them(name):
-    task = training_step.TASKS[name]
-    with torch.device("meta"):
-        model = task.network()
-    inputs, targets = task.batch()
-    with torch.no_grad():
-        outputs = model(inputs[:1].to("meta"))
-    assert outputs.flatten(0, -2).shape[0] == targets[:1].numel()
 
 
 def test_each_measurement_is_printed_and_written_and_one_that_fails_is_noted(tmp_path, capsys):

@@ -225,7 +225,7 @@ def test_all_parts_run_in_order_of_importance_with_valid_arguments(gpu_run, tmp_
     inside = [name for name in order[4:] if "check-" not in name]
     assert inside == [
         *("smoke", "tests", "core", "ncu"),
-        *("sizes", "eager", "2to4", "channel", "pq-index", "sparsity-50", "sparsity-80"),
+        *("sizes", "eager", "host", "2to4", "channel", "pq-index", "sparsity-50", "sparsity-80"),
         *("sparse-linear", "distributed"),
         *("training", "large", "sweep", "variants"),
     ]
@@ -246,7 +246,7 @@ BENCHMARKS = {
     "benchmarks",
     *(
         f"benchmarks.{name}"
-        for name in ("smoke", "profile", "report", "sparse_linear", "distributed")
+        for name in ("smoke", "profile", "report", "host", "sparse_linear", "distributed")
     ),
     *(f"benchmarks.{name}" for name in ("training_step", "sweep", "variants")),
 }

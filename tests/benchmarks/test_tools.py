@@ -111,7 +111,8 @@ def test_a_sweep_times_every_choice_and_restores_the_constants(monkeypatch, tmp_
     rows = list(read_rows(result))
     labels = {sweep.label("soft_mask", choice) for choice in sweep.choices("soft_mask")}
     assert {row.input for row in rows} == labels and len(rows) == len(labels) * 2 * 3
-    assert {row.mask for row in rows if row.step != "copy"} == {"pruner"}
+    kinds = {(row.mask, row.dtype) for row in rows if row.step != "copy"}
+    assert kinds == {("relative", "float32/bfloat16"), ("relative", "bfloat16")}
     assert "soft_mask BLOCK=1024 NUM_WARPS=4" in capsys.readouterr().out
 
 
@@ -120,7 +121,9 @@ def one_batch(name, dtype, device, sparsity):
 
 
 def row_of(choice, median, step="forward"):
-    return Row(choice, 1, 1000, "float32", "pruner", step, "ours", 6.0, median, gb_per_s=1 / median)
+    return Row(
+        choice, 1, 1000, "float32", "relative", step, "ours", 6.0, median, gb_per_s=1 / median
+    )
 
 
 def test_the_fastest_choice_of_a_sweep_comes_first():
