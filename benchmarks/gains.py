@@ -155,7 +155,7 @@ def pivot(
     for row in rows:
         line = lines.setdefault(tuple(str(row[key]) for key in keys), {})
         line[row[column]] = cell(row)
-    headings = dict.fromkeys(keys, str.ljust) | dict.fromkeys(columns, str.rjust)
+    headings = [(key, str.ljust) for key in keys] + [(name, str.rjust) for name in columns]
     return table(
         headings, [(*key, *(line.get(name, "") for name in columns)) for key, line in lines.items()]
     )

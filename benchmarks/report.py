@@ -51,7 +51,7 @@ def format_table(rows: Sequence[Row]) -> str:
     """Return a GitHub table that is padded for plain text too. IQR is relative to the median."""
     copies = copy_rates(rows)
     lines = [_cells(row, copies.get((row.input, weight_dtype(row)))) for row in rows]
-    return table(COLUMNS, lines)
+    return table(list(COLUMNS.items()), lines)
 
 
 def format_short_table(rows: Sequence[Row]) -> str:
@@ -82,8 +82,9 @@ def format_short_table(rows: Sequence[Row]) -> str:
             line = (key[0], *kind)
             times = (cells.get((*line, step), "") for step in steps)
             lines.append((*line, f"{copies.get(key, 0):.0f}", *times))
-    columns = {"input": str.ljust, "dtype": str.ljust, "mask": str.ljust, "copy GB/s": str.rjust}
-    text = table(columns | dict.fromkeys(steps, str.rjust), lines)
+    columns = [(heading, str.ljust) for heading in ("input", "dtype", "mask")]
+    columns += [(heading, str.rjust) for heading in ("copy GB/s", *steps)]
+    text = table(columns, lines)
     errors = [f"{describe(row)}: {row.note}" for row in rows if row.is_error]
     return "\n".join(["ours, in ms, and its GB/s as a fraction of the copy's:", text, *errors])
 
@@ -99,11 +100,15 @@ def format_host_table(rows: Sequence[Row]) -> str:
     for row in timed:
         line = lines.setdefault((row.step, str(row.tensors), row.dtype, row.mask), {})
         line[row.provider] = f"{row.host_us:.3g}"
-    columns = {"step": str.ljust, "layers": str.rjust, "dtype": str.ljust, "mask": str.ljust}
-    return table(
-        columns | dict.fromkeys(providers, str.rjust),
-        [(*key, *(line.get(name, "") for name in providers)) for key, line in lines.items()],
-    )
+    columns = [
+        ("step", str.ljust),
+        ("layers", str.rjust),
+        ("dtype", str.ljust),
+        ("mask", str.ljust),
+    ]
+    columns += [(name, str.rjust) for name in providers]
+    cells = [(*key, *(line.get(name, "") for name in providers)) for key, line in lines.items()]
+    return table(columns, cells)
 
 
 def describe(row: Row) -> str:
@@ -122,16 +127,16 @@ def copy_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     return {(row.input, row.dtype): row.gb_per_s for row in copies}
 
 
-def table(columns: dict[str, Callable], lines: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[tuple[str, Callable]], lines: Iterable[Sequence[str]]) -> str:
     """Return a GitHub table that is padded for plain text too.
 
     Args:
-        columns: Headings, with str.ljust or str.rjust.
+        columns: Headings, with str.ljust or str.rjust. The same heading may come twice.
         lines: The cells of each line.
     """
-    lines = [tuple(columns), *lines]
+    headings, aligns = zip(*columns, strict=True)
+    lines = [headings, *lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligns = columns.values()
     rule = [
         "-" * (width - 1) + (":" if align is str.rjust else "-")
         for align, width in zip(aligns, widths, strict=True)

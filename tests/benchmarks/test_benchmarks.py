@@ -227,6 +227,7 @@ def test_short_table_has_a_line_for_each_input_dtype_and_mask(tmp_path, monkeypa
         row_of("forward", "relative", median=4e-3, host_us=45.6),
         row_of("forward", "paper", median=8e-3),
         row_of("forward", dtype="float32/bfloat16", median=2e-3),
+        row_of("mask", "relative", median=8e-3),
         row_of("forward", "relative", "eager", median=1.0),
         row_of("backward", "relative", note="failed: KeyError: 'w'"),
     ]
@@ -236,10 +237,11 @@ def test_short_table_has_a_line_for_each_input_dtype_and_mask(tmp_path, monkeypa
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "core"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:7]]
-    assert cells[0] == ["input", "dtype", "mask", "copy GB/s", "threshold", "forward", "backward"]
-    assert cells[2][1:] == ["float32", "relative", "0", "2  50%", "4  25%", "1 100%"]
-    assert cells[3][1:] == ["float32", "paper", "0", "", "8  12%", ""]
-    assert cells[4][1:] == ["float32/bfloat16", "relative", "0", "", "2  50%", ""]
+    steps = ["threshold", "forward", "mask", "backward"]
+    assert cells[0] == ["input", "dtype", "mask", "copy GB/s", *steps]
+    assert cells[2][1:] == ["float32", "relative", "0", "2  50%", "4  25%", "8  12%", "1 100%"]
+    assert cells[3][1:] == ["float32", "paper", "0", "", "8  12%", "", ""]
+    assert cells[4][1:] == ["float32/bfloat16", "relative", "0", "", "2  50%", "", ""]
     assert lines[7] == "1000 float32 relative backward ours: failed: KeyError: 'w'"
     assert lines[9] == report.HOST_TITLE
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[12:14]]
