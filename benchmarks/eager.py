@@ -78,6 +78,10 @@ def masked_weight(
 # Worker processes of the compiler would still be starting while the first rows are timed.
 torch._inductor.config.compile_threads = 1
 
+# Kernels have their number of threads built in. The compiler's cache on disk returns those of
+# another number, unless the configuration says the number.
+torch._inductor.config.cpp.threads = torch.get_num_threads()
+
 # Beyond the limit functions would run uncompiled. One graph for each mask and dtype is intended.
 torch._dynamo.config.recompile_limit = 32
 torch._dynamo.config.fail_on_recompile_limit_hit = True
