@@ -23,7 +23,6 @@ __device__ __forceinline__ float exp2_of(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 }
-__device__ __forceinline__ float exp2_of_negative(float x) { return exp2_of(-x); }
 
 // Returns 1 / x for x >= 1, off by at most 1 ulp; 0 where that is subnormal.
 __device__ __forceinline__ float reciprocal(float x) {
@@ -32,41 +31,56 @@ __device__ __forceinline__ float reciprocal(float x) {
   return inverse;
 }
 
+// Returns 1 / (1 + 2^x); 0 where that is subnormal.
+__device__ __forceinline__ float inverse_one_plus_exp2(float x) {
+  return reciprocal(1 + exp2_of(x));
+}
+
 #else
 
-// Returns 2^x for -127 <= x <= 128, in operations that compilers vectorise: 2^n 2^r with |r| at
-// most 1/2, and 2^r by a polynomial with an error of 1.6e-8, exact at r = 0. 2^-127 is 0, 2^128
-// infinity.
-PDP_HOST_DEVICE float exp2_within_limits(float x) {
+// Returns x, or 0 if the condition holds. Compilers vectorise arithmetic on bits as it stands. Of
+// `condition ? 0 : x` they make two copies of the code that follows.
+PDP_HOST_DEVICE float zero_if(bool condition, float x) {
+  return bit_cast<float>(bit_cast<uint32_t>(x) & (static_cast<uint32_t>(condition) - 1));
+}
+
+constexpr float kLargestExponent = 126;  // 2^-126 is the smallest normal number
+
+// Returns 2^x for x <= kLargestExponent, off by at most 2.3 ulp; 0 where that is subnormal.
+//
+// It is 2^n 2^r with |r| at most 1/2, and 2^r by a polynomial with an error of 1.1e-7, exact at
+// r = 0.
+PDP_HOST_DEVICE float exp2_of(float x) {
   // 1.5 * 2^23, which leaves the nearest integer n below, and float's bias: n + 127 are the lowest
   // bits of the sum.
   constexpr float kRound = 12582912.0f + 127.0f;
   const float shifted = x + kRound;
   const float r = x - (shifted - kRound);
-  float power = 1.53517482e-4f;
-  power = power * r + 1.33988622e-3f;
-  power = power * r + 9.61844437e-3f;
-  power = power * r + 5.55033274e-2f;
-  power = power * r + 2.40226477e-1f;
-  power = power * r + 6.93147182e-1f;
+  float power = 1.32645993e-3f;
+  power = power * r + 9.67151113e-3f;
+  power = power * r + 5.55073395e-2f;
+  power = power * r + 2.40222424e-1f;
+  power = power * r + 6.93147004e-1f;
   power = power * r + 1.0f;
-  return power * bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
-}
-
-// Returns 2^x.
-PDP_HOST_DEVICE float exp2_of(float x) {
-  x = x < -127.0f ? -127.0f : x;
-  return exp2_within_limits(x > 128.0f ? 128.0f : x);
-}
-
-// Returns 2^-x for x >= 0.
-PDP_HOST_DEVICE float exp2_of_negative(float x) {
-  return exp2_within_limits(x > 127.0f ? -127.0f : -x);
+  power *= bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
+  return zero_if(x < -kLargestExponent, power);
 }
 
 PDP_HOST_DEVICE float reciprocal(float x) { return 1 / x; }
 
+// Returns 1 / (1 + 2^x); 0 where that is subnormal.
+PDP_HOST_DEVICE float inverse_one_plus_exp2(float x) {
+  return zero_if(x > kLargestExponent, reciprocal(1 + exp2_of(x)));
+}
+
 #endif
+
+// Returns the smaller of a number and the largest finite one, as integers, which is what compilers
+// vectorise best. NaN gives the latter.
+PDP_HOST_DEVICE float at_most_largest(float x) {
+  const int32_t bits = bit_cast<int32_t>(x), largest = 0x7F7FFFFF;
+  return bit_cast<float>(bits < largest ? bits : largest);
+}
 
 // Returns a power of two whose product with a scale > 0 is in [1, 4), or below 1 if the scale is
 // subnormal. The bits of 2^-n are those of 1, twice, less those of 2^n. Limits keep the result
@@ -85,9 +99,9 @@ template <bool kRelative>
 struct SoftMask<float, kRelative> {
   // The lift takes q to about 1, for q^2 may be too large or too small for float.
   float lift = 1;
-  float lower, upper;        // t lift and |t| lift
-  float curvature;           // 2 / ((q lift)^2 tau')
-  float negative_steepness;  // -log2(e) / ((q lift)^2 tau')
+  float lower, upper;     // t lift and |t| lift
+  float curvature;        // 2 / ((q lift)^2 tau')
+  float minus_steepness;  // -log2(e) / ((q lift)^2 tau')
 
   PDP_HOST_DEVICE SoftMask(float threshold, float tau) {
     constexpr float kHalfLog2E = 0.721347520f;
@@ -104,38 +118,35 @@ struct SoftMask<float, kRelative> {
     if (curvature > FLT_MAX) curvature = 2 / FLT_MIN;
     lower = threshold * lift;
     upper = size * lift;
-    negative_steepness = -(curvature * kHalfLog2E);
+    minus_steepness = -(curvature * kHalfLog2E);
   }
 
   // Returns -log2(e) z.
-  PDP_HOST_DEVICE float negative_exponent(float w) const {
+  PDP_HOST_DEVICE float minus_exponent(float w) const {
     // Products with `lift` are exact, so each sum may be one fused multiply-add.
     const float lifted = std::fabs(w) * lift;
-    return (lifted - lower) * negative_steepness * (lifted + upper);
+    return (lifted - lower) * minus_steepness * (lifted + upper);
   }
 
   // Returns m.
-  PDP_HOST_DEVICE float value(float w) const {
-    return reciprocal(1 + exp2_of(negative_exponent(w)));
-  }
+  PDP_HOST_DEVICE float value(float w) const { return inverse_one_plus_exp2(minus_exponent(w)); }
 
   // Returns dw_hat/dw = m + 2 w^2/tau m(1-m).
   PDP_HOST_DEVICE float w_hat_slope(float w) const {
-    const float exponent = negative_exponent(w);
-    const float decay = exp2_of_negative(std::fabs(exponent));
+    const float exponent = minus_exponent(w);
+    const float decay = exp2_of(-std::fabs(exponent));
     const float larger = reciprocal(1 + decay);
     const float smaller = decay * larger;
     // Where the slope m(1-m) underflows to 0, its factor may overflow, and 0 * inf is NaN.
-    const float factor = w * lift * curvature * (w * lift);
-    const float limited = factor < FLT_MAX ? factor : FLT_MAX;
+    const float factor = at_most_largest(w * lift * curvature * (w * lift));
     // The only sum is of a product and a plain value, which compilers can contract in one way only:
     // a gradient is the same in a vector and in the scalar remainder of a loop.
-    return (exponent > 0 ? smaller : larger) + limited * (larger * smaller);
+    return (exponent > 0 ? smaller : larger) + factor * (larger * smaller);
   }
 
   // Returns dm/dw = 2 w/tau m(1-m).
   PDP_HOST_DEVICE float mask_slope(float w) const {
-    const float decay = exp2_of_negative(std::fabs(negative_exponent(w)));
+    const float decay = exp2_of(-std::fabs(minus_exponent(w)));
     const float larger = reciprocal(1 + decay);
     const float slope = larger * (decay * larger);
     return slope == 0 ? 0.0f : w * lift * curvature * slope * lift;

@@ -30,9 +30,8 @@ PDP_INLINE double widen(double value) { return value; }
 // Round to nearest, ties to even.
 PDP_INLINE void narrow(float value, BFloat16& result) {
   const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const bool is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-  result.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40 : rounded);
+  const uint32_t rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  result.bits = static_cast<uint16_t>((value != value ? 0x7FC00000 : rounded) >> 16);
 }
 
 PDP_INLINE void narrow(float value, Half& result) {

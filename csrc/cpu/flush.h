@@ -5,6 +5,10 @@
 #include <cmath>
 #include <limits>
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 #include "parallel.h"
 
 namespace pdp::cpu {
@@ -18,10 +22,23 @@ PDP_INLINE Real multiply(Real factor, Real x) {
   return made_subnormal ? x * Real(0) : product;
 }
 
-// Returns x, or 0 for a subnormal x.
-template <typename Real>
-PDP_INLINE Real flush(Real x) {
-  return std::fabs(x) < std::numeric_limits<Real>::min() ? Real(0) : x;
-}
+// While it lives, the thread's float instructions flush subnormal results, those of subnormal
+// operands too. kAvailable: whether this CPU can.
+class Flushing {
+ public:
+#ifdef __SSE2__
+  static constexpr bool kAvailable = true;
+  Flushing() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | _MM_FLUSH_ZERO_ON); }
+  ~Flushing() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  static constexpr bool kAvailable = false;
+  Flushing() {}
+#endif
+  Flushing(const Flushing&) = delete;
+  Flushing& operator=(const Flushing&) = delete;
+};
 
 }  // namespace pdp::cpu

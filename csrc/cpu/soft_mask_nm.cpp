@@ -120,7 +120,7 @@ struct Forward {
         for (int i = begin; i < end; ++i) {
           const Real m = SoftMask<Real, kRelative>(thresholds[i], tau).value(values[i]);
           w_hats[i] = multiply(m, values[i]);
-          masks[i] = flush(m);
+          masks[i] = m;
         }
       });
       store(w_hats, buffers[1], w_hat, offset, length);

@@ -216,6 +216,29 @@ def test_native_masks_make_no_denormals():
     assert torch.equal(torch.ops.pdp.soft_mask_backward(small, None, *kept), small)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_denormal_stays_and_changes_nothing_at_other_places(dtype):
+    """Native kernels let the CPU flush a block without denormals, and look after one with them."""
+    place, small = 5000, torch.tensor(1e-40, dtype=dtype)
+    clean, clean_grad = torch.randn(2, 10_001).to(dtype)
+    dirty, dirty_grad = clean.clone(), clean_grad.clone()
+    dirty[place] = dirty_grad[place] = small
+    others = torch.arange(10_001) != place
+    for threshold in (0.7, -math.inf):
+        rest = (*scalars(clean, threshold, 0.1), False)
+        w_hat, expected = (
+            torch.ops.pdp.soft_mask(weight, *rest, None, False)[0] for weight in (dirty, clean)
+        )
+        assert torch.equal(w_hat[others], expected[others])
+        grad, expected = (
+            torch.ops.pdp.soft_mask_backward(given, None, clean, *rest)
+            for given in (dirty_grad, clean_grad)
+        )
+        assert torch.equal(grad[others], expected[others])
+    assert w_hat[place] == grad[place] == small
+    assert torch.tensor(1e-30) * 1e-10 > 0, "this thread flushes denormals from now on"
+
+
 def test_misaligned_pointers_change_nothing(masking):
     base = torch.randn(1001)
     t, tau = scalars(base, 0.7, 0.1)
