@@ -3,9 +3,10 @@
 
 #include <type_traits>
 
+#include "../convert.h"
 #include "../magnitude.h"
-#include "convert.h"
 #include "parallel.h"
+#include "visit.h"
 
 namespace pdp::cpu {
 

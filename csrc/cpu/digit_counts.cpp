@@ -4,8 +4,8 @@
 #include <limits>
 #include <mutex>
 
-#include "convert.h"
 #include "gather.h"
+#include "visit.h"
 
 namespace pdp::cpu {
 namespace {

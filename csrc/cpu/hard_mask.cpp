@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "convert.h"
+#include "visit.h"
 
 namespace pdp::cpu {
 namespace {

@@ -5,8 +5,8 @@
 #include <memory>
 
 #include "bracket_search.h"
-#include "convert.h"
 #include "counting_search.h"
+#include "visit.h"
 
 namespace pdp::cpu {
 namespace {

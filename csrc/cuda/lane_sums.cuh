@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../convert.h"
 #include "../magnitude.h"
 #include "../powers.h"
 #include "block.cuh"
@@ -22,16 +23,6 @@ __device__ inline float reciprocal_root(float x) {
   return root;
 #else
   return host_cuda::reciprocal_root(x);
-#endif
-}
-
-__device__ inline float half_to_float(uint16_t bits) {
-#ifdef __CUDACC__
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-#else
-  return static_cast<float>(Magnitude<Half>::value(bits));
 #endif
 }
 
@@ -52,7 +43,7 @@ struct WeightPacket {
     const uint32_t word = words[j / 2];
     if (std::is_same_v<Weight, BFloat16>) return (j % 2 == 0 ? word << 16 : word) & 0x7FFF0000;
     const uint32_t magnitudes = word & 0x7FFF7FFF;
-    return bit_cast<uint32_t>(half_to_float(magnitudes >> (j % 2 * 16)));
+    return bit_cast<uint32_t>(widen(Half{static_cast<uint16_t>(magnitudes >> (j % 2 * 16))}));
   }
 };
 

@@ -43,7 +43,9 @@ constexpr bool compiled_for(std::string_view feature) {
 namespace {
 
 using namespace pdp::cpu;
+using pdp::narrow;
 using pdp::WeightType;
+using pdp::widen;
 
 // Two ranges, the later one first: results must not depend on where a range begins, nor on the
 // order.
