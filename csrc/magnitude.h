@@ -16,6 +16,10 @@ namespace pdp {
 
 enum class WeightType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+constexpr PDP_HOST_DEVICE int bytes_of(WeightType type) {
+  return type == WeightType::kFloat64 ? 8 : type == WeightType::kFloat32 ? 4 : 2;
+}
+
 // 16-bit weights are stored as their bits; the type says how to read them.
 struct BFloat16 {
   uint16_t bits;

@@ -22,6 +22,8 @@
 
 namespace {
 
+using pdp::empty_like;
+using pdp::in_order_of;
 using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -29,27 +31,6 @@ namespace cpu = pdp::cpu;
 
 void parallel_for(int64_t count, int64_t grain, const cpu::RangeBody& body) {
   torch::stable::parallel_for(0, count, grain, body);
-}
-
-Tensor empty_like(const Tensor& tensor, ScalarType dtype) {
-  const auto sizes = tensor.sizes();
-  const Tensor layout = torch::stable::empty_like(tensor);
-  if (dtype == tensor.scalar_type()) return layout;
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), layout.strides().data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &result));
-  return Tensor(result);
-}
-
-// Returns the values in the memory order of `layout`, which empty_like() made: the tensor itself if
-// it has that order (every dense layout does), else a copy.
-Tensor in_order_of(const Tensor& layout, const Tensor& values) {
-  if (pdp::same_order(layout, values)) return values;
-  Tensor copy = empty_like(layout, values.scalar_type());
-  torch::stable::copy_(copy, values);
-  return copy;
 }
 
 cpu::Array array(const Tensor& tensor) { return {tensor.data_ptr(), pdp::weight_type(tensor)}; }
@@ -191,8 +172,8 @@ Tensor soft_mask_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor
   return grad;
 }
 
-// Returns the place of a value of a table of one dimension and any stride.
-const void* place(const Tensor& values, size_t index) {
+// Returns the address of a value of a table with one dimension and any stride.
+const void* address(const Tensor& values, size_t index) {
   const int64_t offset = static_cast<int64_t>(index) * values.stride(0);
   return static_cast<const char*>(values.data_ptr()) +
          offset * static_cast<int64_t>(values.element_size());
@@ -207,8 +188,8 @@ std::vector<Tensor> soft_mask_list(std::vector<Tensor> weights, Tensor threshold
     Tensor& weight = weights[i];
     w_hats.push_back(empty_like(weight, out_dtype.value_or(weight.scalar_type())));
     weight = in_order_of(w_hats[i], weight);  // the list keeps a copy alive
-    list.push_back({array(weight), place(thresholds, i), place(taus, i), array(w_hats[i]), kNoArray,
-                    weight.numel()});
+    list.push_back({array(weight), address(thresholds, i), address(taus, i), array(w_hats[i]),
+                    kNoArray, weight.numel()});
   }
   cpu::soft_mask(list, relative, parallel_for);
   return w_hats;
@@ -230,8 +211,8 @@ std::vector<Tensor> soft_mask_list_backward(std::vector<std::optional<Tensor>> g
     results.push_back(torch::stable::empty_like(weight));
     weight = in_order_of(results[i], weight);
     grads[i] = in_order_of(results[i], *grads[i]);
-    list.push_back({array(*grads[i]), kNoArray, array(weight), place(thresholds, i), place(taus, i),
-                    array(results[i]), weight.numel()});
+    list.push_back({array(*grads[i]), kNoArray, array(weight), address(thresholds, i),
+                    address(taus, i), array(results[i]), weight.numel()});
   }
   cpu::soft_mask_backward(list, relative, parallel_for);
   return results;

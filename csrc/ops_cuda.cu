@@ -20,6 +20,7 @@
 #include "cuda/hard_mask.cuh"
 #include "cuda/power_sums.cuh"
 #include "cuda/prune_counts.cuh"
+#include "cuda/soft_mask_list.cuh"
 #include "cuda/thresholds.cuh"
 #include "prune_count.h"
 #include "tensors.h"
@@ -164,6 +165,62 @@ Tensor power_sums(std::vector<Tensor> weights, std::vector<std::optional<Tensor>
   return sums;
 }
 
+pdp::SoftMaskListRequest mask_request(const Tensor& thresholds, const Tensor& taus, bool relative) {
+  return {{},
+          thresholds.const_data_ptr(),
+          thresholds.stride(0),
+          taus.const_data_ptr(),
+          taus.stride(0),
+          relative};
+}
+
+std::vector<Tensor> soft_mask_list(std::vector<Tensor> weights, Tensor thresholds, Tensor taus,
+                                   bool relative, std::optional<ScalarType> out_dtype) {
+  pdp::check_mask_list(weights, thresholds, taus, DeviceType::CUDA);
+  const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
+  pdp::SoftMaskListRequest request = mask_request(thresholds, taus, relative);
+  std::vector<Tensor> w_hats;
+  for (Tensor& weight : weights) {
+    const Tensor w_hat = pdp::empty_like(weight, out_dtype.value_or(weight.scalar_type()));
+    weight = pdp::in_order_of(w_hat, weight);  // the list keeps a copy alive
+    request.list.push_back({weight.const_data_ptr(), nullptr, w_hat.mutable_data_ptr(),
+                            weight.numel(), pdp::weight_type(weight), pdp::weight_type(w_hat)});
+    w_hats.push_back(w_hat);
+  }
+  STD_CUDA_CHECK(
+      pdp::launch_soft_mask_list<pdp::MaskPass::kForward>(request, current_stream(thresholds)));
+  return w_hats;
+}
+
+std::vector<Tensor> soft_mask_list_backward(std::vector<std::optional<Tensor>> grads,
+                                            std::vector<Tensor> weights, Tensor thresholds,
+                                            Tensor taus, bool relative) {
+  pdp::check_mask_list(weights, thresholds, taus, DeviceType::CUDA);
+  pdp::check_gradients(grads, weights);
+  const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
+  pdp::SoftMaskListRequest request = mask_request(thresholds, taus, relative);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    Tensor& weight = weights[i];
+    const pdp::WeightType type = pdp::weight_type(weight);
+    if (!grads[i]) {
+      results.push_back(empty_on(weight, 0, weight.scalar_type()));
+      request.list.push_back({nullptr, nullptr, nullptr, 0, type, type});
+      continue;
+    }
+    const Tensor result = torch::stable::empty_like(weight);
+    weight = pdp::in_order_of(result, weight);
+    grads[i] = pdp::in_order_of(result, *grads[i]);
+    request.list.push_back({weight.const_data_ptr(), grads[i]->const_data_ptr(),
+                            result.mutable_data_ptr(), weight.numel(), type,
+                            pdp::weight_type(*grads[i])});
+    results.push_back(result);
+  }
+  STD_CUDA_CHECK(
+      pdp::launch_soft_mask_list<pdp::MaskPass::kBackward>(request, current_stream(thresholds)));
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pdp, CUDA, m) {
@@ -171,5 +228,7 @@ STABLE_TORCH_LIBRARY_IMPL(pdp, CUDA, m) {
   m.impl("thresholds", TORCH_BOX(&thresholds));
   m.impl("digit_counts", TORCH_BOX(&digit_counts));
   m.impl("hard_mask", TORCH_BOX(&hard_mask));
+  m.impl("soft_mask_list", TORCH_BOX(&soft_mask_list));
+  m.impl("soft_mask_list_backward", TORCH_BOX(&soft_mask_list_backward));
   m.impl("power_sums", TORCH_BOX(&power_sums));
 }

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -56,6 +57,28 @@ inline bool same_order(const torch::stable::Tensor& a, const torch::stable::Tens
     if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
   }
   return true;
+}
+
+// Returns an empty tensor as torch.empty_like(tensor, dtype=dtype) does.
+inline torch::stable::Tensor empty_like(const torch::stable::Tensor& tensor,
+                                        torch::headeronly::ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(tensor),       from(std::optional(dtype)),
+                                    from(std::nullopt), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
+}
+
+// Returns the values in the memory order of `layout`, which empty_like() made: the tensor itself if
+// it has that order (every dense layout does), else a copy.
+inline torch::stable::Tensor in_order_of(const torch::stable::Tensor& layout,
+                                         const torch::stable::Tensor& values) {
+  if (same_order(layout, values)) return values;
+  torch::stable::Tensor copy = empty_like(layout, values.scalar_type());
+  torch::stable::copy_(copy, values);
+  return copy;
 }
 
 // Makes a weight and its mask dense and of the same order, so that both can be read in the order of

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,37 +32,62 @@ SIZES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8}
 class HotLoop(NamedTuple):
     kernel: str  # name of the template
     title: str
-    reads: str  # text of the source line with its loads
+    reads: str  # text of the source lines with its loads
     contains: str = ""  # text of another source line in the loop
-    mask: int = 0  # bytes of a mask for each weight
+    beside: int = 0  # bytes of other arrays for each weight
     leaves_out: str = ""  # text of a source line that runs in few iterations
+    reads_beside: int = 0  # bytes of other arrays that these loads read for each weight
+    dtype: str = ""  # of the weights, and of w_hat if it differs; else the loop tells it
+
+
+def _soft_mask_loops() -> Iterator[HotLoop]:
+    """Yield the loops of soft_mask_list: one for each pair of types, temperature and direction."""
+    types = {"f32": "float", "bf16": "BFloat16", "f16": "Half", "f64": "double"}
+    pairs = [
+        dtype.split(">") for dtype in ("f32>f32", "f32>bf16", "bf16>bf16", "f16>f16", "f64>f64")
+    ]
+    for number, way in enumerate(("forward", "backward")):
+        for relative, temperature in (("false", "absolute"), ("true", "relative")):
+            for weight, w_hat in pairs:
+                real = "double" if weight == "f64" else "float"
+                yield HotLoop(
+                    f"soft_mask_list_kernel<(MaskPass){number}, {real}, {relative}",
+                    f"soft_mask_list {way} {temperature}",
+                    "packet * kElements]",
+                    f"mask_packets<kPass, {types[weight]}, {types[w_hat]}>",
+                    # The forward writes w_hat. The backward reads its gradient and writes another.
+                    beside=SIZES[w_hat] + number * SIZES[weight],
+                    reads_beside=number * SIZES[w_hat],
+                    dtype=weight if weight == w_hat else f"{weight}>{w_hat}",
+                )
 
 
 # For each kernel, the first that matches counts.
 HOT_LOOPS = [
+    *_soft_mask_loops(),
     HotLoop("bracket_kernel", "thresholds bracket", "packets[", leaves_out="flush();"),
     HotLoop("survivors_kernel", "thresholds survivors", "packets["),
     HotLoop("first_digit_kernel", "thresholds first digit", "packets["),
     HotLoop("later_digit_kernel", "thresholds collecting", "packets[", "stage.push("),
     HotLoop("later_digit_kernel", "thresholds candidates", "packets[", "Memory::kWorkspace>("),
     HotLoop("later_digit_kernel", "thresholds later digit", "packets["),
-    HotLoop("write_mask_kernel", "hard_mask write", "loads[i", mask=1),
-    HotLoop("write_mask_kernel", "hard_mask write unaligned", "weights[i]", mask=1),
+    HotLoop("write_mask_kernel", "hard_mask write", "loads[i", beside=1),
+    HotLoop("write_mask_kernel", "hard_mask write unaligned", "weights[i]", beside=1),
     HotLoop("count_digit_kernel", "digit_counts", "packets["),
     HotLoop(
-        "sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1 masked", "packets[", "masks[", mask=1
+        "sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1 masked", "packets[", "masks[", beside=1
     ),
     HotLoop("sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1", "packets["),
     HotLoop("sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1 unaligned", "unaligned[j]"),
     HotLoop("sum_tiles_kernel<(Norms)0>", "power_sums p=0.5 q=1", "weights[i]"),
     HotLoop(
-        "sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2 masked", "packets[", "masks[", mask=1
+        "sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2 masked", "packets[", "masks[", beside=1
     ),
     HotLoop("sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2", "packets["),
     HotLoop("sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2 unaligned", "unaligned[j]"),
     HotLoop("sum_tiles_kernel<(Norms)1>", "power_sums p=0.5 q=2", "weights[i]"),
     HotLoop(
-        "sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2 masked", "packets[", "masks[", mask=1
+        "sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2 masked", "packets[", "masks[", beside=1
     ),
     HotLoop("sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2", "packets["),
     HotLoop("sum_tiles_kernel<(Norms)2>", "power_sums p=1 q=2 unaligned", "unaligned[j]"),
@@ -157,7 +182,7 @@ def measure_cuda(architecture: str) -> Compiled:
                 if hot and (hot.name not in found or found[hot.name].elements < hot.elements):
                     found[hot.name] = hot
     titles = dict.fromkeys(hot.title for hot in HOT_LOOPS)
-    names = [f"{title} {dtype}" for title in titles for dtype in SIZES]
+    names = [f"{title} {dtype}" for title in titles for dtype in (*SIZES, "f32>bf16")]
     if missing := {hot.title for hot in HOT_LOOPS} - {name.rpartition(" ")[0] for name in found}:
         raise RuntimeError(f"no loop for {sorted(missing)}: no line has the text of HOT_LOOPS")
     kernels = {name: function.kernel for name, function in functions.items()}
@@ -177,9 +202,10 @@ def _measure_loop(
         lines = _lines(body)
         if not any(hot.contains in line for line in lines):
             continue
-        dtype = _dtype(kernel, lines, max(map(width, loads)))
-        elements = bits(loads) / 8 / SIZES[dtype]
-        moved = SIZES[dtype] + hot.mask
+        dtype = hot.dtype or _dtype(kernel, lines, max(map(width, loads)))
+        size = SIZES[dtype.partition(">")[0]]
+        moved = size + hot.beside
+        elements = bits(loads) / 8 / (size + hot.reads_beside)
         if hot.leaves_out:
             body = [each for each in body if not _is_of(each, hot.leaves_out)]
         runs = [(body, 1.0)]

@@ -132,12 +132,64 @@ class HostBuild:
         rows = [weight.shape[0] if per_row else 1 for weight in weights]
         result = torch.full((sum(rows) + GUARD, 3), -7, dtype=torch.float64)
         tensors, data, sizes, types = _views(weights)
-        kept = (ctypes.c_void_p * len(masks))(*(m if m is None else m.data_ptr() for m in masks))
-        norms = (ctypes.c_double(p), ctypes.c_double(q))
-        self._call(
-            "power_sums", tensors, data, kept, torch.tensor(rows), sizes, types, *norms, result
-        )
+        rest = (torch.tensor(rows), sizes, types, ctypes.c_double(p), ctypes.c_double(q), result)
+        self._call("power_sums", tensors, data, _addresses(masks), *rest)
         return _guarded(result)
+
+    def soft_mask_list(
+        self,
+        weights: Sequence[Tensor],
+        thresholds: Tensor,
+        taus: Tensor,
+        relative: bool,
+        out_dtype: torch.dtype | None,
+    ) -> list[Tensor]:
+        dtypes = [out_dtype or weight.dtype for weight in weights]
+        return self._masks(weights, None, dtypes, dtypes, thresholds, taus, relative)
+
+    def soft_mask_list_backward(
+        self,
+        grads: Sequence[Tensor | None],
+        weights: Sequence[Tensor],
+        thresholds: Tensor,
+        taus: Tensor,
+        relative: bool,
+    ) -> list[Tensor]:
+        """The gradients must have the layouts of the weights."""
+        dtypes = [weight.dtype for weight in weights]
+        of_grads = [torch.float32 if grad is None else grad.dtype for grad in grads]
+        return self._masks(weights, grads, dtypes, of_grads, thresholds, taus, relative)
+
+    def _masks(self, weights, grads, dtypes, w_hat_dtypes, thresholds, taus, relative):
+        count = len(weights)
+        absent = [False] * count if grads is None else [grad is None for grad in grads]
+        sizes = [0 if a else w.numel() for a, w in zip(absent, weights, strict=True)]
+        buffers = [
+            torch.full((size + GUARD,), -7, dtype=dtype)
+            for size, dtype in zip(sizes, dtypes, strict=True)
+        ]
+        tensors, data, _, types = _views(weights)
+        self._call(
+            "soft_mask_list",
+            tensors,
+            data,
+            (ctypes.c_int64 * count)(*sizes),
+            types,
+            None if grads is None else _addresses(grads),
+            _addresses(buffers),
+            (ctypes.c_int32 * count)(*(TYPES[dtype] for dtype in w_hat_dtypes)),
+            thresholds,
+            ctypes.c_int64(thresholds.stride(0)),
+            taus,
+            ctypes.c_int64(taus.stride(0)),
+            ctypes.c_int(relative),
+        )
+        return [
+            _guarded(buffer)
+            if is_absent
+            else _guarded(buffer).as_strided(weight.shape, torch.empty_like(weight).stride())
+            for buffer, is_absent, weight in zip(buffers, absent, weights, strict=True)
+        ]
 
     def self_test(self, *kernels: str) -> Tensor:
         """Run kernels of host_cuda/self_test.cpp and return their memory, 1,024 words."""
@@ -156,12 +208,18 @@ class HostBuild:
             raise KernelError(error.decode())
 
 
+def _addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """Return the addresses of tensors, null for None."""
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return (ctypes.c_void_p * len(tensors))(*addresses)
+
+
 def _views(weights: Sequence[Tensor]) -> tuple:
     """Return the number, addresses, sizes and types of a list of weights."""
     count = len(weights)
     return (
         ctypes.c_int64(count),
-        (ctypes.c_void_p * count)(*(weight.data_ptr() for weight in weights)),
+        _addresses(weights),
         (ctypes.c_int64 * count)(*(weight.numel() for weight in weights)),
         (ctypes.c_int32 * count)(*(TYPES[weight.dtype] for weight in weights)),
     )

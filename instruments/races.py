@@ -232,6 +232,14 @@ MUTATIONS = [
         BARRIER,
         workload="power-sums",
     ),
+    Mutation(
+        "soft_mask_list: no barrier before the tensor of a tile is read",
+        "soft_mask_list.cuh",
+        "  __syncthreads();\n  const int32_t tensor = shared.tensor;",
+        BARRIER,
+        "shared.tensor = table.find(block);",  # noise would be no place of the table
+        workload="soft-masks",
+    ),
 ]
 
 

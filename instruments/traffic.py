@@ -80,6 +80,14 @@ def operators(
         )
     masks = [None] * len(weights)
     yield "power_sums", size, lambda: build.power_sums(weights, masks, 0.5, 1.0, False)
+    mask = (torch.full((len(weights),), 0.03), torch.full((len(weights),), 0.3), True)
+    yield "soft_mask_list", 2 * size, lambda: build.soft_mask_list(weights, *mask, None)
+    grads = [weight.clone() for weight in weights]
+    yield (
+        "soft_mask_list_backward",
+        3 * size,
+        lambda: build.soft_mask_list_backward(grads, weights, *mask),
+    )
 
 
 def measure(

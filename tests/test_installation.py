@@ -70,7 +70,7 @@ def test_cuda_kernels_are_linked_and_registered():
     if "No module named" in info["reasons"].get("cuda", ""):
         pytest.skip("built without CUDA")
     assert info["cuda"]["architectures"], info["reasons"]
-    for name in ("prune_counts", "thresholds", "hard_mask"):
+    for name in ("prune_counts", "thresholds", "hard_mask", "soft_mask_list"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pdp::{name}", "CUDA")
 
 

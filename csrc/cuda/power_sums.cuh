@@ -45,11 +45,6 @@ struct PowerSumsRequest {
   DeviceLimits limits;
 };
 
-__device__ inline int weight_bytes(WeightType type) {
-  if (type == WeightType::kFloat64) return 8;
-  return type == WeightType::kFloat32 ? 4 : 2;
-}
-
 __device__ inline double magnitude(double weight) { return std::fabs(weight); }
 template <typename Weight>
 __device__ double magnitude(Weight weight) {
@@ -118,7 +113,7 @@ __device__ inline SumTile tile_at(const SumPlan& plan, int64_t tile) {
   const int64_t offset = (tile - entry.tile_begin) % entry.tiles_per_row * kSumTile;
   const int64_t begin = row * entry.row_size + offset;
   const auto* kept = reinterpret_cast<const uint8_t*>(entry.kept);
-  return {static_cast<const char*>(entry.data) + begin * weight_bytes(entry.type),
+  return {static_cast<const char*>(entry.data) + begin * bytes_of(entry.type),
           kept == nullptr ? nullptr : kept + begin,
           static_cast<int>(min(kSumTile, entry.row_size - offset)), entry.type,
           entry.tiles_per_row > 1 ? &plan.tile_sums[tile] : &plan.results[entry.group_begin + row]};

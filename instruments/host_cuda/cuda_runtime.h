@@ -35,6 +35,10 @@ struct dim3 {
   dim3(unsigned x_of = 1) : x(x_of) {}  // NOLINT(runtime/explicit): as in CUDA
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

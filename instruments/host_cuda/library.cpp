@@ -11,6 +11,7 @@
 #include "../../csrc/cuda/hard_mask.cuh"
 #include "../../csrc/cuda/power_sums.cuh"
 #include "../../csrc/cuda/prune_counts.cuh"
+#include "../../csrc/cuda/soft_mask_list.cuh"
 #include "../../csrc/cuda/thresholds.cuh"
 #include "../../csrc/cuda/workspace.cuh"
 #include "../../csrc/prune_count.h"
@@ -23,6 +24,7 @@ using host_cuda::Kind;
 using host_cuda::kTable;
 using host_cuda::name;
 using host_cuda::report;
+using pdp::bytes_of;
 
 size_t latest_workspace_bytes = 0;
 int64_t sampled_from = pdp::kSampledFrom;
@@ -47,11 +49,6 @@ pdp::DeviceLimits limits() {
   pdp::DeviceLimits limits;
   pdp::read_device_limits(0, &limits);
   return limits;
-}
-
-size_t bytes_of(pdp::WeightType type) {
-  if (type == pdp::WeightType::kFloat64) return 8;
-  return type == pdp::WeightType::kFloat32 ? 4 : 2;
 }
 
 void name_weights(const std::vector<pdp::WeightView>& weights) {
@@ -228,6 +225,37 @@ const char* host_power_sums(int64_t tensors, const void* const* data, const bool
     name(plan.tile_sums, plan.tiles * sizeof(pdp::PowerSums), "partial sums");
     pdp::launch_power_sums(request, workspace.data(), nullptr);
     workspace.free();
+  });
+}
+
+// grads: null for the forward. Strides are in elements.
+const char* host_soft_mask_list(int64_t tensors, const void* const* weights, const int64_t* sizes,
+                                const int32_t* types, const void* const* grads,
+                                void* const* results, const int32_t* w_hat_types,
+                                const void* thresholds, int64_t threshold_stride, const void* taus,
+                                int64_t tau_stride, int relative) {
+  return report([&] {
+    pdp::SoftMaskListRequest request = {{},   thresholds, threshold_stride,
+                                        taus, tau_stride, relative != 0};
+    latest_workspace_bytes = 0;
+    for (int64_t i = 0; i < tensors; ++i) {
+      const auto type = static_cast<pdp::WeightType>(types[i]);
+      const auto w_hat_type = static_cast<pdp::WeightType>(w_hat_types[i]);
+      const void* grad = grads == nullptr ? nullptr : grads[i];
+      request.list.push_back({weights[i], grad, results[i], sizes[i], type, w_hat_type});
+      name(weights[i], sizes[i] * bytes_of(type), "weights");
+      if (grads == nullptr) {
+        name(results[i], sizes[i] * bytes_of(w_hat_type), "w_hat");
+      } else {
+        name(grads[i], sizes[i] * bytes_of(w_hat_type), "gradients of w_hat");
+        name(results[i], sizes[i] * bytes_of(type), "gradients");
+      }
+    }
+    if (grads == nullptr) {
+      pdp::launch_soft_mask_list<pdp::MaskPass::kForward>(request, nullptr);
+    } else {
+      pdp::launch_soft_mask_list<pdp::MaskPass::kBackward>(request, nullptr);
+    }
   });
 }
 

@@ -31,6 +31,7 @@
 #include "../../csrc/cuda/hard_mask.cuh"
 #include "../../csrc/cuda/power_sums.cuh"
 #include "../../csrc/cuda/prune_counts.cuh"
+#include "../../csrc/cuda/soft_mask_list.cuh"
 #include "../../csrc/cuda/thresholds.cuh"
 #include "../../csrc/prune_count.h"
 
@@ -324,6 +325,49 @@ void prune_counts(uint64_t seed, size_t tensors) {
   check(counts.values() == values, "counts");
 }
 
+// Each weight has a threshold and a temperature of its own.
+template <typename Weight>
+void soft_masks(uint64_t seed, const std::vector<int64_t>& sizes, bool relative) {
+  using Real = std::conditional_t<std::is_same_v<Weight, double>, double, float>;
+  constexpr double kTolerance = sizeof(Weight) == 8 ? 1e-12 : sizeof(Weight) == 4 ? 1e-5 : 1e-2;
+  Random random(seed);
+  std::vector<std::vector<Weight>> weights, grads;
+  std::vector<DeviceArray<Weight>> weights_there, grads_there, results;
+  std::vector<Real> scalars;
+  for (const int64_t size : sizes) {
+    weights.push_back(make_weight<Weight>(size, normal, random));
+    grads.push_back(make_weight<Weight>(size, normal, random));
+    weights_there.emplace_back(weights.back());
+    grads_there.emplace_back(grads.back());
+    results.emplace_back(size);
+    const Real position = static_cast<Real>(weights.size() % 7);
+    scalars.insert(scalars.end(), {Real(0.2) + position / 8, Real(0.1) + position / 9});
+  }
+  const DeviceArray<Real> there(scalars);
+  for (const bool backward : {false, true}) {
+    pdp::SoftMaskListRequest request = {{}, there.data(), 2, there.data() + 1, 2, relative};
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      request.list.push_back({weights_there[i].data(), backward ? grads_there[i].data() : nullptr,
+                              results[i].data(), sizes[i], kType<Weight>, kType<Weight>});
+    }
+    check(backward ? pdp::launch_soft_mask_list<pdp::MaskPass::kBackward>(request, nullptr)
+                   : pdp::launch_soft_mask_list<pdp::MaskPass::kForward>(request, nullptr));
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      const double t = scalars[2 * i], tau = scalars[2 * i + 1] * (relative ? t * t : 1.0);
+      const std::vector<Weight> found = results[i].values();
+      bool right = true;
+      for (int64_t j = 0; j < sizes[i]; ++j) {
+        const double w = pdp::widen(weights[i][j]), g = pdp::widen(grads[i][j]);
+        const double m = 1 / (1 + std::exp(-(w * w - t * t) / tau));
+        const double expected = backward ? g * (m + 2 * w * w / tau * m * (1 - m)) : m * w;
+        const double allowed = kTolerance * (1 + std::fabs(expected));
+        right &= std::fabs(pdp::widen(found[j]) - expected) <= allowed;
+      }
+      check(right, backward ? "gradient" : "w_hat");
+    }
+  }
+}
+
 std::vector<int64_t> repeated(size_t times, int64_t size) {
   return std::vector<int64_t>(times, size);
 }
@@ -398,6 +442,16 @@ const Workload kWorkloads[] = {
     {"power-sums-float16",
      [](uint64_t seed) { power_sums<Half>(seed, {9003, 27, 20}, 0.5, 2, true); }},
     {"power-sums-list", [](uint64_t seed) { power_sums<float>(seed, repeated(17, 70), 0.5, 1); }},
+    {"soft-masks", [](uint64_t seed) { soft_masks<float>(seed, {20011, 3, 0, 9000}, true); }},
+    {"soft-masks-float64", [](uint64_t seed) { soft_masks<double>(seed, {9000, 0, 5}, false); }},
+    {"soft-masks-bfloat16", [](uint64_t seed) { soft_masks<BFloat16>(seed, {8192, 31}, false); }},
+    {"soft-masks-float16", [](uint64_t seed) { soft_masks<Half>(seed, {9001, 8}, true); }},
+    {"soft-masks-list",
+     [](uint64_t seed) {
+       std::vector<int64_t> sizes(100);  // more than a small chunk, most of them empty
+       for (size_t i = 0; i < sizes.size(); i += 9) sizes[i] = 9;
+       soft_masks<float>(seed, sizes, true);
+     }},
     {"prune-counts",
      [](uint64_t seed) {
        for (const size_t tensors : {1, 33, 3000}) prune_counts(seed, tensors);

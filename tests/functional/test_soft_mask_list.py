@@ -8,26 +8,8 @@ from torch.func import vmap
 
 from pdp_kernels.ops import reference
 from tests.support.backends import on_device
-from tests.support.masks import REAL, check_soft_mask_list
+from tests.support.masks import SINGLE, check_soft_mask_list, layers, table
 from tests.support.weights import DTYPES, FINITE, SPECIAL, denormals, weight_of
-
-SINGLE = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(), (0,), (1,), (7,), (33, 3), (4097,), (5, 8, 3, 3)]
-
-
-def layers(dtypes, scale=1.0):
-    """Return weights of every shape, by turns of the dtypes, some of them channels_last."""
-    weights = [
-        (scale * torch.randn(shape)).to(dtypes[i % len(dtypes)]) for i, shape in enumerate(SHAPES)
-    ]
-    return [w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for w in weights]
-
-
-def table(weights, low, high):
-    """Return one number for each weight, with the stride of a table's column."""
-    columns = torch.full((len(weights), 4), math.nan, dtype=REAL[weights[0].dtype])
-    columns[:, 1] = torch.linspace(low, high, len(weights))
-    return columns[:, 1]
 
 
 @pytest.mark.parametrize("relative", [False, True])

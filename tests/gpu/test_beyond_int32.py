@@ -58,6 +58,20 @@ def test_mask_and_its_gradient_are_right():
     assert not grad[:-2].any()
 
 
+def test_masks_of_a_list_and_their_gradients_are_right():
+    weight = zeros_but_the_last_two(BEYOND_INT32 + 5)
+    weights = [weight[:3], weight[-3:], weight]
+    rest = (number(0.5).expand(3), number(1e-4).expand(3), False)
+    first, last, w_hat = torch.ops.pdp.soft_mask_list(weights, *rest, None)
+    assert last.tolist() == [0, 1, 0]
+    assert torch.equal(w_hat[-3:], last) and not w_hat[:-2].any() and not first.any()
+    del w_hat
+    grads = [None, None, torch.ones_like(weight)]
+    grad = torch.ops.pdp.soft_mask_list_backward(grads, weights, *rest)[2]
+    assert grad[-2:].tolist() == [1, 0]
+    assert not grad[:-2].any()
+
+
 def test_n_m_masks_along_rows_are_right():
     """t is 0.125 in the last group, 0 in the others; there is nothing between."""
     weight = zeros_but_the_last_two(BEYOND_INT32 // 4 + 3, 4)

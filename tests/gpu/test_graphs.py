@@ -80,6 +80,28 @@ def test_hard_masks_and_packed_weights_follow_the_weight(name):
         assert all(map(torch.equal, results, HARD[name](weight)))
 
 
+@pytest.mark.parametrize("tensors", [3, 120])
+def test_soft_masks_of_a_list_follow_weights_and_scalars(tensors):
+    weights = layers(
+        (70_001, *range(tensors - 1)),
+        (torch.float32, torch.bfloat16) * (tensors // 2) + (torch.float16,) * (tensors % 2),
+    )
+    thresholds, taus = torch.rand(2, tensors, device="cuda")
+
+    def step():
+        w_hats = torch.ops.pdp.soft_mask_list(weights, thresholds, taus, True, torch.bfloat16)
+        return *w_hats, *torch.ops.pdp.soft_mask_list_backward(
+            w_hats, weights, thresholds, taus, True
+        )
+
+    graph, results = captured(step)
+    for _ in range(2):
+        for tensor in (*weights, thresholds, taus):
+            tensor.copy_(torch.rand_like(tensor))
+        graph.replay()
+        assert all(map(torch.equal, results, step()))
+
+
 SOFT = {
     "unstructured": lambda weight, ratio, tau: pdp_mask(weight, ratio, tau=tau),
     "2:4": lambda weight, ratio, tau: pdp_mask_nm(weight, 2, 4, tau=tau),

@@ -57,7 +57,12 @@ def counts_of_a_digit(weights):
     return torch.ops.pdp.digit_counts(weights, zeros, 2)
 
 
-@pytest.mark.parametrize("function", [pdp_thresholds, pq_index, counts_of_a_digit])
+def masks(weights):
+    scalars = torch.full((len(weights),), 0.5, device="cuda")
+    return torch.ops.pdp.soft_mask_list(weights, scalars, scalars, True, None)
+
+
+@pytest.mark.parametrize("function", [pdp_thresholds, pq_index, counts_of_a_digit, masks])
 def test_launches_do_not_grow_with_the_list(function):
     few, many = ([torch.randn(5000, device="cuda") for _ in range(n)] for n in (2, 300))
     arguments = (0.9,) if function is pdp_thresholds else ()

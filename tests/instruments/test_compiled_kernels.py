@@ -50,6 +50,7 @@ NARROW = {
     "power_sums * unaligned *": (0, "weights do not begin at a multiple of 16 bytes"),
     "power_sums p=* f64": (0, "a lane reads every 32nd weight, in order"),
     "power_sums any *": (0, "a lane reads every 32nd weight, in order"),
+    "soft_mask_list * f32>bf16": (0.66, "16 bytes of weights have 8 bytes of w_hat"),
     "N:M * odd *": (0, "Triton masks each element, for the last of them may end anywhere"),
     "N:M * 2:4 relative f32>bf16": (0.66, "a thread has groups of 4, 8 bytes of bfloat16"),
     "N:M * 2:4 relative bf16": (0, "a thread has groups of 4, 8 bytes of bfloat16"),

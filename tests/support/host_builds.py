@@ -195,6 +195,7 @@ class CudaBuild:
         self.host = HostBuild()
         self.digit_counts = self.host.digit_counts
         self.power_sums = self.host.power_sums
+        self.soft_mask_list = self.host.soft_mask_list
 
     def thresholds(self, weights, counts):
         thresholds = self.host.thresholds(weights, counts.tolist()).thresholds
@@ -202,3 +203,12 @@ class CudaBuild:
 
     def hard_mask(self, weight, counts):
         return self.host.hard_mask(weight, counts.item())
+
+    def soft_mask_list_backward(self, grads, weights, thresholds, taus, relative):
+        in_order = [
+            grad
+            if grad is None or grad.stride() == weight.stride()
+            else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+            for grad, weight in zip(grads, weights, strict=True)
+        ]
+        return self.host.soft_mask_list_backward(in_order, weights, thresholds, taus, relative)

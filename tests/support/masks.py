@@ -56,6 +56,26 @@ def check_soft_mask(backend, weight, threshold, tau, relative, out_dtype=None):
         assert_within_budget(actual, expected, allowances.of_gradient(*chosen))
 
 
+SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(), (0,), (1,), (7,), (33, 3), (4097,), (5, 8, 3, 3)]
+
+
+def layers(dtypes, scale=1.0):
+    """Return weights of every shape, by turns of the dtypes; the last is channels_last."""
+    weights = [
+        (scale * torch.randn(shape)).to(dtypes[i % len(dtypes)]) for i, shape in enumerate(SHAPES)
+    ]
+    weights[-1] = weights[-1].to(memory_format=torch.channels_last)
+    return weights
+
+
+def table(weights, low, high):
+    """Return one number for each weight, with the stride of a table's column."""
+    columns = torch.full((len(weights), 4), torch.nan, dtype=REAL[weights[0].dtype])
+    columns[:, 1] = torch.linspace(low, high, len(weights))
+    return columns[:, 1]
+
+
 def check_soft_mask_list(backend, weights, thresholds, taus, relative, out_dtype=None):
     """Check the forward, and the backward of gradients in the output's dtype."""
     layers = list(zip(weights, thresholds, taus, strict=True))
