@@ -1,6 +1,7 @@
 """Differentiable soft masks: dispatcher operators whose backward is Eq. 2 of the paper."""
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +47,11 @@ class MaskedWeight(torch.autograd.Function):
         weight, threshold, tau = ctx.saved_tensors
         grads = (grad_w_hat, grad_mask, weight)
         if ctx.group is None:
-            grad = _backward("soft_mask_backward", *grads, threshold, tau, ctx.relative)
+            operator = torch.ops.pdp.soft_mask_backward
+            grad = _backward(operator, *grads, threshold, tau, ctx.relative)
         else:
-            grad = _backward("soft_mask_nm_backward", *grads, tau, *ctx.group, ctx.relative)
+            operator = torch.ops.pdp.soft_mask_nm_backward
+            grad = _backward(operator, *grads, tau, *ctx.group, ctx.relative)
         return grad, None, None, None, None, None, None
 
     @staticmethod
@@ -90,7 +93,7 @@ class MaskedChannels(torch.autograd.Function):
         if grad_w_hat is None and grad_mask is None:
             return (None,) * 8
         grad = _backward(
-            "soft_mask_channel_backward",
+            torch.ops.pdp.soft_mask_channel_backward,
             grad_w_hat,
             grad_mask,
             *ctx.saved_tensors,
@@ -105,26 +108,80 @@ class MaskedChannels(torch.autograd.Function):
         return map_over_batch(MaskedChannels.apply, info.batch_size, in_dims, args)
 
 
-def _backward(name: str, *arguments: Any) -> Tensor:
+class MaskedWeights(torch.autograd.Function):
+    """Return the w_hat of each weight of a list, in one call: no transforms, no compilation.
+
+    The node remembers the weights without saving them: several backward passes may each reach some
+    of the w_hat, and none may end the node for the others. It checks their versions itself.
+
+    on_backward: called when a backward pass reaches the node.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        on_backward: Callable[[], None],
+        thresholds: Tensor,
+        taus: Tensor,
+        relative: bool,
+        out_dtype: torch.dtype | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.on_backward = on_backward
+        ctx.weights, ctx.thresholds, ctx.taus, ctx.relative = weights, thresholds, taus, relative
+        ctx.versions = [each._version for each in (*weights, thresholds, taus)]
+        return tuple(torch.ops.pdp.soft_mask_list(weights, thresholds, taus, relative, out_dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.on_backward()
+        weights, constants = ctx.weights, (ctx.thresholds, ctx.taus)
+        is_used = [*(grad is not None for grad in grads), True, True]
+        _check_versions((*weights, *constants), ctx.versions, is_used)
+
+        def operator(*tensors: Any) -> tuple[Tensor, ...]:
+            lists = tensors[: len(weights)], tensors[len(weights) :]
+            return tuple(torch.ops.pdp.soft_mask_list_backward(*lists, *constants, ctx.relative))
+
+        results = _backward(operator, *grads, *weights)
+        return (None,) * 5 + tuple(
+            None if grad is None else result for grad, result in zip(grads, results, strict=True)
+        )
+
+
+def _check_versions(
+    tensors: Sequence[Tensor], versions: Sequence[int], is_used: Sequence[bool]
+) -> None:
+    for tensor, version, used in zip(tensors, versions, is_used, strict=True):
+        if used and tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a masked weight or its constant, shape {tuple(tensor.shape)}, "
+                f"is at version {tensor._version}; expected version {version} instead"
+            )
+
+
+def _backward(operator: Callable[..., Any], *arguments: Any) -> Any:
     """Return the result of a backward operator, whose second derivative is an error."""
     if torch.is_grad_enabled():
-        return _BackwardOnce.apply(name, *arguments)
-    return getattr(torch.ops.pdp, name)(*arguments)
+        return _BackwardOnce.apply(operator, *arguments)
+    return operator(*arguments)
 
 
 class _BackwardOnce(torch.autograd.Function):
     """Call a backward operator. Its own derivative is an error instead of zero."""
 
     @staticmethod
-    def forward(name: str, *arguments: Any) -> Tensor:
-        return getattr(torch.ops.pdp, name)(*arguments)
+    def forward(operator: Callable[..., Any], *arguments: Any) -> Any:
+        return operator(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> None:
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             "a masked weight cannot be differentiated twice: its backward is the paper's Eq. 2, a "
             "given estimate of the gradient"

@@ -21,7 +21,8 @@ from pdp_kernels.pruning.layers import (
     parameter_of,
     quantized,
 )
-from pdp_kernels.pruning.masks import WeightMask
+from pdp_kernels.pruning.mask_buckets import MaskBuckets, bucketed
+from pdp_kernels.pruning.masks import UnstructuredMask, WeightMask
 
 DATA_PARALLEL = (
     "torch.nn.DataParallel cannot run layers that PDPPruner masks, as its replicas would share one "
@@ -45,7 +46,8 @@ class MaskedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         shown = []
         try:
-            for layer in (self, *layers_read(self, self.training)):
+            others = layers_read(self, self.training) if self._modules else ()
+            for layer in (self, *others):
                 if not isinstance(layer, MaskedLayer):
                     continue
                 for name, mask in layer.pdp_masks.items():
@@ -73,13 +75,31 @@ class MaskedLayer(nn.Module):
         raise RuntimeError(DATA_PARALLEL)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class exists at run time only, so a pickle names the class that it was made from.
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, args, *rest = reduced
-        if make is not copyreg.__newobj__:  # type: ignore[attr-defined]  # not in typeshed
-            return make, args, *rest
-        cls, *others = args
-        return _new, (original_class(cls), tuple(self.pdp_masks), *others), *rest
+        return _reduced(super().__reduce_ex__(protocol), _masked_class, tuple(self.pdp_masks))
+
+
+class MaskedModel(nn.Module):
+    """The first base of a masked model's class, if several of its weights may be in buckets.
+
+    Code that asks for the class finds the name that it had.
+
+    Attributes:
+        pdp_buckets: the buckets from which its layers take their masked weights.
+    """
+
+    pdp_buckets: MaskBuckets
+
+    def __init_subclass__(cls) -> None:
+        """Do nothing, where a user's class might enter each of its subclasses into a registry."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__
+        if torch.compiler.is_compiling() or not self.training:
+            return call(*args, **kwargs)
+        return self.pdp_buckets.run(self, lambda: call(*args, **kwargs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(super().__reduce_ex__(protocol), _model_class)
 
 
 def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) -> None:
@@ -92,6 +112,14 @@ def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) 
     for layer, own in masks.items():
         _mask_layer(layer, own)
     mask_parents(model)
+    unstructured = [
+        mask for own in masks.values() for mask in own.values() if type(mask) is UnstructuredMask
+    ]
+    # A GraphModule writes a new forward into its class when its graph changes.
+    if len(unstructured) > 1 and not isinstance(model, (MaskedLayer, torch.fx.GraphModule)):
+        cls: type = type(model)
+        cast(MaskedModel, model).pdp_buckets = MaskBuckets()
+        model.__class__ = _model_class(cls)
 
 
 def mask_parents(model: nn.Module) -> None:
@@ -120,10 +148,13 @@ def mask_parents(model: nn.Module) -> None:
 def unmask_model(model: nn.Module) -> None:
     """Give the layers of a model back the classes they had before `mask_model`."""
     for layer in model.modules():
+        cls: type = type(layer)
         if isinstance(layer, MaskedLayer):
-            cls: type = type(layer)
             layer.__class__ = original_class(cls)
             del layer.pdp_masks, layer.pdp_shown
+        elif isinstance(layer, MaskedModel):
+            layer.__class__ = original_class(cls)
+            del layer.pdp_buckets
 
 
 def check_unmasked(model: nn.Module, advice: str) -> None:
@@ -141,19 +172,22 @@ def check_unmasked(model: nn.Module, advice: str) -> None:
 
 @functools.cache
 def original_class(cls: type) -> type:
-    """Return the class that a layer of this class had before it was masked.
+    """Return the class that a layer or model of this class had before it was masked.
 
     FSDP may have put a class of its own on top of the masked one; the result then has it too.
     """
-    if cls.__bases__[0] is MaskedLayer:
+    if cls.__bases__[0] in (MaskedLayer, MaskedModel):
         return cls.__bases__[1]
-    bases = tuple(
-        original_class(base) if MaskedLayer in base.__mro__ else base for base in cls.__bases__
-    )
+    bases = tuple(original_class(base) if _is_masked(base) else base for base in cls.__bases__)
     namespace = {
         name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")
     }
-    return type(cls.__name__.replace("Masked", "", 1), bases, namespace)
+    is_layer = MaskedLayer in cls.__mro__
+    return type(cls.__name__.replace("Masked", "", int(is_layer)), bases, namespace)
+
+
+def _is_masked(cls: type) -> bool:
+    return MaskedLayer in cls.__mro__ or MaskedModel in cls.__mro__
 
 
 def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
@@ -173,6 +207,10 @@ def _is_in_onnx_export() -> bool:
 def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     """Return the weight for a forward: softly masked in training, else with exact zeros."""
     weight = parameter_of(layer, name)
+    if layer.training and not torch.compiler.is_compiling():
+        w_hat = bucketed(weight, mask)
+        if w_hat is not None:
+            return w_hat
     if is_quantized(weight):
         cls: type = type(layer)
         raise quantized(f"the {name} of a {original_class(cls).__name__}", weight)
@@ -194,6 +232,12 @@ def _masked_class(cls: type, names: tuple[str, ...]) -> type:
     return type(f"Masked{cls.__name__}", (MaskedLayer, cls), namespace)
 
 
+@functools.cache
+def _model_class(cls: type) -> type:
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (MaskedModel, cls), names)
+
+
 def _refuse_merge(*_: Any, **__: Any) -> None:
     raise RuntimeError(
         "PEFT cannot merge adapters into weights that PDPPruner masks, as the masks would prune "
@@ -212,6 +256,17 @@ def _shown_or_parameter(name: str) -> property:
     return property(get, set)
 
 
-def _new(cls: type, names: tuple[str, ...], *args: Any) -> Any:
-    masked = _masked_class(cls, names)
+def _reduced(reduced: Any, masked_class: Callable[..., type], *names: tuple[str, ...]) -> Any:
+    """Let a pickle name the class that a masked one was made from: that exists at run time only."""
+    make, args, *rest = reduced
+    if make is not copyreg.__newobj__:  # type: ignore[attr-defined]  # not in typeshed
+        return make, args, *rest
+    cls, *others = args
+    return _new, (masked_class, original_class(cls), names, *others), *rest
+
+
+def _new(
+    masked_class: Callable[..., type], cls: type, names: tuple[tuple[str, ...], ...], *args: Any
+) -> Any:
+    masked: Any = masked_class(cls, *names)
     return masked.__new__(masked, *args)

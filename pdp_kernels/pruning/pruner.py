@@ -48,10 +48,19 @@ class PDPPruner:
                 pruner.step(epoch + (index + 1) / len(batches))
         pruner.finalize()
 
-    Every Parameter stays where it is, under its own name. Only the class of a pruned layer changes,
-    to one whose forward reads the masked weight. So optimizers, state_dict, deepcopy, pickle, DDP
-    and torch.compile see an ordinary model. A weight that several layers share is pruned once. It
-    is left alone if one of these layers is not pruned, an embedding for example.
+    Every Parameter stays where it is, under its own name. Only classes change: that of a pruned
+    layer, to one whose forward reads the masked weight, and that of the model, to one of the same
+    name. So optimizers, state_dict, deepcopy, pickle, DDP and torch.compile see an ordinary model.
+    A weight that several layers share is pruned once. It is left alone if one of these layers is
+    not pruned, an embedding for example.
+
+    Where the model itself is called in training mode, unstructured masks are computed for about
+    25 MB of weights at a time, in one call forward and one backward, from the second training step
+    on. That keeps up to 25 MB more of gradients. A weight is masked on its own, as its layer runs,
+    where it has 8 million elements or more or hooks on its gradient, where a layer is called
+    without the model, and under activation checkpointing, transforms of torch.func, torch.compile
+    and FSDP. While the model's forward runs, only the layer itself may write into its weight
+    through ``.data``, which nothing can notice.
 
     In a PEFT model the pruner prunes the base layers and, by default, no adapters. Base weights
     that are frozen keep their magnitudes, are pruned by these, and the adapters learn to make up
