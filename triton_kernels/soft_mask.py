@@ -13,6 +13,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from pdp_kernels.triton_kernels.launch import Launcher
 from torch import Tensor
 
 # Elements per program, half as many in float64: for float32, loads of 16 bytes and 4 loads per
@@ -300,6 +301,10 @@ def _soft_mask_bwd_kernel(
             done += part
 
 
+launch_forward = Launcher(_soft_mask_fwd_kernel)
+launch_backward = Launcher(_soft_mask_bwd_kernel)
+
+
 def soft_mask(
     weight: Tensor,
     threshold: Tensor,
@@ -315,18 +320,19 @@ def soft_mask(
     if numel > 0:
         ordered = in_order_of(w_hat, weight)
         block = BLOCK if threshold.dtype == torch.float32 else BLOCK // 2
+        aligned = ordered.data_ptr() % 16 == 0
+        constants = (relative, TINY[threshold.dtype], aligned, block)
         with torch.cuda.device_of(weight):
-            _soft_mask_fwd_kernel[(-(-numel // block),)](
+            launch_forward(
+                -(-numel // block),
+                (w_hat.device, weight.dtype, w_hat.dtype, return_mask, *constants),
                 ordered,
                 threshold,
                 tau,
                 w_hat,
                 mask if return_mask else None,
                 numel,
-                relative,
-                TINY[threshold.dtype],
-                ordered.data_ptr() % 16 == 0,
-                block,
+                *constants,
                 num_warps=NUM_WARPS,
             )
     return w_hat, mask
@@ -353,8 +359,16 @@ def soft_mask_backward(
         if grad_mask is not None:
             grad_mask = in_order_of(grad, grad_mask)
             aligned &= grad_mask.data_ptr() % 16 == 0
+        constants = (relative, TINY[threshold.dtype], aligned, block)
+        dtypes = (
+            grad_w_hat if grad_w_hat is None else grad_w_hat.dtype,
+            grad_mask if grad_mask is None else grad_mask.dtype,
+            weight.dtype,
+        )
         with torch.cuda.device_of(weight):
-            _soft_mask_bwd_kernel[(-(-numel // block),)](
+            launch_backward(
+                -(-numel // block),
+                (weight.device, *dtypes, *constants),
                 grad_w_hat,
                 grad_mask,
                 weight,
@@ -362,10 +376,7 @@ def soft_mask_backward(
                 tau,
                 grad,
                 numel,
-                relative,
-                TINY[threshold.dtype],
-                aligned,
-                block,
+                *constants,
                 num_warps=NUM_WARPS,
             )
     return grad

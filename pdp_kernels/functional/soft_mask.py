@@ -151,16 +151,17 @@ def temperature_of(
     name, value = ("relative_tau", relative_tau) if relative else ("tau", tau)
     if value is None:
         value = PAPER_TAU
-    dtype = threshold_dtype([weight])
+    dtype = threshold_dtype((weight,))
     check_temperature(name, value, dtype, weight.device)
     if isinstance(value, Tensor):
-        return value.to(dtype), relative
+        return value if value.dtype == dtype else value.to(dtype), relative
     return torch.full((), value, dtype=dtype, device=weight.device), relative
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """Return the dtype of w_hat under autocast, which leaves float64 alone; None outside of it."""
-    device_type = weight.device.type
+    # device.type makes a string on each call, which takes longer than all the rest.
+    device_type = "cpu" if weight.is_cpu else "cuda" if weight.is_cuda else weight.device.type
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

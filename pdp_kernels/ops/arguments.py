@@ -23,40 +23,50 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
+# Every mask runs the next five. They write a message only if it is needed.
+
+
 def _check_weight(weight: Tensor) -> None:
-    _require(weight.dtype in DTYPES, f"weight must be floating point, got {weight.dtype}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight must be floating point, got {weight.dtype}")
 
 
 def _check_values(
     name: str, values: Tensor, dtype: torch.dtype, count: int, weight: Tensor
 ) -> None:
-    _require(values.dtype == dtype, f"{name} must have dtype {dtype}, got {values.dtype}")
-    _require(values.numel() == count, f"{name} must have {count} elements, got {values.numel()}")
-    _require(
-        values.device == weight.device,
-        f"{name} must be on the weight's device {weight.device}, got {values.device}",
-    )
-
-
-def _check_scalars(weight: Tensor, **scalars: Tensor) -> None:
-    _check_weight(weight)
-    for name, value in scalars.items():
-        _check_values(name, value, threshold_dtype([weight]), 1, weight)
+    if values.dtype != dtype:
+        raise ValueError(f"{name} must have dtype {dtype}, got {values.dtype}")
+    if values.numel() != count:
+        raise ValueError(f"{name} must have {count} elements, got {values.numel()}")
+    _check_device(name, values, weight)
 
 
 def _check_like(weight: Tensor, **gradients: Tensor | None) -> None:
     for name, values in gradients.items():
         if values is None:
             continue
-        _require(values.dtype in DTYPES, f"{name} must be floating point, got {values.dtype}")
-        _require(
-            values.shape == weight.shape,
-            f"{name} must have the weight's shape {tuple(weight.shape)}, got {tuple(values.shape)}",
+        if values.dtype not in DTYPES:
+            raise ValueError(f"{name} must be floating point, got {values.dtype}")
+        if values.shape != weight.shape:
+            raise ValueError(
+                f"{name} must have the weight's shape {tuple(weight.shape)}, "
+                f"got {tuple(values.shape)}"
+            )
+        _check_device(name, values, weight)
+
+
+def _check_device(name: str, values: Tensor, weight: Tensor) -> None:
+    if values.device != weight.device:
+        raise ValueError(
+            f"{name} must be on the weight's device {weight.device}, got {values.device}"
         )
-        _require(
-            values.device == weight.device,
-            f"{name} must be on the weight's device {weight.device}, got {values.device}",
-        )
+
+
+def _check_scalars(weight: Tensor, **scalars: Tensor) -> None:
+    _check_weight(weight)
+    dtype = threshold_dtype((weight,))
+    for name, value in scalars.items():
+        _check_values(name, value, dtype, 1, weight)
 
 
 def _check_list(weights: Sequence[Tensor], **values: Tensor) -> None:

@@ -1,16 +1,33 @@
 """Differentiable soft masks: dispatcher operators whose backward is Eq. 2 of the paper."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from pdp_kernels.ops.vmap import map_over_batch
 
+pdp = torch.ops.pdp
 
-class MaskedWeight(torch.autograd.Function):
+
+class Function(torch.autograd.Function):
+    """An autograd.Function that is called with every argument by position.
+
+    `torch.autograd.Function.apply` binds the arguments to the signature of `forward` on every call,
+    and takes a third of the time of a small mask for it.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        alive = [unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        return super(torch.autograd.Function, cls).apply(*alive)  # type: ignore[misc]
+
+
+class MaskedWeight(Function):
     """Return (w_hat, mask) of a weight. Backward recomputes the mask from the weight and scalars.
 
     group: None for one threshold, or (m, pruned, dim) for a threshold per N:M group.
@@ -27,8 +44,8 @@ class MaskedWeight(torch.autograd.Function):
         return_mask: bool,
     ) -> tuple[Tensor, Tensor]:
         if group is None:
-            return torch.ops.pdp.soft_mask(weight, threshold, tau, relative, out_dtype, return_mask)
-        return torch.ops.pdp.soft_mask_nm(weight, tau, *group, relative, out_dtype, return_mask)
+            return pdp.soft_mask.default(weight, threshold, tau, relative, out_dtype, return_mask)
+        return pdp.soft_mask_nm.default(weight, tau, *group, relative, out_dtype, return_mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -47,11 +64,10 @@ class MaskedWeight(torch.autograd.Function):
         weight, threshold, tau = ctx.saved_tensors
         grads = (grad_w_hat, grad_mask, weight)
         if ctx.group is None:
-            operator = torch.ops.pdp.soft_mask_backward
-            grad = _backward(operator, *grads, threshold, tau, ctx.relative)
+            operator, rest = pdp.soft_mask_backward.default, (threshold, tau, ctx.relative)
         else:
-            operator = torch.ops.pdp.soft_mask_nm_backward
-            grad = _backward(operator, *grads, tau, *ctx.group, ctx.relative)
+            operator, rest = pdp.soft_mask_nm_backward.default, (tau, *ctx.group, ctx.relative)
+        grad = _backward(operator, *grads, *rest)
         return grad, None, None, None, None, None, None
 
     @staticmethod
@@ -59,7 +75,7 @@ class MaskedWeight(torch.autograd.Function):
         return map_over_batch(MaskedWeight.apply, info.batch_size, in_dims, args)
 
 
-class MaskedChannels(torch.autograd.Function):
+class MaskedChannels(Function):
     """Return (w_hat, mask) of a weight, given the norms of its channels along dim.
 
     The weight's gradient includes the gradient through the norms, which are functions of it.
@@ -76,7 +92,7 @@ class MaskedChannels(torch.autograd.Function):
         rms: bool,
         out_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.pdp.soft_mask_channel(
+        return pdp.soft_mask_channel.default(
             weight, norms, threshold, tau, dim, relative, out_dtype
         )
 
@@ -93,7 +109,7 @@ class MaskedChannels(torch.autograd.Function):
         if grad_w_hat is None and grad_mask is None:
             return (None,) * 8
         grad = _backward(
-            torch.ops.pdp.soft_mask_channel_backward,
+            pdp.soft_mask_channel_backward.default,
             grad_w_hat,
             grad_mask,
             *ctx.saved_tensors,
@@ -131,7 +147,7 @@ class MaskedWeights(torch.autograd.Function):
         ctx.on_backward = on_backward
         ctx.weights, ctx.thresholds, ctx.taus, ctx.relative = weights, thresholds, taus, relative
         ctx.versions = [each._version for each in (*weights, thresholds, taus)]
-        return tuple(torch.ops.pdp.soft_mask_list(weights, thresholds, taus, relative, out_dtype))
+        return tuple(pdp.soft_mask_list.default(weights, thresholds, taus, relative, out_dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -142,7 +158,7 @@ class MaskedWeights(torch.autograd.Function):
 
         def operator(*tensors: Any) -> tuple[Tensor, ...]:
             lists = tensors[: len(weights)], tensors[len(weights) :]
-            return tuple(torch.ops.pdp.soft_mask_list_backward(*lists, *constants, ctx.relative))
+            return tuple(pdp.soft_mask_list_backward.default(*lists, *constants, ctx.relative))
 
         results = _backward(operator, *grads, *weights)
         return (None,) * 5 + tuple(
@@ -169,7 +185,7 @@ def _backward(operator: Callable[..., Any], *arguments: Any) -> Any:
     return operator(*arguments)
 
 
-class _BackwardOnce(torch.autograd.Function):
+class _BackwardOnce(Function):
     """Call a backward operator. Its own derivative is an error instead of zero."""
 
     @staticmethod
@@ -190,34 +206,3 @@ class _BackwardOnce(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return map_over_batch(_BackwardOnce.apply, info.batch_size, in_dims, args)
-
-
-class _PositionalArguments(inspect.BoundArguments):
-    """The bound arguments of a call that gives every argument by position."""
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        self._given = args
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return self._given
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return {}
-
-    def apply_defaults(self) -> None:
-        pass
-
-
-class _PositionalSignature(inspect.Signature):
-    """The signature of a function whose callers give every argument by position."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        return _PositionalArguments(args)
-
-
-# Function.apply asks for the signature and binds to it on every call: this saves 20 of 38 us.
-_forward: Any
-for _forward in (MaskedWeight.forward, MaskedChannels.forward):
-    _forward.__signature__ = _PositionalSignature.from_callable(_forward)

@@ -1,5 +1,6 @@
 """Fast backends: extension modules register their own kernels; this file registers Triton's."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -46,10 +47,14 @@ def _on_first_call(file: str, name: str) -> Callable[..., Any]:
     """Return the Triton implementation, which imports Triton on its first call."""
     check = getattr(arguments, name)
 
+    @functools.cache
+    def implementation() -> Callable[..., Any]:
+        module = importlib.import_module(f"pdp_kernels.triton_kernels.{file}")
+        return getattr(module, name)
+
     def call(*args: Any) -> Any:
         check(*args)
-        module = importlib.import_module(f"pdp_kernels.triton_kernels.{file}")
-        return getattr(module, name)(*args)
+        return implementation()(*args)
 
     return call
 
