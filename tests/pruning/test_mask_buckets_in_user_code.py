@@ -120,6 +120,20 @@ def test_a_layer_masks_its_own_weight_where_more_goes_on_around_it(alone, case):
     assert calls.of_masks()["soft_mask_list"] == 3  # of the other layers
 
 
+def test_a_layer_that_is_compiled_on_its_own_is_compiled_once():
+    torch._dynamo.reset()
+    model, graphs = prepared(Chain(), torch.ones(4, 8)), []
+    compiled = torch.compile(
+        model.layers[1],
+        fullgraph=True,
+        backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+    )
+    model.run = lambda _, inputs: compiled(inputs)
+    for _ in range(4):
+        model(torch.randn(4, 8)).sum().backward()
+    assert len(graphs) == 1
+
+
 TRANSFORMS = {
     "vmap": lambda model, inputs: torch.vmap(model)(inputs),
     "grad": lambda model, inputs: torch.func.grad(lambda x: model(x).square().sum())(inputs),
