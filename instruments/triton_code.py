@@ -27,6 +27,7 @@ class Launch(NamedTuple):
     elements: int
     threads: int
     padded: int
+    runs: int | None
     bytes: int
     element_bytes: int
     kernel: Kernel
@@ -94,6 +95,9 @@ def _runs(launch: Launch, function: Function) -> list[tuple[list[Instruction], f
     runs = [(function.instructions(way - inside), 1.0)]
     for loop in loops:
         body = function.instructions(loop.blocks)
+        if launch.runs is not None:
+            runs.append((body, launch.runs))
+            continue
         read = bits(i for i in body if i.name in LOADS) / 8 / launch.element_bytes
         if loop.nested or read == 0 or launch.padded % read != 0:
             raise RuntimeError(f"{launch.name}: a loop whose number of runs is unknown")

@@ -10,6 +10,7 @@ aligned to 16 bytes, as the addresses of torch's allocator are.
 
 import base64
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,17 +43,22 @@ TITLES = {
     "_soft_mask_nm_bwd_kernel": "N:M backward",
     "_hard_mask_nm_kernel": "N:M hard mask",
     None: "channel norms",
-    "_soft_mask_channel_fwd_kernel": "channel forward",
-    "_products_kernel": "channel products",
-    "_soft_mask_channel_bwd_kernel": "channel backward",
+    "soft_mask_channel_fwd_kernel": "channel forward",
+    "channel_products_kernel": "channel products",
+    "channel_norms_kernel": "channel norms of sums",
+    "channel_pulls_kernel": "channel factors of sums",
+    "soft_mask_channel_bwd_kernel": "channel backward",
+    "soft_mask_channel_bwd_whole_kernel": "channel backward",
     "_compress_2to4_kernel": "compress_2to4",
 }
-OF_THE_WEIGHT_ALONE = ("N:M hard mask", "channel norms", "compress_2to4")
+# Kernels that read partial sums, and no weights.
+SMALL = ("channel norms of sums", "channel factors of sums")
+OF_THE_WEIGHT_ALONE = ("N:M hard mask", "channel norms", SMALL[0], "compress_2to4")
 WITHOUT_TEMPERATURE = (*OF_THE_WEIGHT_ALONE, "channel products")
 
 # The compile-time constants that are sizes of a tile or block. Their product is the number of
 # elements that a program holds in registers, or reads tile by tile.
-EXTENTS = ("BLOCK", "CHANNELS", "INNER", "TILES", "GROUPS", "PADDED", "ROWS", "COLUMNS")
+EXTENTS = ("BLOCK", "TILE", "UNROLL", "GROUPS", "PADDED", "ROWS", "COLUMNS")
 
 
 class Operators:
@@ -123,6 +129,8 @@ MEASURED_ONLY: list[Variant] = [
     ("2:4 odd", (1_048_579, 4), Operators.groups, (4, 2, -1)),
     ("2:4 conv dim=1", CONVOLUTION, Operators.groups, (4, 2, 1)),
     ("conv dim=0", CONVOLUTION, Operators.channels, (0,)),
+    ("odd dim=0", (4099, 4093), Operators.channels, (0,)),
+    ("odd dim=1", (4099, 4093), Operators.channels, (1,)),
     ("", LINEAR, Operators.compress, ()),
 ]
 COMPILED_ONLY: list[Variant] = [("", LINEAR, Operators.compress, ())]
@@ -203,14 +211,18 @@ class Recorder:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         tensors = [each for each in arguments.values() if torch.is_tensor(each)]
         largest = max(each.numel() for each in tensors)
-        extents = [arguments[name] for name in EXTENTS if name in arguments]
-        of_squares = kernel.__name__ == "_products_kernel" and args[0] is args[1]
+        extents = [arguments[name] for name in (*EXTENTS, "steps") if name in arguments]
+        of_squares = kernel.__name__ == "channel_products_kernel" and args[0] is args[1]
         self.launches.append(
             {
                 "title": TITLES[None if of_squares else kernel.__name__],
-                "threads": grid[0] * 32 * compiled.metadata.num_warps,
+                "threads": math.prod(grid) * 32 * compiled.metadata.num_warps,
                 # Elements that a thread holds in registers, including those outside the tensor.
                 "padded": torch.Size(extents).numel() // (32 * compiled.metadata.num_warps),
+                # How often its loops run, if an argument says so: over steps that are not held.
+                "runs": arguments["steps"] - arguments.get("HELD", 0)
+                if "steps" in arguments
+                else None,
                 "bytes": sum(each.nbytes for each in {id(each): each for each in tensors}.values()),
                 # Bytes per element if the kernel reads or writes each of these tensors once.
                 "element_bytes": sum(each.itemsize for each in tensors if each.numel() == largest),
@@ -242,7 +254,8 @@ def launches(architecture: str) -> list[dict[str, Any]]:
             variants += [variant] if variant not in variants else []
             order[name] = (list(TITLES.values()).index(title), variants.index(variant), relative)
             elements = operators.weight.numel()
-            found.setdefault(name, launch | {"measured": measured, "elements": elements})
+            counted = {"measured": measured and title not in SMALL, "elements": elements}
+            found.setdefault(name, launch | counted)
         recorder.launches.clear()
     return [{"name": name} | found[name] for name in sorted(found, key=order.__getitem__)]
 

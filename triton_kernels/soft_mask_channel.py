@@ -1,230 +1,188 @@
 """Channel masks on GPUs.
 
 The norms take one read of the weight, and w_hat one read and one write. The backward reads gradient
-and weight once if a channel fits into the registers of a program, else twice. The equations are
-those of pdp_kernels/ops/reference.py.
-
-In storage order a dense weight is outer x channels x inner: the dimensions with a larger stride
-than the channels', the channels, and the dimensions with a smaller one. A tile has CHANNELS
-channels and INNER neighbours in one outer row. The tiles of the same channels are numbered along
-the inner dimension, then the outer one.
+and weight once if a channel is one run of at most WHOLE_CHANNEL elements, else twice: for <g, W>,
+then for dW. The norms take two launches, the forward one, the backward one or three.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
-from pdp_kernels.triton_kernels.soft_mask import (
-    in_order_of,
-    mask_and_slope,
-    mask_exponent,
-    scale_and_temperature,
-    soft_mask_value,
-    store,
+from pdp_kernels.triton_kernels.channel_kernels import (
+    channel_norms_kernel,
+    channel_products_kernel,
+    channel_pulls_kernel,
+    soft_mask_channel_bwd_kernel,
+    soft_mask_channel_bwd_whole_kernel,
+    soft_mask_channel_fwd_kernel,
 )
+from pdp_kernels.triton_kernels.channel_tiles import VECTOR
+from pdp_kernels.triton_kernels.soft_mask import in_order_of
 from torch import Tensor
 
 from pdp_kernels.ops import reference
 
-# Elements per tile, and the largest channel that a program keeps in registers. Not yet measured on
-# a GPU.
-BLOCK = 1024
-WHOLE_CHANNEL = 8192
-ELEMENTS_PER_WARP = 512
-
-# Tiles that one program sums: few partial sums, and enough programs to fill a GPU.
+# A warp has UNROLL tiles in flight. A program is one warp, or for sums by column GROUPS of them,
+# each with TILES_PER_PIECE tiles or more: each column of a program writes a sum of 8 bytes. WARPS
+# are 16 for each of 132 multiprocessors. Not yet measured on a GPU.
+ELEMENTS_PER_WARP = 256
+UNROLL = 4
+GROUPS = 8
 TILES_PER_PIECE = 16
+WARPS = 2048
+
+# The shortest runs that programs walk along. Shorter ones would leave most lanes idle.
+BY_ROW_FROM = 64
+MOST_COLUMNS = 2**28  # their numbers, of up to VECTOR rows together, have 32 bits
+
+# The longest channel that the backward reads once, and the tiles of it that 4 warps keep in
+# registers. They read the rest again, at once: from a cache.
+WHOLE_CHANNEL = 8192
+WHOLE_TILE = 1024
+WHOLE_WARPS = 4
+HELD = 4
+
+# Channels, and partial sums of each, that a program adds up at a time.
+SUMMED_CHANNELS = 32
+SUMMED_TERMS = 32
 
 
 class Layout(NamedTuple):
-    """The memory layout of a dense weight, and its tiles."""
+    """The memory layout of a dense weight."""
 
     outer: int
     channels: int
     inner: int
-    tile_channels: int
-    tile_inner: int
 
     @classmethod
-    def of(cls, ordered: Tensor, dim: int, block: int | None = None) -> "Layout":
-        block = block or BLOCK
+    def of(cls, ordered: Tensor, dim: int) -> "Layout":
         numel, channels = ordered.numel(), ordered.shape[dim]
         # The stride of a dimension of size 1 is arbitrary.
         inner = ordered.stride(dim) if channels > 1 else numel
-        tile_inner = min(block, triton.next_power_of_2(inner))
-        tile_channels = min(block // tile_inner, triton.next_power_of_2(channels))
-        return cls(numel // (channels * inner), channels, inner, tile_channels, tile_inner)
+        return cls(numel // (channels * inner), channels, inner)
 
     @property
     def channel_size(self) -> int:
         return self.outer * self.inner
 
     @property
-    def tiles(self) -> int:
-        return self.outer * triton.cdiv(self.inner, self.tile_inner)
-
-    @property
-    def channel_blocks(self) -> int:
-        return triton.cdiv(self.channels, self.tile_channels)
-
-    @property
-    def arguments(self) -> dict[str, int]:
-        """The arguments that every kernel over tiles takes."""
-        return {
-            "channels": self.channels,
-            "inner": self.inner,
-            "CHANNELS": self.tile_channels,
-            "INNER": self.tile_inner,
-            "num_warps": max(4, self.tile_channels * self.tile_inner // ELEMENTS_PER_WARP),
-        }
+    def by_row(self) -> bool:
+        return self.inner >= BY_ROW_FROM or self.channels * self.inner >= MOST_COLUMNS
 
 
-@triton.jit
-def _place(channels, CHANNELS: tl.constexpr):
-    """Return the index of this program's tile or piece, its channels, and which of them exist."""
-    blocks = tl.cdiv(channels, CHANNELS)
-    channel = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    return tl.program_id(0) // blocks, channel.to(tl.int64), channel < channels
+class Walk(NamedTuple):
+    """Programs that walk over a weight, and their partial sums (see channel_tiles.py).
 
-
-@triton.jit
-def _offsets(tile, channel, exists, channels, inner, INNER: tl.constexpr):
-    """Return the offsets of a tile's elements, (CHANNELS, INNER), and which of them exist."""
-    inner_tiles = tl.cdiv(inner, INNER)
-    tile = tile.to(tl.int64)
-    column = (tile % inner_tiles) * INNER + tl.arange(0, INNER)
-    run = (tile // inner_tiles) * channels + channel
-    offsets = run[:, None] * inner + column[None, :]
-    return offsets, exists[:, None] & (column < inner)[None, :]
-
-
-@triton.jit
-def _products_kernel(
-    left_ptr,
-    right_ptr,
-    sums_ptr,
-    channels,
-    inner,
-    tiles,
-    TILES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Write sums[piece, channel] of left * right, in float64.
-
-    float64 holds the product of two float32 numbers exactly, and no square leaves its range.
+    Attributes:
+        grid: rows or strips of columns, and the pieces of each.
+        sums: the layout of the partial sums over each channel.
+        room: the elements that hold them.
+        arguments: what every kernel over tiles takes.
     """
-    piece, channel, exists = _place(channels, CHANNELS)
-    sums = tl.zeros((CHANNELS, INNER), tl.float64)
-    for index in range(TILES):
-        tile = piece * TILES + index
-        offsets, inside = _offsets(tile, channel, exists, channels, inner, INNER)
-        inside = inside & (tile < tiles)
-        left = tl.load(left_ptr + offsets, mask=inside, other=0).to(tl.float64)
-        right = tl.load(right_ptr + offsets, mask=inside, other=0).to(tl.float64)
-        sums += left * right
-    tl.store(sums_ptr + piece.to(tl.int64) * channels + channel, tl.sum(sums, axis=1), mask=exists)
 
+    grid: tuple[int, int]
+    sums: Layout
+    room: int
+    arguments: dict[str, int]
 
-@triton.jit
-def _soft_mask_channel_fwd_kernel(
-    weight_ptr,
-    norms_ptr,
-    threshold_ptr,
-    tau_ptr,
-    w_hat_ptr,
-    mask_ptr,
-    channels,
-    inner,
-    RELATIVE: tl.constexpr,
-    TINY: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    tile, channel, exists = _place(channels, CHANNELS)
-    t = tl.load(threshold_ptr)
-    norm = tl.load(norms_ptr + channel, mask=exists, other=0)
-    m = soft_mask_value(norm, t, tl.load(tau_ptr), RELATIVE, TINY)
-    if tile == 0:
-        store(mask_ptr + channel, m, exists)
-    offsets, inside = _offsets(tile, channel, exists, channels, inner, INNER)
-    w = tl.load(weight_ptr + offsets, mask=inside).to(t.dtype)
-    store(w_hat_ptr + offsets, m[:, None] * w, inside)
-
-
-@triton.jit
-def _soft_mask_channel_bwd_kernel(
-    grad_w_hat_ptr,
-    grad_mask_ptr,
-    weight_ptr,
-    norms_ptr,
-    threshold_ptr,
-    tau_ptr,
-    products_ptr,
-    grad_ptr,
-    channels,
-    inner,
-    divisor,
-    RELATIVE: tl.constexpr,
-    FROM_W_HAT: tl.constexpr,
-    FROM_MASK: tl.constexpr,
-    WHOLE: tl.constexpr,
-    TINY: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Write dW = m g + pull W. WHOLE: a tile holds whole channels, and this kernel sums <g, W>."""
-    tile, channel, exists = _place(channels, CHANNELS)
-    offsets, inside = _offsets(tile, channel, exists, channels, inner, INNER)
-    t, tau = tl.load(threshold_ptr), tl.load(tau_ptr)
-    w = tl.load(weight_ptr + offsets, mask=inside, other=0).to(t.dtype)
-    norm = tl.load(norms_ptr + channel, mask=exists, other=0)
-    scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
-    z = mask_exponent(norm, t, scale, tau, RELATIVE)
-    m, slope = mask_and_slope(z)
-    # Where the slope underflows to 0 its factor may overflow, and 0 * inf is NaN.
-    ratio = norm / scale if RELATIVE else norm
-    factor = tl.where(slope == 0, 0.0, 2 * ratio / tau * slope).to(tl.float64)
-
-    through_mask = tl.zeros((CHANNELS,), tl.float64)
-    grad = tl.zeros_like(w)
-    if FROM_W_HAT:
-        g = tl.load(grad_w_hat_ptr + offsets, mask=inside, other=0).to(t.dtype)
-        grad += m[:, None] * g
-        if WHOLE:
-            through_mask += tl.sum(g.to(tl.float64) * w.to(tl.float64), axis=1)
+    @classmethod
+    def over(cls, layout: Layout, groups: int = 1) -> "Walk":
+        outer, channels, inner = layout
+        numel, row = outer * channels * inner, channels * inner
+        if layout.by_row:
+            stride, starts = ELEMENTS_PER_WARP, outer * channels
+            most = triton.cdiv(inner, stride * UNROLL)
+            least = 1
         else:
-            through_mask += tl.load(products_ptr + channel, mask=exists, other=0)
-    if FROM_MASK:
-        through_mask += tl.load(grad_mask_ptr + channel, mask=exists, other=0).to(tl.float64)
-    # The norm of a channel of zeros has no derivative: no gradient flows through it.
-    pull = tl.where(norm == 0, 0.0, factor * through_mask / scale / norm / divisor).to(t.dtype)
-    store(grad_ptr + offsets, grad + pull[:, None] * w, inside)
+            vector: int = VECTOR.value
+            aligned = math.lcm(row, vector)
+            stride = aligned * triton.cdiv(ELEMENTS_PER_WARP, aligned)
+            stride = min(stride, triton.cdiv(numel, vector) * vector)
+            starts = triton.cdiv(stride, ELEMENTS_PER_WARP)
+            most = triton.cdiv(numel, stride * UNROLL * groups)
+            least = triton.cdiv(TILES_PER_PIECE, UNROLL)
+        steps = min(most, max(least, triton.cdiv(starts * most * groups, WARPS)))
+        pieces = triton.cdiv(most, steps)
+        if layout.by_row:
+            sums, room = Layout(outer, channels, pieces), starts * pieces
+        else:
+            rows = outer if stride >= numel else pieces * (stride // row)
+            sums, room = Layout(rows, channels, inner), pieces * stride
+        arguments = {
+            "channels": channels,
+            "inner": inner,
+            "numel": numel,
+            "stride": stride,
+            "steps": steps,
+            "BY_ROW": layout.by_row,
+            "TILE": ELEMENTS_PER_WARP,
+            "UNROLL": UNROLL,
+            "num_warps": groups,
+        }
+        return cls((starts, pieces), sums, room, arguments)
 
 
-def _products(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
-    """Return the sum of left * right over each channel, float64 (C,)."""
-    tiles = min(TILES_PER_PIECE, triton.next_power_of_2(layout.tiles))
-    pieces = triton.cdiv(layout.tiles, tiles)
-    sums = left.new_empty(pieces, layout.channels, dtype=torch.float64)
-    _products_kernel[(layout.channel_blocks * pieces,)](
-        left, right, sums, tiles=layout.tiles, TILES=tiles, **layout.arguments
+def _dense(weight: Tensor) -> Tensor:
+    """Return the weight, or a copy unless it is dense. The stride of a size of 1 is arbitrary."""
+    layout = torch.empty_like(weight, device="meta").stride()
+    dimensions = zip(weight.shape, weight.stride(), layout, strict=True)
+    kept = all(size == 1 or own == other for size, own, other in dimensions)
+    return weight if kept else weight.contiguous()
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """Return the values at an address that vectors can be read from."""
+    return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
+def _partial_sums(
+    left: Tensor, right: Tensor, norms: Tensor, layout: Layout, squares: bool
+) -> tuple[Tensor, Layout]:
+    """Return float64 partial sums of left * right over each channel, and their layout."""
+    groups = 1 if layout.by_row else GROUPS
+    walk = Walk.over(layout, groups)
+    sums = right.new_empty(walk.room, dtype=torch.float64)
+    channel_products_kernel[walk.grid](
+        left,
+        right,
+        norms,
+        sums,
+        SQUARES=squares,
+        WIDE=torch.float64 in (left.dtype, right.dtype),
+        GROUPS=groups,
+        **walk.arguments,
     )
-    return sums.sum(0) if pieces > 1 else sums[0]
+    return sums, walk.sums
+
+
+def _summing(layout: Layout, sums: Layout, rms: bool) -> dict[str, int]:
+    """Return the arguments of a kernel that adds up partial sums."""
+    return {
+        "channels": sums.channels,
+        "inner": sums.inner,
+        "terms": sums.channel_size,
+        "divisor": layout.channel_size if rms else 1,
+        "CHANNELS": SUMMED_CHANNELS,
+        "TERMS": SUMMED_TERMS,
+    }
 
 
 def channel_norms(weight: Tensor, dim: int, rms: bool) -> Tensor:
     """Implement pdp::channel_norms; arguments as reference.channel_norms."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    norms = weight.new_empty(weight.shape[dim], dtype=dtype)
     if weight.numel() == 0:
-        return weight.new_zeros(weight.shape[dim], dtype=dtype)
-    if weight.stride() != torch.empty_like(weight, device="meta").stride():
-        weight = weight.contiguous()  # empty_like keeps the strides of every dense layout
+        return norms.zero_()
+    weight = _aligned(_dense(weight))
     layout = Layout.of(weight, dim)
     with torch.cuda.device_of(weight):
-        squares = _products(weight, weight, layout)
-    return (squares / layout.channel_size if rms else squares).sqrt().to(dtype)
+        sums, of_sums = _partial_sums(weight, weight, norms, layout, squares=True)
+        channel_norms_kernel[(triton.cdiv(layout.channels, SUMMED_CHANNELS),)](
+            sums, norms, **_summing(layout, of_sums, rms)
+        )
+    return norms
 
 
 def soft_mask_channel(
@@ -241,10 +199,10 @@ def soft_mask_channel(
     mask = w_hat.new_empty(weight.shape[dim])
     if weight.numel() == 0:  # channels without weights have a mask too
         return reference.soft_mask_channel(weight, norms, threshold, tau, dim, relative, out_dtype)
-    layout = Layout.of(w_hat, dim)
+    walk = Walk.over(Layout.of(w_hat, dim))
     with torch.cuda.device_of(weight):
-        _soft_mask_channel_fwd_kernel[(layout.channel_blocks * layout.tiles,)](
-            in_order_of(w_hat, weight),
+        soft_mask_channel_fwd_kernel[walk.grid](
+            _aligned(in_order_of(w_hat, weight)),
             norms.contiguous(),
             threshold,
             tau,
@@ -252,7 +210,7 @@ def soft_mask_channel(
             mask,
             RELATIVE=relative,
             TINY=torch.finfo(threshold.dtype).tiny,
-            **layout.arguments,
+            **walk.arguments,
         )
     return w_hat, mask
 
@@ -273,31 +231,62 @@ def soft_mask_channel_backward(
     if weight.numel() == 0:
         return grad
     layout = Layout.of(grad, dim)
-    whole = layout.outer == 1 and layout.inner <= WHOLE_CHANNEL
-    if whole:
-        layout = Layout.of(grad, dim, max(BLOCK, triton.next_power_of_2(layout.inner)))
-    weight = in_order_of(grad, weight)
-    if grad_w_hat is not None:
-        grad_w_hat = in_order_of(grad, grad_w_hat)
+    weight, norms = _aligned(in_order_of(grad, weight)), norms.contiguous()
+    g = grad if grad_w_hat is None else _aligned(in_order_of(grad, grad_w_hat))
+    g_mask = norms if grad_mask is None else grad_mask.contiguous()
+    options = {
+        "RELATIVE": relative,
+        "FROM_MASK": grad_mask is not None,
+        "WIDE": torch.float64 in (g.dtype, weight.dtype),
+        "TINY": torch.finfo(threshold.dtype).tiny,
+    }
     with torch.cuda.device_of(weight):
-        products = None
-        if grad_w_hat is not None and not whole:
-            products = _products(grad_w_hat, weight, layout)
-        _soft_mask_channel_bwd_kernel[(layout.channel_blocks * layout.tiles,)](
-            grad if grad_w_hat is None else grad_w_hat,
-            grad if grad_mask is None else grad_mask.contiguous(),
-            weight,
-            norms.contiguous(),
+        if (
+            grad_w_hat is not None
+            and layout.outer == 1
+            and BY_ROW_FROM <= layout.inner <= WHOLE_CHANNEL
+        ):
+            soft_mask_channel_bwd_whole_kernel[(layout.channels,)](
+                g,
+                g_mask,
+                weight,
+                norms,
+                threshold,
+                tau,
+                grad,
+                inner=layout.inner,
+                steps=max(HELD, triton.cdiv(layout.inner, WHOLE_TILE)),
+                divisor=layout.channel_size if rms else 1,
+                TILE=WHOLE_TILE,
+                HELD=HELD,
+                num_warps=WHOLE_WARPS,
+                **options,
+            )
+            return grad
+        masks, pulls = torch.empty_like(norms), torch.empty_like(norms)
+        sums, of_sums = pulls, layout
+        if grad_w_hat is not None:
+            sums, of_sums = _partial_sums(g, weight, norms, layout, squares=False)
+        channel_pulls_kernel[(triton.cdiv(layout.channels, SUMMED_CHANNELS),)](
+            sums,
+            g_mask,
+            norms,
             threshold,
             tau,
-            norms if products is None else products,
-            grad,
-            divisor=float(layout.channel_size if rms else 1),
-            RELATIVE=relative,
+            masks,
+            pulls,
             FROM_W_HAT=grad_w_hat is not None,
-            FROM_MASK=grad_mask is not None,
-            WHOLE=whole,
-            TINY=torch.finfo(threshold.dtype).tiny,
-            **layout.arguments,
+            **options,
+            **_summing(layout, of_sums, rms),
+        )
+        walk = Walk.over(layout)
+        soft_mask_channel_bwd_kernel[walk.grid](
+            g,
+            weight,
+            masks,
+            pulls,
+            grad,
+            FROM_W_HAT=grad_w_hat is not None,
+            **walk.arguments,
         )
     return grad

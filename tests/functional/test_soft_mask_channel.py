@@ -15,19 +15,24 @@ from pdp_kernels import (
     pdp_threshold,
     pdp_thresholds,
 )
+from pdp_kernels.ops import reference
+from tests.support.allowances import Allowances
 from tests.support.backends import on_device
 from tests.support.masks import (
     CHANNEL_SHAPES,
     LARGE_CHANNEL_SHAPES,
     REAL,
+    allowance_of_channels,
     check_soft_mask_channel,
 )
+from tests.support.oracle import answer_of, assert_within_budget, doubled
 from tests.support.parameters import by_turns
 from tests.support.weights import DTYPES, weight_of, with_special_values
 
 # One channel, one weight a channel; channels too long for a program's registers; more channels than
-# a tile has.
+# a tile has; short runs, and many long ones of a channel.
 UNUSUAL_SHAPES = [((5, 4, 7), 2), ((1, 50), 0), ((50, 1), 1), ((1300,), 0), ((2, 17_001), 0)]
+UNUSUAL_SHAPES += [((33, 9), 0), ((3, 5, 301), 1)]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,54 @@ def test_every_shape_stays_within_budget(masking, shape_and_dim, dtype, relative
 @pytest.mark.parametrize("shape, dim", UNUSUAL_SHAPES, ids=str)
 def test_unusual_shapes_stay_within_budget(masking, shape, dim):
     check_soft_mask_channel(masking, torch.randn(shape), dim, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape, dim", [((2, 9001), 0), ((9001, 3), 1)], ids=str)
+def test_channels_of_many_weights_stay_within_budget(masking, shape, dim, dtype):
+    check_soft_mask_channel(masking, torch.randn(shape).to(dtype), dim, True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_products_that_cancel_stay_within_budget(masking, scale, dim, dtype):
+    """A low temperature amplifies what rounding leaves of <g, W> = 0."""
+    if dtype == torch.float16 and scale != 1:
+        scale = {1e-12: 2.0**-10, 1e12: 2.0**10}[scale]
+    weight, g = torch.randn(2, 20, 301, dtype=torch.float64)
+    other = (1 - dim,)
+    g -= weight * ((g * weight).sum(other, True) / weight.square().sum(other, True))
+    weight, g = (weight * scale).to(dtype), (g / scale).to(dtype)
+    norms = masking.channel_norms(weight.to(masking.device), dim, True).cpu()
+    t = pdp_threshold(norms, 0.5)
+    rest = (weight, norms, t, torch.tensor(1e-3, dtype=t.dtype), dim, True)
+    exact = reference.soft_mask_channel_backward(*doubled(g, None, *rest), True)
+    rounded = reference.soft_mask_channel_backward(g, None, *rest, True)
+    found = masking.soft_mask_channel_backward(*on_device(masking, g, None, *rest), True)
+    allowances = Allowances(masking, norms, t, rest[3], True)
+    allowed = allowance_of_channels(allowances, g, None, weight, dim, True)
+    assert_within_budget(found, answer_of(exact, rounded), allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_an_address_that_is_no_multiple_of_16_changes_nothing(masking, dim, dtype):
+    weight, g = torch.randn(2, 9, 67).to(dtype)
+    results = []
+    for first in (0, 1):
+        views = []
+        for values in on_device(masking, weight, g):
+            views.append(values.new_empty(values.numel() + 1)[first:][: values.numel()])
+            views[-1].copy_(values.flatten())
+        own, gradient = (view.view(9, 67) for view in views)
+        norms = masking.channel_norms(own, dim, True)
+        t = torch.ones_like(norms[0])
+        rest = (own, norms, t, t, dim, True)
+        w_hat, mask = masking.soft_mask_channel(*rest, None)
+        back = masking.soft_mask_channel_backward(gradient, None, *rest, True)
+        results.append((norms, w_hat, mask, back))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,7 +152,7 @@ def test_every_out_dtype_stays_within_budget(masking, dtype, out_dtype):
 
 
 def test_results_are_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
-    weight, gradient = torch.randn(2, 70, 1001)
+    weight, gradient = torch.randn(2, 34, 1001)
     for dim in (0, 1):
         runs = []
         for threads in (1, 2, 3, 1):

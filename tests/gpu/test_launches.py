@@ -122,6 +122,18 @@ def test_a_channel_mask_is_one_kernel_forward_and_one_backward():
     assert launches(lambda: backward(grad, None, weight, *rest, True)) == 1
 
 
+@pytest.mark.parametrize("shape, dim", [((256, 512), 1), ((512, 64, 3, 3), 1), ((4, 20_000), 0)])
+def test_norms_of_channels_are_two_kernels_and_other_backwards_three(shape, dim):
+    weight, grad = torch.randn(2, *shape, device="cuda")
+    norms = torch.ops.pdp.channel_norms(weight, dim, True)
+    rest = (norms, number(0.7), number(0.1), dim, True)
+    assert launches(lambda: torch.ops.pdp.channel_norms(weight, dim, True)) == 2
+    assert launches(lambda: torch.ops.pdp.soft_mask_channel(weight, *rest, None)) == 1
+    backward = torch.ops.pdp.soft_mask_channel_backward
+    assert launches(lambda: backward(grad, None, weight, *rest, True)) == 3
+    assert launches(lambda: backward(None, norms, weight, *rest, True)) == 2
+
+
 def test_hard_n_m_masks_and_packing_are_one_kernel():
     weight = torch.randn(256, 512, device="cuda").bfloat16()
     for function in (hard_mask_nm, compress_2to4):
@@ -158,9 +170,9 @@ def test_masks_take_the_memory_of_their_result(name, dtype):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_channel_masks_take_the_memory_of_their_result(dim):
-    """And an eighth of it for partial sums, where a channel's weights lie apart."""
+    """And a 64th of it for partial sums, where a channel's weights lie apart."""
     weight = torch.randn(2048, 1024, device="cuda", requires_grad=True)
-    sums = weight.nbytes // 8 + 2 * SMALL
+    sums = weight.nbytes // 64 + 2 * SMALL
     grad, tau = torch.ones_like(weight), number(0.1)
 
     def masked():

@@ -102,11 +102,11 @@ STEPS = TRAININGS | OPTIONS | VIEWS
 MOST = {
     "resnet50, unstructured": 2,
     "resnet50, 2:4": 5,
-    "resnet50, output channels": 40,
-    "resnet50, input channels": 29,
+    "resnet50, output channels": 4,
+    "resnet50, input channels": 6,
     "gpt2, unstructured": 2,
     "gpt2, 2:4": 5,
-    "gpt2, output channels": 10,
+    "gpt2, output channels": 4,
     "gpt2, input channels": 6,
 }
 

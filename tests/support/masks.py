@@ -201,11 +201,11 @@ def check_soft_mask_channel(backend, weight, dim, relative, rms, out_dtype=None,
         actual = backend.soft_mask_channel_backward(
             *on_device(backend, *chosen, weight, *rest), rms
         )
-        allowed = _allowance_of_channels(allowances, *chosen, weight, dim, rms)
+        allowed = allowance_of_channels(allowances, *chosen, weight, dim, rms)
         assert_within_budget(actual, expected, allowed)
 
 
-def _allowance_of_channels(allowances, grad_w_hat, grad_mask, weight, dim, rms):
+def allowance_of_channels(allowances, grad_w_hat, grad_mask, weight, dim, rms):
     """Of dW = m g + pull W. <g, W>, summed in float64, is exact in what comes through m."""
     through_mask = 0 if grad_mask is None else grad_mask.double()
     allowed = 0.0
