@@ -13,11 +13,11 @@ from pdp_kernels.triton_kernels.channel_tiles import (
     channel_of_lanes,
     edges_of,
     edges_of_last_row,
-    walk_of_program,
     range_of_program,
     read_pair,
     read_tiles,
     tile_at,
+    walk_of_program,
 )
 from pdp_kernels.triton_kernels.soft_mask import (
     mask_and_slope,
