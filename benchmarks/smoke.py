@@ -72,7 +72,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         mask = (threshold, tau, relative)
         yield Case("soft_mask", what, (flat, *mask, out, relative))
         yield Case("soft_mask_backward", what, (normal(4099), None, flat, *mask))
-        group = (tau, 4, 2, 1, relative)
+        group = (tau, 4, torch.tensor(2), 1, relative)
         yield Case("soft_mask_nm", what, (image, *group, out, relative))
         yield Case("soft_mask_nm_backward", what, (image, None, image, *group))
     layers, thresholds = [flat, image, normal(33)], torch.tensor([0.02, 0.01, math.inf])
@@ -81,11 +81,15 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield Case("soft_mask_list_backward", "", ([normal(4099), image, None], layers, *mask))
     both = (normal(4099), normal(4099), flat, threshold, temperatures[1][1], True)
     yield Case("soft_mask_backward", "and of the mask", both)
-    yield Case("soft_mask_nm", "3 of 7 pruned", (normal(5, 77), tau, 7, 3, 1, True, None, True))
+    yield Case(
+        "soft_mask_nm",
+        "3 of 7 pruned",
+        (normal(5, 77), tau, 7, torch.tensor(3), 1, True, None, True),
+    )
     grads = (normal(5, 77), normal(5, 77), normal(5, 77))
-    yield Case("soft_mask_nm_backward", "3 of 7 pruned", (*grads, tau, 7, 3, 1, True))
-    yield Case("hard_mask_nm", "2:4", (image, 4, 2, 1))
-    yield Case("hard_mask_nm", "3 of 7 pruned", (grads[0], 7, 3, 1))
+    yield Case("soft_mask_nm_backward", "3 of 7 pruned", (*grads, tau, 7, torch.tensor(3), 1, True))
+    yield Case("hard_mask_nm", "2:4", (image, 4, torch.tensor(2), 1))
+    yield Case("hard_mask_nm", "3 of 7 pruned", (grads[0], 7, torch.tensor(3), 1))
     if dtype.itemsize == 2:
         yield Case("compress_2to4", "", (normal(64, 192),))
 

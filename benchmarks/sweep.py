@@ -33,7 +33,7 @@ SWEEPS = {
     "soft_mask": Sweep(
         ("forward", "backward"), {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8)}
     ),
-    "soft_mask_nm": Sweep(("mask-2:4",), {"BLOCK": (512, 1024, 2048), "NUM_WARPS": (2, 4, 8)}),
+    "soft_mask_nm": Sweep(("mask-2:4",), {"BLOCK": (1024, 2048, 4096), "NUM_WARPS": (2, 4, 8)}),
     "soft_mask_channel": Sweep(
         ("mask-channel",),
         {"ELEMENTS_PER_WARP": (256, 512, 1024), "TILES_PER_PIECE": (8, 16, 32)},

@@ -142,12 +142,12 @@ inline void check_dim(const torch::stable::Tensor& weight, int64_t dim) {
                   dim);
 }
 
-inline void check_groups(const torch::stable::Tensor& weight, int64_t m, int64_t pruned,
-                         int64_t dim) {
+inline void check_groups(const torch::stable::Tensor& weight, int64_t m,
+                         const torch::stable::Tensor& pruned, int64_t dim) {
   check_dim(weight, dim);
   STD_TORCH_CHECK(1 <= m && m <= kMaxGroupMembers && weight.size(dim) % m == 0, "m must be in [1, ",
                   kMaxGroupMembers, "] and divide the size along dim, got ", m);
-  STD_TORCH_CHECK(0 <= pruned && pruned < m, "pruned must be in [0, m), got ", pruned);
+  check_integers(pruned, 1, weight, "pruned");
 }
 
 // One norm for each channel along dim.

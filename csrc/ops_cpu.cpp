@@ -222,7 +222,7 @@ cpu::GroupLayout group_layout(const Tensor& ordered, int64_t members, int64_t di
   return {static_cast<int>(members), ordered.stride(dim)};
 }
 
-std::tuple<Tensor, Tensor> soft_mask_nm(Tensor weight, Tensor tau, int64_t m, int64_t pruned,
+std::tuple<Tensor, Tensor> soft_mask_nm(Tensor weight, Tensor tau, int64_t m, Tensor pruned,
                                         int64_t dim, bool relative,
                                         std::optional<ScalarType> out_dtype, bool return_mask) {
   pdp::check_groups(weight, m, pruned, dim);
@@ -232,13 +232,13 @@ std::tuple<Tensor, Tensor> soft_mask_nm(Tensor weight, Tensor tau, int64_t m, in
                             : torch::stable::empty({0}, w_hat.scalar_type());
   const Tensor ordered = in_order_of(w_hat, weight);
   cpu::soft_mask_nm(array(ordered), tau.data_ptr(), group_layout(w_hat, m, dim),
-                    static_cast<int>(pruned), relative, array(w_hat),
+                    *pruned.const_data_ptr<int64_t>(), relative, array(w_hat),
                     return_mask ? array(mask) : kNoArray, weight.numel(), parallel_for);
   return {w_hat, mask};
 }
 
 Tensor soft_mask_nm_backward(std::optional<Tensor> grad_w_hat, std::optional<Tensor> grad_mask,
-                             Tensor weight, Tensor tau, int64_t m, int64_t pruned, int64_t dim,
+                             Tensor weight, Tensor tau, int64_t m, Tensor pruned, int64_t dim,
                              bool relative) {
   pdp::check_like(grad_w_hat, weight, "grad_w_hat");
   pdp::check_like(grad_mask, weight, "grad_mask");
@@ -248,18 +248,18 @@ Tensor soft_mask_nm_backward(std::optional<Tensor> grad_w_hat, std::optional<Ten
   const Tensor ordered = in_order_of(grad, weight);
   if (grad_w_hat) grad_w_hat = in_order_of(grad, *grad_w_hat);
   if (grad_mask) grad_mask = in_order_of(grad, *grad_mask);
-  cpu::soft_mask_nm_backward(grad_w_hat ? array(*grad_w_hat) : kNoArray,
-                             grad_mask ? array(*grad_mask) : kNoArray, array(ordered),
-                             tau.data_ptr(), group_layout(grad, m, dim), static_cast<int>(pruned),
-                             relative, array(grad), weight.numel(), parallel_for);
+  cpu::soft_mask_nm_backward(
+      grad_w_hat ? array(*grad_w_hat) : kNoArray, grad_mask ? array(*grad_mask) : kNoArray,
+      array(ordered), tau.data_ptr(), group_layout(grad, m, dim), *pruned.const_data_ptr<int64_t>(),
+      relative, array(grad), weight.numel(), parallel_for);
   return grad;
 }
 
-Tensor hard_mask_nm(Tensor weight, int64_t m, int64_t pruned, int64_t dim) {
+Tensor hard_mask_nm(Tensor weight, int64_t m, Tensor pruned, int64_t dim) {
   pdp::check_groups(weight, m, pruned, dim);
   Tensor kept = empty_like(weight, ScalarType::Bool);
   const Tensor ordered = in_order_of(kept, weight);
-  cpu::hard_mask_nm(array(ordered), group_layout(kept, m, dim), static_cast<int>(pruned),
+  cpu::hard_mask_nm(array(ordered), group_layout(kept, m, dim), *pruned.const_data_ptr<int64_t>(),
                     kept.mutable_data_ptr<bool>(), weight.numel(), parallel_for);
   return kept;
 }

@@ -58,7 +58,7 @@ WITHOUT_TEMPERATURE = (*OF_THE_WEIGHT_ALONE, "channel products")
 
 # The compile-time constants that are sizes of a tile or block. Their product is the number of
 # elements that a program holds in registers, or reads tile by tile.
-EXTENTS = ("BLOCK", "TILE", "UNROLL", "GROUPS", "PADDED", "ROWS", "COLUMNS")
+EXTENTS = ("BLOCK", "TILE", "UNROLL", "GROUPS", "M", "ROWS", "COLUMNS")
 
 
 class Operators:
@@ -83,6 +83,7 @@ class Operators:
         self.weight = torch.empty(shape, dtype=weight, device="meta")
         self.w_hat = torch.empty(shape, dtype=w_hat, device="meta")
         self.scalar = torch.empty((), dtype=real, device="meta")
+        self.count = torch.empty((), dtype=torch.int64, device="meta")
         self.relative = relative
         self.everything = everything
         self.grad_mask = self.w_hat if everything else None
@@ -92,9 +93,9 @@ class Operators:
         soft_mask.soft_mask(w, t, t, self.relative, g.dtype, self.everything)
         soft_mask.soft_mask_backward(g, self.grad_mask, w, t, t, self.relative)
 
-    def groups(self, m: int, pruned: int, dim: int) -> None:
+    def groups(self, m: int, dim: int) -> None:
         w, g, tau = self.weight, self.w_hat, self.scalar
-        which = (m, pruned, dim)
+        which = (m, self.count, dim)
         soft_mask_nm.soft_mask_nm(w, tau, *which, self.relative, g.dtype, self.everything)
         soft_mask_nm.soft_mask_nm_backward(g, self.grad_mask, w, tau, *which, self.relative)
         soft_mask_nm.hard_mask_nm(w, *which)
@@ -117,17 +118,18 @@ Variant = tuple[str, tuple[int, ...], Callable[..., None], tuple[int, ...]]
 Dtypes = tuple[torch.dtype, torch.dtype]
 SOFT_MASK: Variant = ("", LINEAR, Operators.soft_mask, ())
 PATTERNS: list[Variant] = [
-    ("2:4", LINEAR, Operators.groups, (4, 2, -1)),
-    ("4:8 conv dim=1", CONVOLUTION, Operators.groups, (8, 4, 1)),
-    ("3:5", (4096, 4000), Operators.groups, (5, 2, -1)),
+    ("2:4", LINEAR, Operators.groups, (4, -1)),
+    ("4:8 conv dim=1", CONVOLUTION, Operators.groups, (8, 1)),
+    ("3:5", (4096, 4000), Operators.groups, (5, -1)),
     ("linear dim=0", LINEAR, Operators.channels, (0,)),
     ("linear dim=1", LINEAR, Operators.channels, (1,)),
     ("conv dim=1", CONVOLUTION, Operators.channels, (1,)),
 ]
 MEASURED_ONLY: list[Variant] = [
     ("odd", (4099 * 1021,), Operators.soft_mask, ()),
-    ("2:4 odd", (1_048_579, 4), Operators.groups, (4, 2, -1)),
-    ("2:4 conv dim=1", CONVOLUTION, Operators.groups, (4, 2, 1)),
+    ("2:4 odd", (1_048_579, 4), Operators.groups, (4, -1)),
+    ("2:4 linear dim=0", LINEAR, Operators.groups, (4, 0)),
+    ("2:4 conv dim=1", CONVOLUTION, Operators.groups, (4, 1)),
     ("conv dim=0", CONVOLUTION, Operators.channels, (0,)),
     ("odd dim=0", (4099, 4093), Operators.channels, (0,)),
     ("odd dim=1", (4099, 4093), Operators.channels, (1,)),
@@ -136,7 +138,7 @@ MEASURED_ONLY: list[Variant] = [
 COMPILED_ONLY: list[Variant] = [("", LINEAR, Operators.compress, ())]
 HUGE: list[Variant] = [  # sizes of 64 bits
     ("huge", (1 << 31,), Operators.soft_mask, ()),
-    ("2:4 huge", (1 << 29, 4), Operators.groups, (4, 2, -1)),
+    ("2:4 huge", (1 << 29, 4), Operators.groups, (4, -1)),
 ]
 
 

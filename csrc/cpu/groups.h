@@ -158,11 +158,13 @@ inline std::vector<std::pair<int, int>> sorting_network(int count) {
 // The selection that all blocks make: which order statistics, and the sorting network.
 struct GroupSelection {
   int members;
-  int pruned;  // k, the same in every group
+  int pruned;  // k, the same in every group: from 0 to M
   std::vector<std::pair<int, int>> network;
 
-  GroupSelection(int members, int pruned)
-      : members(members), pruned(pruned), network(sorting_network(members)) {}
+  GroupSelection(int members, int64_t pruned)
+      : members(members),
+        pruned(static_cast<int>(std::clamp<int64_t>(pruned, 0, members))),
+        network(sorting_network(members)) {}
 
   // Writes the magnitude keys of every group in ascending order.
   template <typename Real, typename Key = typename Magnitude<Real>::Key>

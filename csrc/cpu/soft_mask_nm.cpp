@@ -73,8 +73,9 @@ PDP_INLINE void for_each_run(const GroupSelection& selection, Array weight, Grou
                              int64_t first, int count, const Run& run) {
   Real of_groups[kGroups], of_elements[kMaxMembers * kGroups];
   const Real* thresholds = of_groups;
-  if (selection.pruned == 0) {
-    std::fill_n(of_groups, count, -std::numeric_limits<Real>::infinity());
+  if (selection.pruned == 0 || selection.pruned == layout.members) {
+    const Real infinity = std::numeric_limits<Real>::infinity();
+    std::fill_n(of_groups, count, selection.pruned == 0 ? -infinity : infinity);
   } else {
     find_thresholds(selection, weight, layout, first, count, of_groups);
   }
@@ -250,7 +251,7 @@ PDP_MULTIVERSION void hard_double(const Hard& pass, int64_t begin, int64_t end) 
 
 }  // namespace
 
-void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int pruned, bool relative,
+void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int64_t pruned, bool relative,
                   Array w_hat, Array mask, int64_t numel, ParallelFor parallel_for) {
   const Forward pass{GroupSelection(layout.members, pruned), layout, weight, w_hat, mask};
   const auto run = weight.type == WeightType::kFloat64 ? forward_double : forward_float;
@@ -259,8 +260,8 @@ void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int pruned,
 }
 
 void soft_mask_nm_backward(Array grad_w_hat, Array grad_mask, Array weight, const void* tau,
-                           GroupLayout layout, int pruned, bool relative, Array grad, int64_t numel,
-                           ParallelFor parallel_for) {
+                           GroupLayout layout, int64_t pruned, bool relative, Array grad,
+                           int64_t numel, ParallelFor parallel_for) {
   const Backward pass{
       GroupSelection(layout.members, pruned), layout, grad_w_hat, grad_mask, weight, grad};
   const auto run = weight.type == WeightType::kFloat64 ? backward_double : backward_float;
@@ -268,9 +269,9 @@ void soft_mask_nm_backward(Array grad_w_hat, Array grad_mask, Array weight, cons
                [&](int64_t begin, int64_t end) { run(pass, tau, relative, begin, end); });
 }
 
-void hard_mask_nm(Array weight, GroupLayout layout, int pruned, bool* kept, int64_t numel,
+void hard_mask_nm(Array weight, GroupLayout layout, int64_t pruned, bool* kept, int64_t numel,
                   ParallelFor parallel_for) {
-  if (pruned == 0) {
+  if (pruned <= 0) {
     std::fill_n(kept, numel, true);
     return;
   }

@@ -7,17 +7,18 @@
 
 namespace pdp::cpu {
 
-// Like soft_mask, with t between the k-th and k+1-th magnitude of each group, k = pruned.
-void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int pruned, bool relative,
+// Like soft_mask, with t between the k-th and k+1-th magnitude of each group, k = pruned: -inf for
+// k <= 0, +inf for k >= M.
+void soft_mask_nm(Array weight, const void* tau, GroupLayout layout, int64_t pruned, bool relative,
                   Array w_hat, Array mask, int64_t numel, ParallelFor parallel_for);
 
 void soft_mask_nm_backward(Array grad_w_hat, Array grad_mask, Array weight, const void* tau,
-                           GroupLayout layout, int pruned, bool relative, Array grad, int64_t numel,
-                           ParallelFor parallel_for);
+                           GroupLayout layout, int64_t pruned, bool relative, Array grad,
+                           int64_t numel, ParallelFor parallel_for);
 
 // Sets `kept` to whether each weight is kept when exactly `pruned` of each group are pruned. Of
 // equal magnitudes the lowest index is pruned first.
-void hard_mask_nm(Array weight, GroupLayout layout, int pruned, bool* kept, int64_t numel,
+void hard_mask_nm(Array weight, GroupLayout layout, int64_t pruned, bool* kept, int64_t numel,
                   ParallelFor parallel_for);
 
 }  // namespace pdp::cpu

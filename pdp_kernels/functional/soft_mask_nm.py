@@ -25,7 +25,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
-    pruned: int | None = None,
+    pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[False] = False,
 ) -> Tensor: ...
@@ -40,7 +40,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
-    pruned: int | None = None,
+    pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -55,7 +55,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
-    pruned: int | None = None,
+    pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -69,7 +69,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
-    pruned: int | None = None,
+    pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -78,8 +78,8 @@ def pdp_mask_nm(
     `pdp_mask` (Eq. 1 and 2 of arXiv 2305.11203) where every group of M consecutive weights along
     ``dim`` is a layer of its own (section 3.4). N weights are KEPT of every M, so t is the midpoint
     between the group's magnitudes of rank M - N and M - N + 1. Thresholds never reach memory:
-    forward and backward are one pass over the weight each. Only the weight and tau are saved for
-    backward.
+    forward and backward are one pass over the weight each. Only the weight, tau and pruned are
+    saved for backward.
 
     Sparse tensor cores multiply along the input features: dim -1 of a Linear weight, dim 1 of a
     convolution's. Prune a convolution with dim=1.
@@ -94,7 +94,9 @@ def pdp_mask_nm(
         tau: the temperature, as in `pdp_mask`.
         relative_tau: the relative temperature, as in `pdp_mask`; it follows each group's own t.
         pruned: how many weights of a group are pruned now, 0 to m - n (default), so that a
-            schedule can ramp up. 0 is the identity.
+            schedule can ramp up. 0 is the identity. An int, or an int64 tensor, (), on the weight's
+            device. A tensor is read on the device alone (unchecked), so that a schedule needs
+            neither recompilation nor another graph capture.
         out_dtype: the dtype of w_hat (and of the mask), as in `pdp_mask`.
         return_mask: also return m(w).
 
@@ -103,10 +105,11 @@ def pdp_mask_nm(
         (w_hat, m), differentiable through both. It cannot be differentiated twice.
 
     Raises:
-        TypeError: a weight, temperature or out_dtype of the wrong type or dtype; n, m, dim or
-            pruned no int.
+        TypeError: a weight, temperature, pruned or out_dtype of the wrong type or dtype; n, m or
+            dim no int.
         ValueError: n and m not as above; no such dim; a size not divisible by m; pruned outside
-            [0, m - n]; both temperatures, or one that is not positive and finite.
+            [0, m - n]; both temperatures, or one that is not positive and finite; a tensor of the
+            wrong shape or on another device.
 
     Example:
         >>> weight = torch.tensor([[0.1, -0.4, 0.3, 0.2]])
@@ -119,14 +122,21 @@ def pdp_mask_nm(
     check_divisible("weight", weight, m, dim)
     if pruned is None:
         pruned = m - n
-    check_pruned(pruned, n, m)
+    check_pruned(pruned, n, m, weight.device)
     temperature, relative = temperature_of(weight, tau, relative_tau)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
-    group = (m, pruned, dim % weight.dim())
-    constants = (None, temperature, group, relative, out_dtype, return_mask)
+    group = (m, dim % weight.dim())
+    constants = (_count(pruned, weight), temperature, group, relative, out_dtype, return_mask)
     w_hat, mask = masked_weight(weight, constants)
     return (w_hat, mask) if return_mask else w_hat
+
+
+def _count(pruned: int | Tensor, weight: Tensor) -> Tensor:
+    """Return the number as a tensor on the weight's device."""
+    if isinstance(pruned, Tensor):
+        return pruned
+    return torch.full((), pruned, dtype=torch.int64, device=weight.device)
 
 
 def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tensor:
@@ -156,7 +166,7 @@ def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tenso
     check_weight("weight", weight)
     check_pattern(n, m, dim)
     check_divisible("weight", weight, m, dim)
-    group = (m, m - n, dim % weight.dim())
+    group = (m, _count(m - n, weight), dim % weight.dim())
     weight = weight.detach()
     if is_distributed(weight):
         return map_shards(lambda shard: torch.ops.pdp.hard_mask_nm(shard, *group), weight)

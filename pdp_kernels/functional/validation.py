@@ -170,9 +170,18 @@ def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
         )
 
 
-def check_pruned(pruned: int, n: int, m: int) -> None:
+def check_pruned(pruned: int | Tensor, n: int, m: int, device: torch.device) -> None:
+    """Accept a number, or a tensor, whose value stays unread, on the weight's device."""
+    if isinstance(pruned, Tensor):
+        if pruned.dtype != torch.int64:
+            raise TypeError(f"pruned must have dtype torch.int64, got {pruned.dtype}")
+        if pruned.dim() != 0:
+            raise ValueError(f"pruned must be an int or have shape (), got {tuple(pruned.shape)}")
+        if pruned.device != device:
+            raise ValueError(f"pruned must be on the weight's device {device}, got {pruned.device}")
+        return
     if isinstance(pruned, bool) or not isinstance(pruned, int):
-        raise TypeError(f"pruned must be an int, got {type(pruned).__name__}")
+        raise TypeError(f"pruned must be an int or a 0-d tensor, got {type(pruned).__name__}")
     if not 0 <= pruned <= m - n:
         raise ValueError(f"pruned must be in [0, m - n] = [0, {m - n}], got {pruned}")
 

@@ -92,14 +92,14 @@ def _check_dim(weight: Tensor, dim: int) -> None:
     _require(0 <= dim < weight.dim(), f"dim must be in [0, {weight.dim()}), got {dim}")
 
 
-def _check_groups(weight: Tensor, m: int, pruned: int, dim: int) -> None:
+def _check_groups(weight: Tensor, m: int, pruned: Tensor, dim: int) -> None:
     _check_weight(weight)
     _check_dim(weight, dim)
     _require(
         1 <= m <= MAX_GROUP and weight.shape[dim] % m == 0,
         f"m must be in [1, {MAX_GROUP}] and divide the size along dim, got {m}",
     )
-    _require(0 <= pruned < m, f"pruned must be in [0, m), got {pruned}")
+    _check_values("pruned", pruned, torch.int64, 1, weight)
 
 
 def _check_channels(weight: Tensor, dim: int, norms: Tensor, **scalars: Tensor) -> None:
@@ -160,7 +160,7 @@ def soft_mask_nm(
     weight: Tensor,
     tau: Tensor,
     m: int,
-    pruned: int,
+    pruned: Tensor,
     dim: int,
     relative: bool,
     out_dtype: torch.dtype | None,
@@ -176,7 +176,7 @@ def soft_mask_nm_backward(
     weight: Tensor,
     tau: Tensor,
     m: int,
-    pruned: int,
+    pruned: Tensor,
     dim: int,
     relative: bool,
 ) -> None:
@@ -185,7 +185,7 @@ def soft_mask_nm_backward(
     _check_like(weight, grad_w_hat=grad_w_hat, grad_mask=grad_mask)
 
 
-def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> None:
+def hard_mask_nm(weight: Tensor, m: int, pruned: Tensor, dim: int) -> None:
     _check_groups(weight, m, pruned, dim)
 
 

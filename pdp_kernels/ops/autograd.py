@@ -30,27 +30,31 @@ class Function(torch.autograd.Function):
 class MaskedWeight(Function):
     """Return (w_hat, mask) of a weight. Backward recomputes the mask from the weight and scalars.
 
-    group: None for one threshold, or (m, pruned, dim) for a threshold per N:M group.
+    boundary: the threshold; for N:M groups, which find their own, the number pruned in each. It and
+        tau are saved as they are: autograd refuses a backward after either was written in place.
+    group: None for one threshold, or (m, dim) for a threshold per N:M group.
     """
 
     @staticmethod
     def forward(
         weight: Tensor,
-        threshold: Tensor | None,
+        boundary: Tensor,
         tau: Tensor,
-        group: tuple[int, int, int] | None,
+        group: tuple[int, int] | None,
         relative: bool,
         out_dtype: torch.dtype | None,
         return_mask: bool,
     ) -> tuple[Tensor, Tensor]:
         if group is None:
-            return pdp.soft_mask.default(weight, threshold, tau, relative, out_dtype, return_mask)
-        return pdp.soft_mask_nm.default(weight, tau, *group, relative, out_dtype, return_mask)
+            return pdp.soft_mask.default(weight, boundary, tau, relative, out_dtype, return_mask)
+        m, dim = group
+        rest = (relative, out_dtype, return_mask)
+        return pdp.soft_mask_nm.default(weight, tau, m, boundary, dim, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, threshold, tau, ctx.group, ctx.relative, _, ctx.return_mask = inputs
-        ctx.save_for_backward(weight, threshold, tau)
+        weight, boundary, tau, ctx.group, ctx.relative, _, ctx.return_mask = inputs
+        ctx.save_for_backward(weight, boundary, tau)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -61,12 +65,14 @@ class MaskedWeight(Function):
             grad_mask = None  # a compiled backward passes zeros for the empty mask
         if grad_w_hat is None and grad_mask is None:
             return (None,) * 7
-        weight, threshold, tau = ctx.saved_tensors
+        weight, boundary, tau = ctx.saved_tensors
         grads = (grad_w_hat, grad_mask, weight)
         if ctx.group is None:
-            operator, rest = pdp.soft_mask_backward.default, (threshold, tau, ctx.relative)
+            operator, rest = pdp.soft_mask_backward.default, (boundary, tau, ctx.relative)
         else:
-            operator, rest = pdp.soft_mask_nm_backward.default, (tau, *ctx.group, ctx.relative)
+            m, dim = ctx.group
+            operator = pdp.soft_mask_nm_backward.default
+            rest = (tau, m, boundary, dim, ctx.relative)
         grad = _backward(operator, *grads, *rest)
         return grad, None, None, None, None, None, None
 

@@ -75,7 +75,7 @@ def soft_mask_nm(
     weight: Tensor,
     tau: Tensor,
     m: int,
-    pruned: int,
+    pruned: Tensor,
     dim: int,
     relative: bool,
     out_dtype: torch.dtype | None,
@@ -90,14 +90,14 @@ def soft_mask_nm_backward(
     weight: Tensor,
     tau: Tensor,
     m: int,
-    pruned: int,
+    pruned: Tensor,
     dim: int,
     relative: bool,
 ) -> Tensor:
     return torch.empty_like(weight)
 
 
-def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
+def hard_mask_nm(weight: Tensor, m: int, pruned: Tensor, dim: int) -> Tensor:
     return torch.empty_like(weight, dtype=torch.bool)
 
 

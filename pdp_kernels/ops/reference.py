@@ -222,20 +222,20 @@ def ungroup(grouped: Tensor, dim: int) -> Tensor:
     return grouped.flatten(-2).movedim(-1, dim)
 
 
-def group_thresholds(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
+def group_thresholds(weight: Tensor, m: int, pruned: Tensor, dim: int) -> Tensor:
     """Return t of each group, (..., groups, 1): a group is a layer with k = pruned (3.4)."""
     dtype = threshold_dtype([weight])
     magnitudes = groups(weight, m, dim).abs().to(dtype).sort().values
-    if pruned == 0:
-        return torch.full_like(magnitudes[..., :1], -math.inf)
-    return midpoint(magnitudes[..., pruned - 1 : pruned], magnitudes[..., pruned : pruned + 1])
+    ranks = torch.stack([pruned.view(()) - 1, pruned.view(())]).clamp(0, m - 1)
+    low, high = magnitudes.index_select(-1, ranks).split(1, -1)
+    return threshold_between(low, high, pruned, m)
 
 
 def soft_mask_nm(
     weight: Tensor,
     tau: Tensor,
     m: int,
-    pruned: int,
+    pruned: Tensor,
     dim: int,
     relative: bool,
     out_dtype: torch.dtype | None,
@@ -255,7 +255,7 @@ def soft_mask_nm_backward(
     weight: Tensor,
     tau: Tensor,
     m: int,
-    pruned: int,
+    pruned: Tensor,
     dim: int,
     relative: bool,
 ) -> Tensor:
@@ -272,10 +272,10 @@ def soft_mask_nm_backward(
     return _like(weight, ungroup(grad, dim), weight.dtype)
 
 
-def hard_mask_nm(weight: Tensor, m: int, pruned: int, dim: int) -> Tensor:
+def hard_mask_nm(weight: Tensor, m: int, pruned: Tensor, dim: int) -> Tensor:
     """Return True for the M - pruned kept weights of each group. Ties are pruned by index."""
     order = groups(weight, m, dim).abs().sort(stable=True).indices
-    kept = torch.arange(m, device=weight.device) >= pruned
+    kept = torch.arange(m, device=weight.device) >= pruned  # () or (1,)
     kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, kept.expand_as(order))
     return _like(weight, ungroup(kept, dim), torch.bool)
 
@@ -361,7 +361,7 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
     The words of 32 rows x 2 columns are contiguous, with rows r, r + 8, ... next to each other.
     """
     fours = groups(weight, 4, -1)
-    kept = groups(hard_mask_nm(weight, 4, 2, 1), 4, -1)
+    kept = groups(hard_mask_nm(weight, 4, torch.full((), 2, device=weight.device), 1), 4, -1)
     at_0, at_1, _, at_3 = (kept & (fours != 0)).unbind(-1)
     first = torch.where(at_0, 0, torch.where(at_1, 1, 2))
     second = torch.where(at_0 & at_1, 1, torch.where((at_0 | at_1) & ~at_3, 2, 3))

@@ -28,14 +28,14 @@ SCHEMAS = {
         "-> Tensor[]"
     ),
     "soft_mask_nm": (
-        "(Tensor weight, Tensor tau, int m, int pruned, int dim, bool relative, "
+        "(Tensor weight, Tensor tau, int m, Tensor pruned, int dim, bool relative, "
         "ScalarType? out_dtype, bool return_mask) -> (Tensor, Tensor)"
     ),
     "soft_mask_nm_backward": (
-        "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor tau, int m, int pruned, "
+        "(Tensor? grad_w_hat, Tensor? grad_mask, Tensor weight, Tensor tau, int m, Tensor pruned, "
         "int dim, bool relative) -> Tensor"
     ),
-    "hard_mask_nm": "(Tensor weight, int m, int pruned, int dim) -> Tensor",
+    "hard_mask_nm": "(Tensor weight, int m, Tensor pruned, int dim) -> Tensor",
     "compress_2to4": "(Tensor weight) -> (Tensor, Tensor)",
     "channel_norms": "(Tensor weight, int dim, bool rms) -> Tensor",
     "soft_mask_channel": (

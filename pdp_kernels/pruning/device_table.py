@@ -13,7 +13,7 @@ from pdp_kernels.functional.threshold import find_thresholds
 from pdp_kernels.ops.reference import threshold_dtype
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.layers import parameter_of
-from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
+from pdp_kernels.pruning.masks import GroupMask, SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.targets import Target
 
 _Place = tuple[torch.device, torch.dtype]
@@ -40,7 +40,6 @@ class DeviceTables:
         self.tables: list[DeviceTable] = []
         self._targets = targets
         self._masks = masks
-        self._without_table = [mask for mask in masks if not isinstance(mask, SelectedMask)]
         self._layers = [target.holders[0].layer for target in targets]
         self._names = [target.holders[0].slot.name for target in targets]
         # Of the weights and masks at the last step.
@@ -93,10 +92,9 @@ class DeviceTables:
     ) -> None:
         self._follow(weights)
         ramp = config.ramp_at(progress)
-        for mask in self._without_table:
-            mask.set_ramp(ramp)
         for table in self.tables:
             table.set_temperatures(config, progress)
+            table.set_group_counts(ramp)
             if final_counts is not None:
                 table.set_prune_counts(final_counts, ramp)
 
@@ -170,6 +168,11 @@ class DeviceTable:
         self.thresholds: Tensor = _spaced(size, -math.inf, dtype, device)
         for index, selected in enumerate(self._selected):
             selected.hold(self.thresholds[index], self._prune_counts[index : index + 1])
+        self._group_counts: dict[int, Tensor] = {}  # by the number that is pruned in the end
+        for mask in self.masks:
+            if isinstance(mask, GroupMask):
+                count = torch.zeros((), dtype=torch.int64, device=device)
+                mask.hold(self._group_counts.setdefault(mask.prunable, count))
         self.taus: Tensor = _spaced(len(members), math.nan, dtype, device)
         # Runs of taus with one (start, end): one operation writes each.
         self._runs: list[tuple[tuple[float, float], Tensor]] = []
@@ -187,6 +190,11 @@ class DeviceTable:
     def set_temperatures(self, config: PDPConfig, progress: float) -> None:
         for temperatures, taus in self._runs:
             taus.fill_(config.temperature_at(temperatures, progress))
+
+    def set_group_counts(self, ramp: float) -> None:
+        """Prune round(ramp * (M - N)) weights of each N:M group."""
+        for prunable, count in self._group_counts.items():
+            count.fill_(math.floor(ramp * prunable + 0.5))
 
     def set_prune_counts(self, final_counts: Mapping[str, int], ramp: float) -> None:
         """Set each prune count to round(ramp * final count)."""

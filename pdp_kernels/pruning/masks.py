@@ -1,7 +1,8 @@
 """Masks of weights: soft masks for training, exact hard masks for evaluation.
 
 The constants of a mask are tensors that a `DeviceTable` writes in place, so that a compiled or
-captured training step follows the schedule.
+captured training step follows the schedule. Autograd refuses a backward whose forward ran before
+such a write.
 """
 
 import math
@@ -72,10 +73,6 @@ class WeightMask(ABC):
         """Set the weights that the hard mask prunes to zero, in place."""
         local_shard(weight).masked_fill_(~self.kept(weight), 0)
 
-    @abstractmethod
-    def set_ramp(self, fraction: float) -> None:
-        """Prune this fraction of the number to prune in the end."""
-
     def to(self, weight: Tensor) -> None:
         """Move the constants to the weight's device and threshold dtype."""
         self.tau = _moved(self.tau, weight.device, threshold_dtype([weight]), 1.0)
@@ -91,9 +88,6 @@ class SelectedMask(WeightMask):
 
     threshold: Tensor
     prune_count: Tensor
-
-    def set_ramp(self, fraction: float) -> None:
-        """Do nothing: a `DeviceTable` writes prune_count, for all masks at once."""
 
     def hold(self, threshold: Tensor, prune_count: Tensor) -> None:
         """Take these tensors for threshold and prune_count, and write the old values into them."""
@@ -170,26 +164,36 @@ class GroupMask(WeightMask):
     """A mask that prunes the same number in each N:M group. The kernel finds the thresholds.
 
     Attributes:
-        pruned: how many weights of each group are pruned so far. A number, not a tensor: a captured
-            graph keeps the one that it was captured with, and a compiled step compiles once for
-            each.
+        pruned: how many weights of each group are pruned so far, int64 ().
     """
+
+    pruned: Tensor
 
     def __init__(self, relative: bool, n: int, m: int, dim: int) -> None:
         super().__init__(relative)
         self.n = n
         self.m = m
         self.dim = dim
-        self.pruned: int = 0
 
-    def set_ramp(self, fraction: float) -> None:
-        """Prune round(fraction (M - N)) weights of each group."""
-        self.pruned = math.floor(fraction * (self.m - self.n) + 0.5)
+    @property
+    def prunable(self) -> int:
+        """M - N, how many weights of each group are pruned in the end."""
+        return self.m - self.n
+
+    def hold(self, pruned: Tensor) -> None:
+        """Take this tensor for pruned, and write the old value into it."""
+        if hasattr(self, "pruned") and not self.pruned.is_meta:
+            pruned.copy_(self.pruned)
+        self.pruned = pruned
+
+    def to(self, weight: Tensor) -> None:
+        super().to(weight)
+        self.pruned = _moved(self.pruned, weight.device, torch.int64, 0)
 
     def soft(self, weight: Tensor) -> Tensor:
         self._check_groups(weight)
-        group = (self.m, self.pruned, self.dim)
-        constants = (None, self.tau, group, self.relative, autocast_dtype(weight), False)
+        group = (self.m, self.dim)
+        constants = (self.pruned, self.tau, group, self.relative, autocast_dtype(weight), False)
         return masked_weight(weight, constants)[0]
 
     def values(self, weight: Tensor) -> Tensor:

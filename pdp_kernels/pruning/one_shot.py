@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from pdp_kernels.distributed.shards import reshard
+from pdp_kernels.functional.soft_mask_nm import hard_mask_nm
 from pdp_kernels.functional.validation import check_one_of, check_plain_weight
 from pdp_kernels.pruning.activations import check_inputs_known, sum_input_squares
 from pdp_kernels.pruning.budgets import check_budgets, final_counts
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.evaluation import run_model
 from pdp_kernels.pruning.masked_layer import check_unmasked
-from pdp_kernels.pruning.masks import SelectedMask, WeightMask
+from pdp_kernels.pruning.masks import GroupMask, SelectedMask, WeightMask
 from pdp_kernels.pruning.patterns import ChannelPattern, GroupPattern
 from pdp_kernels.pruning.report import PruningReport, ReportHistory
 from pdp_kernels.pruning.targets import Holder, Target, find_targets
@@ -156,7 +157,8 @@ def _prune_by_magnitude(target: Target, mask: WeightMask, count: int) -> None:
     if isinstance(mask, SelectedMask):
         mask.prune_count = torch.tensor([count], device=target.weight.device)
     else:
-        mask.set_ramp(1.0)
+        assert isinstance(mask, GroupMask)
+        mask.pruned = torch.full((), mask.prunable, device=target.weight.device)
     mask.prune(target.weight)
 
 
@@ -165,8 +167,7 @@ def _prune_by_score(target: Target, squares: Tensor, count: int) -> None:
     weight, holder, pattern = target.weight.detach(), target.holders[0], target.plan.pattern
     scores = weight.double().abs() * squares.sqrt()
     if isinstance(pattern, GroupPattern):
-        m, pruned = pattern.m, pattern.m - pattern.n
-        kept = torch.ops.pdp.hard_mask_nm(scores, m, pruned, holder.slot.inputs)
+        kept = hard_mask_nm(scores, pattern.n, pattern.m, holder.slot.inputs)
     else:
         kept = _from_rows(_kept_in_rows(_as_rows(scores, holder), count), weight.shape, holder)
     weight.masked_fill_(~kept, 0)

@@ -15,6 +15,7 @@ from tests.support.weights import DTYPES, SPECIAL, weight_of
 
 TABLE_6 = [(2, 4), (4, 8), (1, 4), (2, 8)]
 UNUSUAL = [(1, 2), (3, 5), (6, 7), (5, 32), (31, 32)]
+TWO = torch.tensor(2)  # pruned members
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,39 @@ def test_each_number_of_pruned_members_stays_within_budget(masking, pruned):
     weight = torch.randn(21, 8)
     check_soft_mask_nm(masking, weight, 4, pruned, 1, False)
     check_hard_mask_nm(masking, weight, 4, pruned, 1)
+
+
+@pytest.mark.parametrize("relative", [False, True], ids=["tau", "relative_tau"])
+@pytest.mark.parametrize("pruned", [-3, 4, 2**40])
+def test_counts_beyond_a_group_prune_none_or_all(masking, pruned, relative):
+    weight = torch.randn(21, 8)
+    count = torch.tensor([pruned])
+    given = on_device(masking, weight, scalar(weight, 0.1), 4, count, 1, relative)
+    w_hat, mask = masking.soft_mask_nm(*given, None, True)
+    kept = masking.hard_mask_nm(*on_device(masking, weight, 4, count, 1))
+    grad = masking.soft_mask_nm_backward(*on_device(masking, torch.ones_like(weight), None), *given)
+    all_or_none = 1 if pruned < 0 else 0
+    assert (mask == all_or_none).all() and (grad == all_or_none).all()
+    assert (kept == all_or_none).all()
+    assert torch.equal(w_hat.cpu(), weight * all_or_none)
+
+
+@pytest.mark.parametrize("distribution", ["denormals", "signed zeros", "few distinct"])
+def test_special_values_stay_within_budget(masking, distribution):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = weight_of(distribution, 480, dtype).view(20, 24)
+        check_soft_mask_nm(masking, weight, 4, 2, 1, True)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**120])
+def test_a_relative_temperature_makes_masks_independent_of_the_scale(masking, scale):
+    weight = torch.randn(21, 8)
+    rest = (scalar(weight, 0.1), 4, TWO, 1, True)
+    masks = [
+        masking.soft_mask_nm(*on_device(masking, each, *rest), None, True)[1]
+        for each in (weight, weight * scale)
+    ]
+    assert torch.equal(*masks)
 
 
 def test_nothing_pruned_is_the_identity(device):
@@ -100,7 +134,7 @@ def test_nan_and_inf_stay_in_their_own_groups(masking):
     others[0, 0] = others[3, 1] = others[9, 1] = False
     results = []
     for weight in (clean, dirty):
-        given = on_device(masking, weight, scalar(weight, 0.1), 4, 2, 1, True)
+        given = on_device(masking, weight, scalar(weight, 0.1), 4, TWO, 1, True)
         w_hat = masking.soft_mask_nm(*given, None, False)[0]
         back = masking.soft_mask_nm_backward(*on_device(masking, clean, None), *given)
         results.append([reference.groups(r.cpu(), 4, 1)[others] for r in (w_hat, back)])
@@ -116,12 +150,12 @@ def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking
     copied = [base[:, :, :, ::2], base[:1].expand(4, -1, -1, -1)]
     for weight in [*dense, *copied]:
         dim = list(weight.shape).index(8)
-        given = (tau, 4, 2, dim, True)
+        given = (tau, 4, TWO, dim, True)
         rows = masking.soft_mask_nm(*on_device(masking, weight.contiguous(), *given), None, True)
         own = masking.soft_mask_nm(*on_device(masking, weight, *given), None, True)
         assert torch.equal(own[0], rows[0]) and torch.equal(own[1], rows[1])
-        kept = masking.hard_mask_nm(*on_device(masking, weight, 4, 2, dim))
-        assert torch.equal(kept.cpu(), reference.hard_mask_nm(weight, 4, 2, dim))
+        kept = masking.hard_mask_nm(*on_device(masking, weight, 4, TWO, dim))
+        assert torch.equal(kept.cpu(), reference.hard_mask_nm(weight, 4, TWO, dim))
         grad_w_hat = torch.randn(weight.shape).to(dtype)
         back = masking.soft_mask_nm_backward(*on_device(masking, grad_w_hat, None, weight, *given))
         rows_back = masking.soft_mask_nm_backward(
@@ -139,7 +173,7 @@ def test_every_out_dtype_stays_within_budget(masking):
 
 def test_bitwise_repeatable_on_any_number_of_threads(masking, set_threads):
     weight = torch.randn(1000, 40)  # more than two threads' grains of weights
-    given = on_device(masking, weight, scalar(weight, 0.1), 4, 2, 1, False)
+    given = on_device(masking, weight, scalar(weight, 0.1), 4, TWO, 1, False)
     first = masking.soft_mask_nm(*given, None, False)[0]
     for threads in (1, 1, 2, 3):
         set_threads(threads)
@@ -162,7 +196,7 @@ def test_gradcheck(device, relative):
 def test_gradient_is_that_of_the_mask_at_constant_thresholds(device):
     """Compare every member with autograd through Eq. 1."""
     weight = torch.randn(6, 8, dtype=torch.float64, device=device, requires_grad=True)
-    t = reference.group_thresholds(weight.detach(), 4, 2, 1)
+    t = reference.group_thresholds(weight.detach(), 4, TWO.to(device), 1)
     grouped = reference.groups(weight, 4, 1)
     by_autograd = torch.sigmoid((grouped**2 - t**2) / 0.1) * grouped
     (expected,) = torch.autograd.grad(by_autograd.square().sum(), weight)
@@ -197,6 +231,30 @@ def test_compiles_without_a_graph_break(device, dynamic):
     assert torch.equal(*grads)
 
 
+def test_compiles_once_for_a_schedule_in_a_tensor(device):
+    torch.compiler.reset()
+    masked = torch.compile(lambda w, count: pdp_mask_nm(w, 1, 4, pruned=count), fullgraph=True)
+    weight = torch.randn(6, 16, device=device, requires_grad=True)
+    for pruned in range(4):
+        count = torch.tensor(pruned, device=device)
+        with torch.compiler.set_stance("default" if pruned == 0 else "fail_on_recompile"):
+            found = masked(weight, count)
+        expected = pdp_mask_nm(weight, 1, 4, pruned=pruned)
+        assert torch.equal(found, expected)
+        grads = [torch.autograd.grad(w_hat.sum(), weight)[0] for w_hat in (found, expected)]
+        assert torch.equal(*grads)
+
+
+def test_a_backward_after_the_count_was_written_is_an_error(device):
+    """As after a write of tau: the backward would be that of another mask."""
+    weight = torch.randn(6, 16, device=device, requires_grad=True)
+    count = torch.tensor(1, device=device)
+    w_hat = pdp_mask_nm(weight, pruned=count)
+    count.fill_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        w_hat.sum().backward()
+
+
 def test_autocast_writes_w_hat_in_its_dtype(device):
     weight = torch.randn(4, 8, device=device, requires_grad=True)
     with torch.autocast(device, torch.bfloat16):
@@ -229,7 +287,10 @@ def test_bad_groups_raise(call, options, error, message):
     [
         ({"pruned": 3}, ValueError, r"pruned must be in \[0, m - n\] = \[0, 2\], got 3"),
         ({"pruned": -1}, ValueError, "got -1"),
-        ({"pruned": 1.0}, TypeError, "pruned must be an int, got float"),
+        ({"pruned": 1.0}, TypeError, "pruned must be an int or a 0-d tensor, got float"),
+        ({"pruned": torch.tensor(1.0)}, TypeError, "pruned must have dtype torch.int64, got"),
+        ({"pruned": torch.tensor([1])}, ValueError, r"or have shape \(\), got \(1,\)"),
+        ({"pruned": torch.tensor(1, device="meta")}, ValueError, "device cpu, got meta"),
         ({"tau": 0}, ValueError, "tau must be positive"),
         ({"tau": 0.1, "relative_tau": 0.1}, ValueError, "at most one of"),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype must be"),

@@ -28,7 +28,7 @@ def call(name, weight, grad):
     dtype = reference.threshold_dtype([weight])
     t, tau = (torch.full((), value, dtype=dtype, device=weight.device) for value in (0.7, 0.3))
     counts = torch.full((2,), 5, device=weight.device)
-    group = (4, 2, 1)
+    group = (4, torch.full((), 2, device=weight.device), 1)
     if name == "prune_counts":
         return (operator([weight, weight[0]], [0.3, 1.0]),)
     if name == "thresholds":

@@ -75,7 +75,7 @@ def test_masks_of_a_list_and_their_gradients_are_right():
 def test_n_m_masks_along_rows_are_right():
     """t is 0.125 in the last group, 0 in the others; there is nothing between."""
     weight = zeros_but_the_last_two(BEYOND_INT32 // 4 + 3, 4)
-    given = (number(1e-4), 4, 2, 1, False)
+    given = (number(1e-4), 4, number(2), 1, False)
     w_hat, _ = torch.ops.pdp.soft_mask_nm(weight, *given, None, False)
     assert torch.equal(w_hat, weight)
     del w_hat
@@ -83,7 +83,7 @@ def test_n_m_masks_along_rows_are_right():
     assert grad[-1].tolist() == [0, 0, 1, 1]
     assert (grad[:-1] == 0.5).all()
     del grad
-    kept = torch.ops.pdp.hard_mask_nm(weight, 4, 2, 1)
+    kept = torch.ops.pdp.hard_mask_nm(weight, 4, number(2), 1)
     assert torch.equal(kept.all(0), torch.tensor([False, False, True, True], device="cuda"))
     assert not kept[:, :2].any()
 
@@ -91,11 +91,11 @@ def test_n_m_masks_along_rows_are_right():
 def test_n_m_along_columns_whose_members_lie_more_than_2_to_31_apart():
     weight = torch.zeros(4, BEYOND_INT32 * 3 // 8, dtype=torch.bfloat16, device="cuda")
     weight[1:3] = 1.0
-    given = (number(1e-4), 4, 2, 0, False)
+    given = (number(1e-4), 4, number(2), 0, False)
     w_hat, _ = torch.ops.pdp.soft_mask_nm(weight, *given, None, False)
     assert torch.equal(w_hat, weight)
     del w_hat
-    kept = torch.ops.pdp.hard_mask_nm(weight, 4, 2, 0)
+    kept = torch.ops.pdp.hard_mask_nm(weight, 4, number(2), 0)
     assert kept[1:3].all() and not kept[0].any() and not kept[3].any()
 
 

@@ -53,11 +53,17 @@ NARROW = {
     "power_sums p=* f64": (0, "a lane reads every 32nd weight, in order"),
     "power_sums any *": (0, "a lane reads every 32nd weight, in order"),
     "soft_mask_list * f32>bf16": (0.66, "16 bytes of weights have 8 bytes of w_hat"),
-    "N:M * odd *": (0, "Triton masks each element, for the last of them may end anywhere"),
     "N:M * 2:4 relative f32>bf16": (0.66, "a thread has groups of 4, 8 bytes of bfloat16"),
+    "N:M * 2:4 odd relative f32>bf16": (0.66, "a thread has groups of 4, 8 bytes of bfloat16"),
+    "N:M * 2:4 linear * f32>bf16": (0.66, "a thread has 4 neighbouring groups"),
     "N:M * 2:4 relative bf16": (0, "a thread has groups of 4, 8 bytes of bfloat16"),
+    "N:M * 2:4 odd relative bf16": (0, "a thread has groups of 4, 8 bytes of bfloat16"),
+    "N:M * 2:4 linear * bf16": (0, "a thread has 4 neighbouring groups"),
     "N:M hard mask 2:4 f32": (0.8, "a thread has groups of 4, 4 bytes of mask"),
+    "N:M hard mask 2:4 odd f32": (0.8, "a thread has groups of 4, 4 bytes of mask"),
+    "N:M hard mask 2:4 linear * f32": (0.8, "a thread has 4 neighbouring groups"),
     "N:M hard mask 2:4 bf16": (0, "a thread has groups of 4, 8 bytes of bfloat16"),
+    "N:M hard mask 2:4 odd bf16": (0, "a thread has groups of 4, 8 bytes of bfloat16"),
     "N:M * 3:5 *": (0, "a group of 5 has no alignment"),
     "N:M * conv *": (0, "members of a group lie apart"),
     "channel norms conv dim=1 bf16": (0.96, "a program writes 8 bytes for each of its columns"),
@@ -175,13 +181,14 @@ def test_a_soft_mask_has_narrow_accesses_for_t_and_tau_alone(available, results)
 
 
 @only_with_everything
-def test_a_soft_mask_of_an_odd_size_costs_what_an_aligned_one_does(available, results):
+def test_a_mask_of_an_odd_size_costs_what_an_aligned_one_does(available, results):
     if "triton" not in available:
         pytest.skip("no triton")
     for architecture in compiled.FIGURES_ARCHITECTURES:
         costs = {e.name: e.instructions for e in results["triton", architecture].measured}
-        odd = {name for name in costs if name.startswith("soft_mask") and " odd " in name}
-        assert len(odd) == 6
+        masks = {name for name in costs if not name.startswith("channel")}
+        odd = {name for name in masks if " odd " in name}
+        assert len(odd) == 14
         for name in odd:
             assert costs[name] == pytest.approx(costs[name.replace(" odd", "")], rel=1e-3)
 

@@ -9,7 +9,7 @@ W = torch.linspace(-1, 1, 48).view(4, 12)
 HALVES = torch.ones(32, 64, dtype=torch.bfloat16)
 T, TAU = torch.tensor(0.5), torch.tensor(0.1)
 PAIR = torch.tensor([0.5, 0.1])
-COUNTS = torch.tensor([3, 5])
+COUNTS, TWO = torch.tensor([3, 5]), torch.tensor(2)
 NORMS = torch.ones(12)
 
 
@@ -110,14 +110,24 @@ CASES = {
         ],
     ),
     "soft_mask_nm": (
-        (W, TAU, 4, 2, 1, False, None, True),
-        [(1, TAU.double()), (2, 5), (2, 0), (2, 64), (3, 4), (3, -1), (4, 2), (4, -1)],
+        (W, TAU, 4, TWO, 1, False, None, True),
+        [
+            (1, TAU.double()),
+            (2, 5),
+            (2, 0),
+            (2, 64),
+            (3, TWO.int()),
+            (3, COUNTS),
+            (3, Elsewhere(TWO)),
+            (4, 2),
+            (4, -1),
+        ],
     ),
     "soft_mask_nm_backward": (
-        (W, W, W, TAU, 4, 2, 1, False),
-        [(0, W[:, :4]), (1, Elsewhere(W)), (3, torch.ones(2)), (4, 7), (5, 4), (6, 3)],
+        (W, W, W, TAU, 4, TWO, 1, False),
+        [(0, W[:, :4]), (1, Elsewhere(W)), (3, torch.ones(2)), (4, 7), (5, TAU), (6, 3)],
     ),
-    "hard_mask_nm": ((W, 4, 2, 1), [(0, W.long()), (1, 5), (2, 4), (3, 2)]),
+    "hard_mask_nm": ((W, 4, TWO, 1), [(0, W.long()), (1, 5), (2, COUNTS), (3, 2)]),
     "compress_2to4": (
         (HALVES,),
         [(0, HALVES.float()), (0, HALVES[:16]), (0, HALVES[:, :32].contiguous()), (0, HALVES[0])],

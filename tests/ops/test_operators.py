@@ -23,11 +23,11 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 def sample_inputs(device):
     """Yield (operator, arguments) of every schema: dtypes, layouts, optional arguments."""
     weight = torch.randn(4, 8, 2, 2, device=device).to(memory_format=torch.channels_last)
-    tau = torch.tensor(0.1, device=device)
-    yield "soft_mask_nm", (weight, tau, 4, 2, 1, True, torch.bfloat16, True)
-    yield "soft_mask_nm", (weight[:, :, ::2], tau, 4, 2, 1, False, None, False)
-    yield "soft_mask_nm_backward", (weight, None, weight, tau, 4, 2, 1, False)
-    yield "hard_mask_nm", (weight, 4, 2, 1)
+    tau, pruned = torch.tensor(0.1, device=device), torch.tensor(2, device=device)
+    yield "soft_mask_nm", (weight, tau, 4, pruned, 1, True, torch.bfloat16, True)
+    yield "soft_mask_nm", (weight[:, :, ::2], tau, 4, pruned, 1, False, None, False)
+    yield "soft_mask_nm_backward", (weight, None, weight, tau, 4, pruned, 1, False)
+    yield "hard_mask_nm", (weight, 4, pruned, 1)
     for matrix in (torch.randn(32, 64, device=device), torch.randn(64, 64, device=device).t()):
         yield "compress_2to4", (matrix.half(),)
     counts = torch.tensor([3, 0], device=device)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdp_kernels import PDPConfig, PDPPruner
-from pdp_kernels.pruning.masks import SelectedMask
+from pdp_kernels.pruning.masks import GroupMask, SelectedMask
 from tests.support.models import small_model
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ COUNT = ["mul.out", "add_.Tensor", "copy_.default"]
     [
         ({}, FILL + COUNT + SELECT),
         ({"1": {"relative_tau": 0.5}, "7": {"relative_tau": 0.5}}, 2 * FILL + COUNT + SELECT),
-        ({"*": {"pattern": "2:4"}}, FILL),
+        ({"*": {"pattern": "2:4"}}, 2 * FILL),
     ],
     ids=["one temperature", "two temperatures", "N:M"],
 )
@@ -129,3 +129,31 @@ def test_masks_of_a_model_that_moved_away_and_back_follow_the_schedule(pattern):
         for mode in (True, False):
             outputs = [model.train(mode)(torch.ones(16)) for model in models]
             assert torch.equal(*outputs)
+
+
+def test_masks_of_groups_that_prune_as_many_hold_one_count():
+    model = layers(24)
+    pruner = PDPPruner(model, MIXED)
+    pruner.step(0.0)
+    counts = {
+        n: [mask.pruned for mask in masks_of(model) if isinstance(mask, GroupMask) and mask.n == n]
+        for n in (1, 2)
+    }
+    for n, prunable in ((1, 3), (2, 2)):
+        for progress, fraction in ((0.0, 0.0), (4.0, 1.0)):
+            pruner.step(progress)
+            assert counts[n][0] == fraction * prunable
+        assert all(count is counts[n][0] for count in counts[n])
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
+def test_a_step_between_forward_and_backward_is_an_error(pattern):
+    """The backward computes the mask again, and would compute that of the next step."""
+    model = layers(2)
+    sparsity = {} if pattern == "2:4" else {"sparsity": 0.5}
+    pruner = PDPPruner(model, PDPConfig(**sparsity, pattern=pattern, warmup=0, ramp=4))
+    pruner.step(1.0)
+    loss = model(torch.randn(3, 16)).sum()
+    pruner.step(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

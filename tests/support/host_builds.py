@@ -98,20 +98,20 @@ class CpuBuild:
     def soft_mask_nm(self, weight, tau, m, pruned, dim, relative, out_dtype, return_mask):
         w_hat = torch.empty_like(weight, dtype=out_dtype)
         mask = torch.empty_like(w_hat) if return_mask else None
-        given = (weight, weight.dtype, tau, m, weight.stride(dim), pruned, relative)
+        given = (weight, weight.dtype, tau, m, weight.stride(dim), pruned.item(), relative)
         self.call("soft_mask_nm", *given, w_hat, mask, w_hat.dtype, weight.numel())
         return w_hat, mask
 
     def soft_mask_nm_backward(self, grad_w_hat, grad_mask, weight, tau, m, pruned, dim, relative):
         grad = torch.empty_like(weight)
         grads = (grad_w_hat, grad_mask, (grad_mask if grad_w_hat is None else grad_w_hat).dtype)
-        given = (weight, weight.dtype, tau, m, weight.stride(dim), pruned, relative)
+        given = (weight, weight.dtype, tau, m, weight.stride(dim), pruned.item(), relative)
         self.call("soft_mask_nm_backward", *grads, *given, grad, weight.numel())
         return grad
 
     def hard_mask_nm(self, weight, m, pruned, dim):
         kept = torch.empty_like(weight, dtype=torch.bool)
-        given = (weight, weight.dtype, m, weight.stride(dim), pruned)
+        given = (weight, weight.dtype, m, weight.stride(dim), pruned.item())
         self.call("hard_mask_nm", *given, kept, weight.numel())
         return kept
 

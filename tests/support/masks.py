@@ -125,7 +125,7 @@ def _soft_mask_nm_answers(weight, tau, m, pruned, dim, relative, out_dtype):
 
 def check_soft_mask_nm(backend, weight, m, pruned, dim, relative, out_dtype=None):
     """Check the forward with its mask, and the backward through either result and both."""
-    dim, tau = dim % weight.dim(), scalar(weight, 0.1)
+    dim, tau, pruned = dim % weight.dim(), scalar(weight, 0.1), torch.tensor(pruned)
     given = (weight, tau, m, pruned, dim, relative)
     out_dtype = out_dtype or weight.dtype
     grads, results, backward = answer(_soft_mask_nm_answers, *given, out_dtype)
@@ -143,8 +143,9 @@ def check_soft_mask_nm(backend, weight, m, pruned, dim, relative, out_dtype=None
 
 def check_hard_mask_nm(backend, weight, m, pruned, dim):
     """Check that each group keeps the reference's weights, m - pruned of them."""
-    kept = backend.hard_mask_nm(weight.to(backend.device), m, pruned, dim % weight.dim()).cpu()
-    assert torch.equal(kept, reference.hard_mask_nm(weight.double(), m, pruned, dim))
+    count, dim = torch.tensor(pruned), dim % weight.dim()
+    kept = backend.hard_mask_nm(*on_device(backend, weight, m, count, dim)).cpu()
+    assert torch.equal(kept, reference.hard_mask_nm(weight.double(), m, count, dim))
     assert (reference.groups(kept, m, dim).sum(-1) == m - pruned).all()
 
 

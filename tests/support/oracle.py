@@ -56,7 +56,11 @@ def exact_hard_mask(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def doubled(*arguments):
-    return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+    """Return the arguments with all tensors of numbers in float64; those of counts stay."""
+    return [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]
 
 
 class Answer(NamedTuple):

@@ -134,9 +134,9 @@ void soft_mask_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, vo
 void soft_mask_nm(void* weight, int64_t type, const void* tau, int64_t members, int64_t stride,
                   int64_t pruned, int64_t relative, void* w_hat, void* mask, int64_t out_type,
                   int64_t numel) {
-  pdp::cpu::soft_mask_nm(array(weight, type), tau, {static_cast<int>(members), stride},
-                         static_cast<int>(pruned), relative, array(w_hat, out_type),
-                         array(mask, out_type), numel, two_ranges);
+  pdp::cpu::soft_mask_nm(array(weight, type), tau, {static_cast<int>(members), stride}, pruned,
+                         relative, array(w_hat, out_type), array(mask, out_type), numel,
+                         two_ranges);
 }
 
 void soft_mask_nm_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type, void* weight,
@@ -144,14 +144,13 @@ void soft_mask_nm_backward(void* grad_w_hat, void* grad_mask, int64_t grad_type,
                            int64_t pruned, int64_t relative, void* grad, int64_t numel) {
   pdp::cpu::soft_mask_nm_backward(array(grad_w_hat, grad_type), array(grad_mask, grad_type),
                                   array(weight, type), tau, {static_cast<int>(members), stride},
-                                  static_cast<int>(pruned), relative, array(grad, type), numel,
-                                  two_ranges);
+                                  pruned, relative, array(grad, type), numel, two_ranges);
 }
 
 void hard_mask_nm(void* weight, int64_t type, int64_t members, int64_t stride, int64_t pruned,
                   bool* kept, int64_t numel) {
-  pdp::cpu::hard_mask_nm(array(weight, type), {static_cast<int>(members), stride},
-                         static_cast<int>(pruned), kept, numel, two_ranges);
+  pdp::cpu::hard_mask_nm(array(weight, type), {static_cast<int>(members), stride}, pruned, kept,
+                         numel, two_ranges);
 }
 
 void channel_norms(void* weight, int64_t type, int64_t outer, int64_t channels, int64_t inner,
