@@ -68,12 +68,11 @@ class MaskedWeight(Function):
         weight, boundary, tau = ctx.saved_tensors
         grads = (grad_w_hat, grad_mask, weight)
         if ctx.group is None:
-            operator, rest = pdp.soft_mask_backward.default, (boundary, tau, ctx.relative)
+            grad = _backward(pdp.soft_mask_backward.default, *grads, boundary, tau, ctx.relative)
         else:
             m, dim = ctx.group
-            operator = pdp.soft_mask_nm_backward.default
             rest = (tau, m, boundary, dim, ctx.relative)
-        grad = _backward(operator, *grads, *rest)
+            grad = _backward(pdp.soft_mask_nm_backward.default, *grads, *rest)
         return grad, None, None, None, None, None, None
 
     @staticmethod
