@@ -301,8 +301,8 @@ def _soft_mask_bwd_kernel(
             done += part
 
 
-launch_forward = Launcher(_soft_mask_fwd_kernel)
-launch_backward = Launcher(_soft_mask_bwd_kernel)
+launch_forward: Launcher = Launcher(_soft_mask_fwd_kernel)
+launch_backward: Launcher = Launcher(_soft_mask_bwd_kernel)
 
 
 def soft_mask(

@@ -9,7 +9,7 @@ from torch._C._functorch import unwrap_if_dead
 
 from pdp_kernels.ops.vmap import map_over_batch
 
-pdp = torch.ops.pdp
+pdp: Any = torch.ops.pdp
 
 
 class Function(torch.autograd.Function):
