@@ -72,7 +72,7 @@ METRICS+=,smsp__inst_executed.sum,smsp__inst_executed_op_shared_atom.sum
 METRICS+=,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum
 
 # Our kernels by their demangled names, in csrc/cuda and in triton_kernels.
-KERNELS='.*pdp::.*|_(soft_mask|hard_mask|products|compress)_.*'
+KERNELS='.*pdp::.*|_?(soft_mask|hard_mask|compress|channel)_.*'
 
 parts() {
   GROUP=always

@@ -24,6 +24,7 @@ from instruments.fake_cuda.torch_cuda import PATCHES
 MEANINGLESS = {
     r"\bnccl\b": "NCCL moves memory of GPUs",
     r"::test_linear_gives_what_the_dense_one_gave": "sparse tensor cores multiply",
+    r"::test_norms_of_channels_are_two_kernels": "an operator is one launch",
 }
 
 

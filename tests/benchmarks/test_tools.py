@@ -177,8 +177,8 @@ def test_the_run_profiles_every_kernel_of_ours_and_no_other():
     text = (ROOT / "benchmarks" / "gpu.sh").read_text()
     pattern = re.compile(re.search(r"^KERNELS='(.*)'$", text, re.MULTILINE)[1])
     sources = [path.read_text() for path in (ROOT / "triton_kernels").glob("*.py")]
-    triton = re.findall(r"^def (\w+_kernel)\(", "".join(sources), re.MULTILINE)
-    assert len(triton) >= 8 and all(map(pattern.fullmatch, triton))
+    triton = re.findall(r"^def (\w+_kernel)\(\n    \w+_ptr", "".join(sources), re.MULTILINE)
+    assert len(triton) == 12 and all(map(pattern.fullmatch, triton))
     assert pattern.fullmatch("void pdp::count_kernel<unsigned int>(pdp::Plan<unsigned int>)")
     assert not pattern.search("void at::native::vectorized_elementwise_kernel<4, (int)1>(int)")
 

@@ -137,9 +137,16 @@ def test_finetuning_starts_from_a_trained_network(call_main, tmp_path):
     assert not list((tmp_path / "running").iterdir())
 
 
-def test_a_stopped_run_of_a_grid_goes_on(call_main, monkeypatch, tmp_path):
-    arguments = ("methods", "--seeds", 1, "--epochs", 2, "--settings", "gmp", "--sparsities", 0.5)
+@pytest.fixture
+def one_process(monkeypatch):
+    """Grids train in this process, whose numbers are as before afterwards."""
     monkeypatch.setattr(grid, "ProcessPoolExecutor", InThisProcess)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_a_stopped_run_of_a_grid_goes_on(call_main, one_process, monkeypatch, tmp_path):
+    arguments = ("methods", "--seeds", 1, "--epochs", 2, "--settings", "gmp", "--sparsities", 0.5)
     call_main(grid, *arguments, "--out", tmp_path / "whole")
     train_epoch = training.train_epoch
 
