@@ -183,6 +183,13 @@ while (($#)) && [[ $1 != "$PYTHON" ]]; do shift; done
 exec "$@"
 """
 
+# It may run twice at once: for its version, and to compile.
+FAKE_NVCC = """#!/usr/bin/env bash
+while (($#)) && [[ $1 != -o ]]; do shift; done
+(($#)) || exit 0
+echo true >"$2" && chmod +x "$2"
+"""
+
 
 @pytest.fixture
 def gpu_run(tmp_path):
@@ -191,7 +198,7 @@ def gpu_run(tmp_path):
     tools.mkdir()
     fakes = dict.fromkeys(("ncu", "compute-sanitizer", "nvidia-smi"), FAKE_TOOL)
     fakes["python"] = FAKE_PYTHON.format(python=sys.executable)
-    fakes["nvcc"] = '#!/usr/bin/env bash\necho true >"${@: -2:1}" && chmod +x "${@: -2:1}"\n'
+    fakes["nvcc"] = FAKE_NVCC
     for name, text in fakes.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
