@@ -98,11 +98,11 @@ def lift_and_curvature(t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
 
 
 @triton.jit
-def binary_exponent(w, t, lift, curvature):
-    """Return log2(e) z."""
+def binary_exponent(w, lift, t, curvature):
+    """Return log2(e) z; t is lifted."""
     # Products with `lift` are exact, so each sum is one fused multiply-add.
-    difference = tl.abs(w) * lift - t * lift
-    total = tl.abs(w) * lift + tl.abs(t * lift)
+    difference = tl.abs(w) * lift - t
+    total = tl.abs(w) * lift + tl.abs(t)
     return difference * (curvature * HALF_LOG2_E) * total
 
 
@@ -121,6 +121,27 @@ def reciprocal(x):
 
 
 @triton.jit
+def lifted_mask_value(w, lift, t, curvature):
+    """Return m in float32; t is lifted."""
+    return reciprocal(1 + tl.exp2(-binary_exponent(w, lift, t, curvature)))
+
+
+@triton.jit
+def lifted_mask_slopes(w, lift, t, curvature):
+    """Return the derivatives of w_hat and of m in float32; t is lifted."""
+    exponent = binary_exponent(w, lift, t, curvature)
+    decay = tl.exp2(-tl.abs(exponent))
+    larger = reciprocal(1 + decay)
+    smaller = decay * larger
+    slope = larger * smaller
+    # Where the slope m (1 - m) underflows to 0 its factor may overflow, and 0 * inf is NaN.
+    factor = w * lift * curvature
+    boost = tl.minimum(factor * (w * lift), LARGEST) * slope
+    m = tl.where(exponent >= 0, larger, smaller)
+    return m + boost, tl.where(slope == 0, 0.0, factor * slope * lift)
+
+
+@triton.jit
 def soft_mask_value(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
     """Return m = sigmoid(z)."""
     if w.dtype == tl.float64:
@@ -129,31 +150,23 @@ def soft_mask_value(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
         return m
     else:
         lift, curvature = lift_and_curvature(t, tau, RELATIVE, TINY)
-        return reciprocal(1 + tl.exp2(-binary_exponent(w, t, lift, curvature)))
+        return lifted_mask_value(w, lift, t * lift, curvature)
 
 
 @triton.jit
 def soft_mask_slopes(w, t, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr):
     """Return m + 2 w^2/tau m(1-m) and 2 w/tau m(1-m): the derivatives of w_hat and of m."""
-    # Where the slope m (1 - m) underflows to 0 its factor may overflow, and 0 * inf is NaN.
     if w.dtype == tl.float64:
         scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
         m, slope = mask_and_slope(mask_exponent(w, t, scale, tau, RELATIVE))
         scaled = w / scale if RELATIVE else w
         factor = scaled / scale if RELATIVE else w
+        # The factor of a slope of 0 may be infinite, as in lifted_mask_slopes.
         boost = tl.where(slope == 0, 0.0, 2 * scaled * scaled / tau * slope)
         return m + boost, tl.where(slope == 0, 0.0, 2 * factor / tau * slope)
     else:
         lift, curvature = lift_and_curvature(t, tau, RELATIVE, TINY)
-        exponent = binary_exponent(w, t, lift, curvature)
-        decay = tl.exp2(-tl.abs(exponent))
-        larger = reciprocal(1 + decay)
-        smaller = decay * larger
-        slope = larger * smaller
-        factor = w * lift * curvature
-        boost = tl.minimum(factor * (w * lift), LARGEST) * slope
-        m = tl.where(exponent >= 0, larger, smaller)
-        return m + boost, tl.where(slope == 0, 0.0, factor * slope * lift)
+        return lifted_mask_slopes(w, lift, t * lift, curvature)
 
 
 @triton.jit

@@ -19,10 +19,10 @@ from pdp_kernels.triton_kernels.groups import (
     tiling,
 )
 from pdp_kernels.triton_kernels.soft_mask import (
-    HALF_LOG2_E,
-    LARGEST,
     in_order_of,
     lift_and_curvature,
+    lifted_mask_slopes,
+    lifted_mask_value,
     power_of_two,
     reciprocal,
     soft_mask_slopes,
@@ -95,15 +95,6 @@ def _lifted_threshold(low, high, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr
 
 
 @triton.jit
-def _binary_exponent(w, lift, t, curvature):
-    """Return log2(e) z; t is lifted."""
-    # Products with `lift` are exact, so each sum is one fused multiply-add.
-    difference = tl.abs(w) * lift - t
-    total = tl.abs(w) * lift + tl.abs(t)
-    return difference * (curvature * HALF_LOG2_E) * total
-
-
-@triton.jit
 def _mask_values(members, pruned, tau, M: tl.constexpr, RELATIVE: tl.constexpr, TINY: tl.constexpr):
     """Return m of each member."""
     low, high = _order_statistics(members, pruned, M)
@@ -116,23 +107,8 @@ def _mask_values(members, pruned, tau, M: tl.constexpr, RELATIVE: tl.constexpr, 
         lift, t, curvature = _lifted_threshold(low, high, tau, RELATIVE, TINY)
         t = _unless_none_or_all(t, pruned, M)
         for j in tl.static_range(M):
-            exponent = _binary_exponent(members[j], lift, t, curvature)
-            masks = masks + (reciprocal(1 + tl.exp2(-exponent)),)
+            masks = masks + (lifted_mask_value(members[j], lift, t, curvature),)
     return masks
-
-
-@triton.jit
-def _slopes(w, lift, t, curvature):
-    """Return the derivatives of w_hat and of m, as soft_mask_slopes does; t is lifted."""
-    exponent = _binary_exponent(w, lift, t, curvature)
-    decay = tl.exp2(-tl.abs(exponent))
-    larger = reciprocal(1 + decay)
-    smaller = decay * larger
-    slope = larger * smaller
-    factor = w * lift * curvature
-    boost = tl.minimum(factor * (w * lift), LARGEST) * slope
-    m = tl.where(exponent >= 0, larger, smaller)
-    return m + boost, tl.where(slope == 0, 0.0, factor * slope * lift)
 
 
 @triton.jit
@@ -151,7 +127,7 @@ def _mask_slopes(members, pruned, tau, M: tl.constexpr, RELATIVE: tl.constexpr, 
         lift, t, curvature = _lifted_threshold(low, high, tau, RELATIVE, TINY)
         t = _unless_none_or_all(t, pruned, M)
         for j in tl.static_range(M):
-            w_hat_slope, mask_slope = _slopes(members[j], lift, t, curvature)
+            w_hat_slope, mask_slope = lifted_mask_slopes(members[j], lift, t, curvature)
             of_w_hat = of_w_hat + (w_hat_slope,)
             of_mask = of_mask + (mask_slope,)
     return of_w_hat, of_mask
