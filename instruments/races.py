@@ -226,9 +226,16 @@ MUTATIONS = [
         workload="digit-counts-float32",
     ),
     Mutation(
-        "add_tiles: no barrier before the sums of warps are added",
+        "write_mask: no barrier before the ties of a block are written",
+        "hard_mask.cuh",
+        "  __syncthreads();\n  if (threadIdx.x == 0) ties_of_block",
+        BARRIER,
+        workload="hard-mask-ties",
+    ),
+    Mutation(
+        "add_tiles: no barrier before the sums of threads are added",
         "power_sums.cuh",
-        "  __syncthreads();\n  if (threadIdx.x != 0) return;",
+        "  __syncthreads();\n  const int value",
         BARRIER,
         workload="power-sums",
     ),

@@ -237,6 +237,19 @@ def test_power_sums_of_a_list_longer_than_a_chunk_of_the_table_are_exact(cuda):
     assert torch.equal(found, torch.stack([sizes, 2 * sizes, 4 * sizes], dim=1))
 
 
+def test_power_sums_of_few_and_of_many_tiles_are_the_same_in_any_list(cuda):
+    """One block adds 32 or 320 tiles side by side, and up to 2,560 before it loads more."""
+    tile = 4096
+    sizes = [2 * tile, 32 * tile, 33 * tile + 5, 320 * tile, 321 * tile - 9, 2600 * tile]
+    for size in sizes:
+        equal = torch.full((size,), 4.0, dtype=torch.bfloat16)
+        found = cuda.power_sums([equal], [None], 1.0, 2.0, False)
+        assert found.tolist() == [[size, 4 * size, 16 * size]]
+    weights = [torch.randn(size) for size in sizes[:4]]
+    alone = [cuda.power_sums([weight], [None], 1.0, 2.0, False) for weight in weights]
+    assert torch.equal(cuda.power_sums(weights, [None] * 4, 1.0, 2.0, False), torch.cat(alone))
+
+
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
 
 
