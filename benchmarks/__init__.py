@@ -27,7 +27,8 @@ number of weights, on as many weights that are so small that kernels take next t
 element of w_hat; backward: two weights and an element of w_hat); `GB/s` these bytes over the
 median, so that a provider that moves more has a lower rate; `of copy` that rate over the copy's.
 Providers take turns, over batches that together exceed the last cache. On a GPU, times are between
-CUDA events around one call, except the host's, which does not wait for the device.
+CUDA events around one call that the host has launched while the device was still busy: they are the
+device's alone. The host's column does not wait for the device. A loop takes the longer of the two.
 
 Other benchmarks: `python -m benchmarks.training_step` (whole training steps), `benchmarks.host`
 (masks and `pruner.step` for each layer, in models of tiny layers), `benchmarks.gains` (sizes of

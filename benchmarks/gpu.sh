@@ -71,6 +71,14 @@ METRICS+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_pe
 METRICS+=,smsp__inst_executed.sum,smsp__inst_executed_op_shared_atom.sum
 METRICS+=,l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum
 
+profile() {
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" ncu --clock-control none --profile-from-start off \
+    --kernel-name-base demangled --kernel-name "regex:$KERNELS" --csv --print-units base \
+    --log-file "$RESULTS/$name.csv" --metrics "$METRICS" "$PYTHON" -m benchmarks.profile "$@"
+}
+
 # Our kernels by their demangled names, in csrc/cuda and in triton_kernels.
 KERNELS='.*pdp::.*|_?(soft_mask|hard_mask|compress|channel)_.*'
 
@@ -105,10 +113,10 @@ parts() {
   # compilations by inductor of 3 s.
   bench core 60 --budget 0.2 --inputs 2359296 100000000 resnet50 \
     --steps copy sum threshold forward backward step --providers copy sum compiled ours
-  # 65 launches, each replayed for a handful of counters.
-  part ncu 60 ncu --clock-control none --profile-from-start off --kernel-name-base demangled \
-    --kernel-name "regex:$KERNELS" --csv --print-units base --log-file "$RESULTS/ncu.csv" \
-    --metrics "$METRICS" "$PYTHON" -m benchmarks.profile --rows 8192
+  # 65 launches, each replayed for a handful of counters; then the same for a million weights, where
+  # every launch counts.
+  profile ncu 60 --rows 8192
+  profile ncu-small 45 --rows 256
 
   # How fast is it?
   GROUP=fast

@@ -14,7 +14,7 @@ from benchmarks.timing import (
     Clock,
     ProviderError,
     Timing,
-    clock_for,
+    device_clock_for,
     host_clock_for,
     time_interleaved,
 )
@@ -116,7 +116,7 @@ class Bench:
             row.note, estimates[provider] = self._warm_up(step_name, provider, first)
         self._measure_host(first, [row for row in rows.values() if not row.note])
         ready = [row for row in rows.values() if not row.note]
-        timings = self._time(ready, estimates, batches, clock_for(self.device), self.budget)
+        timings = self._time(ready, estimates, batches, device_clock_for(self.device), self.budget)
         for provider, timing in timings.items():
             set_timing(rows[provider], timing, timings.get(step.base))
             if timing.median > MIN_EXTRAPOLATED:
@@ -125,7 +125,7 @@ class Bench:
 
     def _warm_up(self, step_name: str, provider: str, batch: Batch) -> tuple[str, float]:
         """Check the answer. Return the reason not to time it, or "", and the seconds of one run."""
-        step, clock = STEPS[step_name], clock_for(self.device)
+        step, clock = STEPS[step_name], device_clock_for(self.device)
         may_skip = provider != step.base
         seconds = self.seconds_per_weight.get((step_name, provider), 0.0) * batch.numel
         if may_skip and seconds > self.limit:

@@ -1,6 +1,6 @@
 """Tables of rows: all rows, one line for each input, and the most important ratios.
 
-`python -m benchmarks.report FOLDER` summarises a run: a line for each kernel of ncu.csv, and for
+`python -m benchmarks.report FOLDER` summarises a run: a line for each kernel of ncu*.csv, and for
 each input of benchmark.csv.
 """
 
@@ -191,8 +191,8 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    for path in sorted(folder.rglob("ncu.csv")):
-        print(f"{format_kernels(path)}\n")
+    for path in sorted(folder.rglob("ncu*.csv")):
+        print(f"{path.stem}\n{format_kernels(path)}\n")
     for path in sorted(folder.rglob("benchmark.csv")):
         rows = list(read_rows(path))
         print(f"{path.parent.name}\n{format_short_table(rows)}\n")

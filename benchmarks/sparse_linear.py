@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.environment import describe_environment
 from benchmarks.measure import measure_all
 from benchmarks.report import format_environment
-from benchmarks.timing import Timing, cuda_clock, time_interleaved
+from benchmarks.timing import Timing, device_clock_for, time_interleaved
 from pdp_kernels import hard_mask_nm, to_semi_structured
 
 # (rows of x, in_features, out_features)
@@ -66,8 +66,9 @@ def measure(rows: int, inputs: int, outputs: int, budget: float) -> dict[str, ob
     if not wrong <= TOLERANCE:
         return {"note": f"wrong: the products differ by {wrong:.3g} of the largest element"}
     runs = {name: lambda x, layer=layer: partial(layer, x) for name, layer in providers.items()}
-    estimates = {name: cuda_clock(run(activations[0]))[0] for name, run in runs.items()}
-    timings = time_interleaved(runs, estimates, activations, cuda_clock, budget)
+    clock = device_clock_for(device)
+    estimates = {name: clock(run(activations[0]))[0] for name, run in runs.items()}
+    timings = time_interleaved(runs, estimates, activations, clock, budget)
     return row(timings, (rows, inputs, outputs)) | {"difference": wrong}
 
 

@@ -1,5 +1,6 @@
 """Interleaved timing (A B C A B C) over rotating batches, with medians and quartiles."""
 
+import copy
 import itertools
 import statistics
 import time
@@ -54,8 +55,7 @@ def cpu_clock(run: Callable[[], Any]) -> tuple[float, Any]:
 def cuda_clock(run: Callable[[], Any]) -> tuple[float, Any]:
     """Return the seconds between events around `run` on the current stream, and its result.
 
-    The stream is empty at the first event, so the times of small inputs include the launches on the
-    host, as in a training loop without CUDA graphs.
+    The stream is empty at the first event, so the time includes what the device waits for the host.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -66,9 +66,40 @@ def cuda_clock(run: Callable[[], Any]) -> tuple[float, Any]:
     return start.elapsed_time(end) / 1e3, result
 
 
+class DeviceClock:
+    """The seconds that a GPU works on `run`, and its result: the host is ahead of the device.
+
+    So it is where the device is busy with earlier work, as in the forward of a large model. Before
+    the first event the device waits for as long as the host is likely to take: a little longer than
+    it took last. Each provider needs a clock of its own.
+    """
+
+    LONGEST = 20e-3  # a provider that waits for the device would make the wait grow without end
+    HZ = 2e9  # no less than the GPU's clock, in whose cycles it waits
+
+    def __init__(self) -> None:
+        self.lead = 1e-3
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self.lead * self.HZ))
+        start.record()
+        host, result = cpu_clock(run)
+        end.record()
+        end.synchronize()
+        self.lead = min(1.5 * host + 1e-4, self.LONGEST)
+        return start.elapsed_time(end) / 1e3, result
+
+
 def clock_for(device: torch.device) -> Clock:
-    """Return the clock of a device."""
+    """Return the clock of a device, which includes what it waits for the host."""
     return cuda_clock if device.type == "cuda" else cpu_clock
+
+
+def device_clock_for(device: torch.device) -> Clock:
+    """Return the clock of the work of a device."""
+    return DeviceClock() if device.type == "cuda" else cpu_clock
 
 
 def host_clock_for(device: torch.device) -> Clock:
@@ -94,7 +125,7 @@ def time_interleaved(
         providers: Warmed-up providers by name.
         estimates: Seconds of one run of each provider.
         batches: Batches over which runs rotate.
-        clock: Times a run.
+        clock: Times a run. Each provider gets a copy.
         budget: Seconds for all providers together.
 
     Raises:
@@ -112,6 +143,7 @@ def time_interleaved(
         for name, start in zip(providers, starts, strict=True)
     }
     seconds: dict[str, list[float]] = {name: [] for name in providers}
+    clocks = {name: copy.copy(clock) for name in providers}
     stop = time.perf_counter() + budget
     for round_index in range(MAX_ROUNDS):
         if round_index >= MIN_ROUNDS and time.perf_counter() > stop:
@@ -119,7 +151,8 @@ def time_interleaved(
         for name, provider in providers.items():
             for _ in range(runs_per_round[name]):
                 try:
-                    seconds[name].append(clock(provider(next(rotations[name])))[0])
+                    run = provider(next(rotations[name]))
+                    seconds[name].append(clocks[name](run)[0])
                 except Exception as error:
                     raise ProviderError(name) from error
     return {name: Timing.of(samples) for name, samples in seconds.items()}

@@ -124,11 +124,16 @@ __device__ inline int32_t bins_per_thread(int32_t bins) {
   return (bins + threads - 1) / threads;
 }
 
-// Finds the bin that holds the element of a 0-based rank, given that each bin holds count(bin)
-// elements. Writes that bin, the number of elements below it and the number in it to scratch.
-// Called by all threads.
+// A thread's run of bins: how many elements it holds, and how many all bins below it.
+struct BinRun {
+  int32_t begin;
+  Count mine, below;
+};
+
+// Returns the calling thread's run, given that each bin holds count(bin) elements. Called by all
+// threads; begins without a barrier and ends with one.
 template <typename CountOf>
-__device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& scratch) {
+__device__ BinRun sum_bins(CountOf count, int32_t bins, Count (&warp_sums)[kWarp]) {
   const int thread = threadIdx.x;
   const int32_t run = bins_per_thread(bins);
   const int32_t begin = min(thread * run, bins);
@@ -150,14 +155,23 @@ __device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& 
     const Count lower = __shfl_up_sync(kAllLanes, inclusive, distance);
     if (lane >= distance) inclusive += lower;
   }
-  if (lane == kWarp - 1) scratch.warp_sums[thread / kWarp] = inclusive;
+  if (lane == kWarp - 1) warp_sums[thread / kWarp] = inclusive;
   __syncthreads();
   Count below = inclusive - mine;
 #pragma unroll 4
-  for (int warp = 0; warp < thread / kWarp; ++warp) below += scratch.warp_sums[warp];
+  for (int warp = 0; warp < thread / kWarp; ++warp) below += warp_sums[warp];
+  return {begin, mine, below};
+}
 
-  if (below <= rank && rank < below + mine) {
-    int32_t bin = begin;
+// Finds the bin that holds the element of a 0-based rank, given that each bin holds count(bin)
+// elements. Writes that bin, the number of elements below it and the number in it to scratch.
+// Called by all threads.
+template <typename CountOf>
+__device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& scratch) {
+  const BinRun run = sum_bins(count, bins, scratch.warp_sums);
+  Count below = run.below;
+  if (below <= rank && rank < below + run.mine) {
+    int32_t bin = run.begin;
     Count here = count(bin);
     while (below + here <= rank) {
       below += here;

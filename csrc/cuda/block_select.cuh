@@ -70,6 +70,76 @@ __device__ OrderStatistic<Key> select_in_block(KeyAt key_at, int64_t size, int64
   return found;
 }
 
+// Two ranks among fewer than 2^32 keys, and where they lead.
+template <typename Key>
+struct SelectTwoScratch {
+  static constexpr int kFirstBins = 1 << kDigitsOf<Key>.bits[0];
+  static constexpr int kLaterBins = 1 << kDigitsOf<Key>.bits[1];
+
+  // The first digit's histogram, or one of a later digit for each rank.
+  uint32_t counts[kFirstBins > 2 * kLaterBins ? kFirstBins : 2 * kLaterBins];
+  Count warp_sums[kWarp];
+  uint32_t ranks[2];
+  Key keys[2];
+};
+
+// Writes the keys of two 0-based ranks among key_at(0), ..., key_at(size - 1) to scratch.keys. It
+// counts a digit for both in one pass. It begins with a barrier and ends with one. Called by all
+// threads.
+template <typename Key, typename KeyAt>
+__device__ void select_two_in_block(KeyAt key_at, int32_t size, uint32_t first, uint32_t second,
+                                    SelectTwoScratch<Key>& scratch) {
+  constexpr KeyDigits kDigits = kDigitsOf<Key>;
+  constexpr int kLaterBins = SelectTwoScratch<Key>::kLaterBins;
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  if (thread < 2) {
+    scratch.ranks[thread] = thread == 0 ? first : second;
+    scratch.keys[thread] = 0;
+  }
+#pragma unroll
+  for (int index = 0; index < kDigits.count; ++index) {
+    const Digit digit = kDigits.digit(index);
+    const int32_t bins = digit.bins();
+    for (int32_t i = thread; i < (index == 0 ? bins : 2 * kLaterBins); i += blockDim.x) {
+      scratch.counts[i] = 0;
+    }
+    __syncthreads();
+    const Key prefixes[2] = {scratch.keys[0], scratch.keys[1]};
+    const uint32_t ranks[2] = {scratch.ranks[0], scratch.ranks[1]};
+    for (int32_t i = thread; i < size; i += blockDim.x) {
+      const Key key = key_at(i);
+      const uint32_t bin = static_cast<uint32_t>(key >> digit.shift) & (bins - 1);
+      if (index == 0) {
+        atomicAdd(&scratch.counts[bin], 1u);
+      } else {
+        const Key head = key >> digit.shift >> digit.bits;
+        if (head == prefixes[0]) atomicAdd(&scratch.counts[bin], 1u);
+        if (head == prefixes[1]) atomicAdd(&scratch.counts[kLaterBins + bin], 1u);
+      }
+    }
+    __syncthreads();
+
+    // Both histograms are summed at once, in the two halves of a Count.
+    const int32_t offset = index == 0 ? 0 : kLaterBins;
+    const auto count = [&](int32_t bin) {
+      return scratch.counts[bin] | Count{scratch.counts[offset + bin]} << 32;
+    };
+    const BinRun run = sum_bins(count, bins, scratch.warp_sums);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      auto below = static_cast<uint32_t>(run.below >> 32 * which);
+      const auto mine = static_cast<uint32_t>(run.mine >> 32 * which);
+      if (below > ranks[which] || ranks[which] - below >= mine) continue;
+      const uint32_t* counts = &scratch.counts[which * offset];
+      int32_t bin = run.begin;
+      for (; below + counts[bin] <= ranks[which]; ++bin) below += counts[bin];
+      scratch.ranks[which] = ranks[which] - below;
+      scratch.keys[which] = static_cast<Key>(prefixes[which] << digit.bits) | static_cast<Key>(bin);
+    }
+    __syncthreads();
+  }
+}
+
 // Returns the smallest of key_at(0), ..., key_at(size - 1) that is above a key, or `otherwise` if
 // that is smaller. Called by all threads.
 template <typename Key, typename KeyAt>

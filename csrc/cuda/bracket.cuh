@@ -14,6 +14,7 @@
 #include "block.cuh"
 #include "block_select.cuh"
 #include "histogram.cuh"
+#include "launch.cuh"
 #include "sample.cuh"
 #include "selection.cuh"
 #include "weight_table.cuh"
@@ -29,9 +30,17 @@ struct InsideKeys {
   Key differences[kRows][kSelectionThreads];
 };
 
+// What the threads of a block add up once they have read a slice. No slice has 2^32 keys.
+struct SliceSums {
+  uint32_t below, at_low, at_high;
+  uint32_t between;
+  Count place;  // of its keys between the ends among the candidates
+};
+
 template <typename Key>
 struct BracketShared {
   Histogram<kBracketBins<Key>> counters;
+  SliceSums sums;
   InsideKeys<Key> inside;
   RankScratch rank;
   Slice<Key> slice;
@@ -90,12 +99,29 @@ class BracketCounter {
     end_round();
   }
 
-  // Adds the counts to the tensor's. Called by all threads of the block.
+  // Adds the counts to the tensor's, once for the block: thousands of warps would wait for one
+  // another. Called by all threads of the block, with shared.sums zero. All keys are counted
+  // when it returns.
   __device__ void finish(SelectionState<Key>& state) {
-    flush();
-    add(below_, state.below);
-    add(at_low_, state.at_low);
-    add(at_high_, state.at_high);
+    SliceSums& sums = shared_.sums;
+    const uint32_t between = settle();
+    const WarpSums warp = sum_over_lanes(between);
+    uint32_t own = 0;
+    if (threadIdx.x % kWarp == 0 && warp.all > 0) own = atomicAdd(&sums.between, warp.all);
+    own = __shfl_sync(kAllLanes, own, 0) + warp.lower;
+    add(below_, sums.below);
+    add(at_low_, sums.at_low);
+    add(at_high_, sums.at_high);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (sums.between > 0) sums.place = atomicAdd(reserved_, Count{sums.between});
+      if (sums.below > 0) atomicAdd(&state.below, Count{sums.below});
+      if (sums.at_low > 0) atomicAdd(&state.at_low, Count{sums.at_low});
+      if (sums.at_high > 0) atomicAdd(&state.at_high, Count{sums.at_high});
+    }
+    if constexpr (!kCollects<Key>) return;
+    __syncthreads();
+    append(between, sums.place + own);
   }
 
  private:
@@ -160,9 +186,9 @@ class BracketCounter {
     if (__any_sync(kAllLanes, place_ > full)) flush();
   }
 
-  // Counts the keys that the warp has taken, and appends those between the ends of the bracket to
-  // the candidates. Those beyond the capacity are only counted. Called by all lanes.
-  __device__ void flush() {
+  // Counts the keys that the thread has taken. Returns how many are between the ends of the
+  // bracket, if those are collected, and keeps these in the first rows of its column.
+  __device__ uint32_t settle() {
     uint32_t between = 0;
     for (const Key* taken = column_; taken != place_; taken += kSelectionThreads) {
       constexpr Key kNaN = Magnitude<Weight>::kInfinity + 1;
@@ -170,14 +196,24 @@ class BracketCounter {
       if (count_inside(difference)) column_[between++ * kSelectionThreads] = difference;
     }
     place_ = column_;
+    return between;
+  }
+
+  // Writes so many settled keys to the candidates from a place on, and none beyond the capacity.
+  __device__ void append(uint32_t between, Count place) {
+    for (uint32_t i = 0; i < between && place + i < capacity_; ++i) {
+      candidates_[place + i] = bracket_.low + column_[i * kSelectionThreads];
+    }
+  }
+
+  // Makes room in the columns of the warp. Called by all lanes.
+  __device__ void flush() {
+    const uint32_t between = settle();
     if constexpr (!kCollects<Key>) return;
     const WarpSums sums = sum_over_lanes(between);
     Count place = 0;
     if (threadIdx.x % kWarp == 0 && sums.all > 0) place = atomicAdd(reserved_, Count{sums.all});
-    place = __shfl_sync(kAllLanes, place, 0) + sums.lower;
-    for (uint32_t i = 0; i < between && place + i < capacity_; ++i) {
-      candidates_[place + i] = bracket_.low + column_[i * kSelectionThreads];
-    }
+    append(between, __shfl_sync(kAllLanes, place, 0) + sums.lower);
   }
 
   // Whether a difference of two keys is, as these have no bit of the sign.
@@ -185,8 +221,8 @@ class BracketCounter {
     return static_cast<uint32_t>(difference >> (8 * sizeof(Key) - 1));
   }
 
-  static __device__ void add(uint32_t mine, Count& total) {
-    const Count sum = warp_reduce(Count{mine}, [](Count a, Count b) { return a + b; });
+  static __device__ void add(uint32_t mine, uint32_t& total) {
+    const uint32_t sum = warp_reduce(mine, [](uint32_t a, uint32_t b) { return a + b; });
     if (threadIdx.x % kWarp == 0 && sum > 0) atomicAdd(&total, sum);
   }
 
@@ -287,6 +323,7 @@ __device__ bool find_bin(const Selection<Key>& selection, const Slice<Key>& slic
 template <typename Key>
 __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     bracket_kernel(Selection<Key> selection) {
+  wait_for_earlier_kernels();
   auto& shared = shared_memory<BracketShared<Key>>();
   for_each_slice(selection, shared.slice, [&] {
     const Slice<Key>& slice = shared.slice;
@@ -296,6 +333,7 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     const Bracket<Key> bracket = shared.search.bracket;
     const int32_t bins = bracket.bins();
     shared.counters.clear(bins);
+    if (threadIdx.x == 0) shared.sums = {};
     __syncthreads();
     // Without candidates a bracket of fewer bins than keys is of no use.
     const bool useful = kCollects<Key> || bracket.shift == 0;
@@ -308,7 +346,6 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
         counter.finish(state);
       });
     }
-    __syncthreads();
 
     Count* histogram = histogram_of(selection, slice.tensor, entry);
     const bool whole = slice.is_whole_tensor();
@@ -335,6 +372,7 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
 template <typename Key>
 __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     survivors_kernel(Selection<Key> selection) {
+  wait_for_earlier_kernels();
   auto& shared = shared_memory<SurvivorsShared<Key>>();
   for_each_slice(selection, shared.slice, [&] {
     const Slice<Key>& slice = shared.slice;

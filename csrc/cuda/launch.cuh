@@ -14,20 +14,47 @@ namespace pdp {
 
 struct DeviceLimits {
   int multiprocessors = 0;
+  int capability = 0;  // the first number of the compute capability
 };
 
 inline cudaError_t read_device_limits(int device, DeviceLimits* limits) {
-  return cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&limits->capability, cudaDevAttrComputeCapabilityMajor, device);
 }
 
 // Launches kernels on one stream and keeps the first error. After an error it launches nothing.
 class Launcher {
  public:
-  explicit Launcher(cudaStream_t stream) : stream_(stream) {}
+  explicit Launcher(cudaStream_t stream, DeviceLimits limits = {})
+      : stream_(stream), limits_(limits) {}
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
               const Arguments&... arguments) {
+    launch_with(nullptr, kernel, blocks, threads, shared_bytes, arguments...);
+  }
+
+  // Launches a kernel that calls wait_for_earlier_kernels before anything else. Its blocks may be
+  // there while the last ones of the kernel before it still run (programmatic dependent launch,
+  // from compute capability 9.0), which hides the time of the launch.
+  template <typename... Parameters, typename... Arguments>
+  void launch_overlapped(void (*kernel)(Parameters...), int64_t blocks, int threads,
+                         size_t shared_bytes, const Arguments&... arguments) {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    launch_with(limits_.capability >= 9 ? &overlap : nullptr, kernel, blocks, threads, shared_bytes,
+                arguments...);
+  }
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  template <typename... Parameters, typename... Arguments>
+  void launch_with(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), int64_t blocks,
+                   int threads, size_t shared_bytes, const Arguments&... arguments) {
     // A kernel has to ask for more than 48 KiB of shared memory.
     if (error_ == cudaSuccess && shared_bytes > 48 * 1024) {
       error_ = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -40,15 +67,24 @@ class Launcher {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
+    config.attrs = attribute;
+    config.numAttrs = attribute == nullptr ? 0 : 1;
     error_ = cudaLaunchKernelEx(&config, kernel, arguments...);
   }
 
-  cudaError_t error() const { return error_; }
-
- private:
   cudaStream_t stream_;
+  DeviceLimits limits_;
   cudaError_t error_ = cudaSuccess;
 };
+
+// Waits until all earlier kernels of the stream have ended and what they wrote can be read, then
+// lets the next kernel's blocks begin to wait. Called by all threads.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 // Returns the block's dynamic shared memory as a Layout. One array serves every kernel, since all
 // declarations of an extern __shared__ array name the same memory. The build for a CPU

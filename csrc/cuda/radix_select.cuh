@@ -20,6 +20,7 @@
 #include "block.cuh"
 #include "block_select.cuh"
 #include "histogram.cuh"
+#include "launch.cuh"
 #include "selection.cuh"
 #include "weight_table.cuh"
 
@@ -115,6 +116,7 @@ struct FirstDigitShared {
 template <typename Key>
 __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     first_digit_kernel(Selection<Key> selection, Digit digit) {
+  wait_for_earlier_kernels();
   auto& shared = shared_memory<FirstDigitShared<Key>>();
   if (!has_work(selection)) return;
   for_each_slice(selection, shared.slice, [&] {
@@ -174,6 +176,7 @@ struct LaterDigitShared {
 template <typename Key>
 __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     later_digit_kernel(Selection<Key> selection, Digit digit) {
+  wait_for_earlier_kernels();
   auto& shared = shared_memory<LaterDigitShared<Key>>();
   if (!has_work(selection)) return;
   for_each_slice(selection, shared.slice, [&] {

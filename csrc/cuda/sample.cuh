@@ -11,10 +11,12 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../magnitude.h"
 #include "block.cuh"
 #include "block_select.cuh"
+#include "launch.cuh"
 #include "selection.cuh"
 #include "weight_table.cuh"
 
@@ -65,34 +67,79 @@ PDP_HOST_DEVICE int64_t sample_chunks(int64_t size) {
   return (more < kMaxSample<Key> ? more : kMaxSample<Key>) / kSampleChunk<Key>;
 }
 
-// Returns the index of a sampled chunk's first weight. The weights are cut into as many strata as
-// there are chunks. The place in the stratum is drawn, so that a periodic weight is sampled evenly.
+// The strata of a sample: the weights, cut into as many runs of chunks as there are sampled chunks.
+// The first `longer` have one chunk more.
 template <typename Key>
-PDP_HOST_DEVICE int64_t sampled_place(int64_t chunk, int64_t chunks, int64_t size) {
-  const int64_t places = size / kSampleChunk<Key>;
-  const int64_t begin = chunk * places / chunks, end = (chunk + 1) * places / chunks;
-  const uint32_t drawn = scrambled(static_cast<uint32_t>(chunk) + 1);
-  return (begin + drawn % (end - begin)) * kSampleChunk<Key>;
-}
+struct Strata {
+  int64_t length;  // in chunks
+  int64_t longer;
+
+  PDP_HOST_DEVICE Strata(int64_t chunks, int64_t size) {
+    const int64_t places = size / kSampleChunk<Key>;
+    if (places <= UINT32_MAX) {  // a division of 64 bits takes a hundred instructions
+      length = static_cast<uint32_t>(places) / static_cast<uint32_t>(chunks);
+    } else {
+      length = places / chunks;
+    }
+    longer = places - length * chunks;
+  }
+
+  // Returns the index of a sampled chunk's first weight. The place in the stratum is drawn, so that
+  // a periodic weight is sampled evenly.
+  PDP_HOST_DEVICE int64_t place(int64_t chunk) const {
+    const int64_t begin = chunk * length + (chunk < longer ? chunk : longer);
+    const uint64_t drawn = scrambled(static_cast<uint32_t>(chunk) + 1);
+    const auto own = static_cast<uint64_t>(length + (chunk < longer));
+    return (begin + static_cast<int64_t>(drawn * own >> 32)) * kSampleChunk<Key>;
+  }
+};
 
 template <typename Key>
 struct SampleShared {
-  Key keys[kWhole<Key> > kMaxSample<Key> ? kWhole<Key> : kMaxSample<Key>];
-  SelectScratch<Key> scratch;
+  alignas(16) Key keys[kWhole<Key> > kMaxSample<Key> ? kWhole<Key> : kMaxSample<Key>];
+  union {
+    SelectScratch<Key> scratch;
+    SelectTwoScratch<Key> two;
+  };
 };
 
-// Fills `keys` with a sample of the tensor and returns its size.
+// Fills `keys` with a sample of the tensor and returns its size. Each thread loads all its weights
+// before it uses the first.
 template <typename Key>
 __device__ int64_t draw_sample(const TableEntry& entry, Key* keys) {
-  constexpr int64_t kChunk = kSampleChunk<Key>;
-  const int64_t chunks = sample_chunks<Key>(entry.size);
+  constexpr int kPerPacket = 16 / sizeof(Key), kPackets = kSampleChunk<Key> / kPerPacket;
+  constexpr int kLoads = kMaxSample<Key> / kPerPacket / kSampleThreads;
+  static_assert(kLoads * kPerPacket * kSampleThreads == kMaxSample<Key>);
+  const auto chunks = static_cast<int32_t>(sample_chunks<Key>(entry.size));
+  const Strata<Key> strata(chunks, entry.size);
   with_weights<Key>(entry, [&](const auto* weights) {
-    for (int64_t i = threadIdx.x; i < chunks * kChunk; i += blockDim.x) {
-      const int64_t place = sampled_place<Key>(i / kChunk, chunks, entry.size);
-      keys[i] = magnitude_key(weights[place + i % kChunk]);
+    using Weight = std::decay_t<decltype(*weights)>;
+    const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
+    Packet<Weight> loaded[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int32_t packet = static_cast<int32_t>(threadIdx.x) + i * kSampleThreads;
+      if (packet >= chunks * kPackets) continue;
+      const Weight* from =
+          weights + strata.place(packet / kPackets) + packet % kPackets * kPerPacket;
+      if (aligned) {
+        loaded[i] = bit_cast<Packet<Weight>>(__ldg(reinterpret_cast<const uint4*>(from)));
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPerPacket; ++j) loaded[i].at[j] = from[j];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int32_t packet = static_cast<int32_t>(threadIdx.x) + i * kSampleThreads;
+      if (packet >= chunks * kPackets) continue;
+      Packet<Key> own;
+#pragma unroll
+      for (int j = 0; j < kPerPacket; ++j) own.at[j] = magnitude_key(loaded[i].at[j]);
+      reinterpret_cast<Packet<Key>*>(keys)[packet] = own;
     }
   });
-  return chunks * kChunk;
+  return int64_t{chunks} * kSampleChunk<Key>;
 }
 
 // Brackets the key of a 0-based rank among the tensor's. Called by all threads.
@@ -105,10 +152,12 @@ __device__ Bracket<Key> bracket_by_sample(const TableEntry& entry, int64_t rank,
   const double margin = kDeviations * sqrt(centre * (1 - fraction)) + 2;
   const auto below = static_cast<int64_t>(floor(centre - margin));
   const auto above = static_cast<int64_t>(ceil(centre + margin));
-  const auto key_at = [&](int64_t i) { return shared.keys[i]; };
-  Key low = 0, high = kHighest<Key>;
-  if (below >= 0) low = select_in_block(key_at, size, below, shared.scratch).key;
-  if (above < size) high = select_in_block(key_at, size, above, shared.scratch).key;
+  const auto key_at = [&](int32_t i) { return shared.keys[i]; };
+  select_two_in_block(key_at, static_cast<int32_t>(size),
+                      static_cast<uint32_t>(max(below, int64_t{0})),
+                      static_cast<uint32_t>(min(above, size - 1)), shared.two);
+  Key low = below >= 0 ? shared.two.keys[0] : Key{0};
+  Key high = above < size ? shared.two.keys[1] : kHighest<Key>;
   // NaNs have several keys until magnitude_key makes them one.
   if (high > infinity_key<Key>(entry.type)) high = kHighest<Key>;
   if constexpr (!kCollects<Key>) {
@@ -128,6 +177,7 @@ template <typename Key, int kCapacity>
 __global__ void __launch_bounds__(kSampleThreads)
     start_selection_kernel(const __grid_constant__ Selection<Key> selection,
                            const __grid_constant__ TableChunk<kCapacity> chunk, int32_t first) {
+  wait_for_earlier_kernels();
   auto& shared = shared_memory<SampleShared<Key>>();
   const int32_t tensor = first + static_cast<int32_t>(blockIdx.x);
   const TableEntry entry = chunk.entries[blockIdx.x];

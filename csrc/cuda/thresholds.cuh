@@ -88,19 +88,19 @@ void launch_selection(Launcher& launcher, const Selection<Key>& selection,
                sizeof(SampleShared<Key>));
   if (selection.blocks == 0) return;
   if (selection.sampled) {
-    launcher.launch(bracket_kernel<Key>, selection.blocks, kSelectionThreads,
-                    sizeof(BracketShared<Key>), selection);
+    launcher.launch_overlapped(bracket_kernel<Key>, selection.blocks, kSelectionThreads,
+                               sizeof(BracketShared<Key>), selection);
     if constexpr (kCollects<Key>) {
-      launcher.launch(survivors_kernel<Key>, selection.blocks, kSelectionThreads,
-                      sizeof(SurvivorsShared<Key>), selection);
+      launcher.launch_overlapped(survivors_kernel<Key>, selection.blocks, kSelectionThreads,
+                                 sizeof(SurvivorsShared<Key>), selection);
     }
   }
   constexpr KeyDigits kDigits = kDigitsOf<Key>;
-  launcher.launch(first_digit_kernel<Key>, selection.blocks, kSelectionThreads,
-                  sizeof(FirstDigitShared<Key>), selection, kDigits.digit(0));
+  launcher.launch_overlapped(first_digit_kernel<Key>, selection.blocks, kSelectionThreads,
+                             sizeof(FirstDigitShared<Key>), selection, kDigits.digit(0));
   for (int i = 1; i < kDigits.count; ++i) {
-    launcher.launch(later_digit_kernel<Key>, selection.blocks, kSelectionThreads,
-                    sizeof(LaterDigitShared<Key>), selection, kDigits.digit(i));
+    launcher.launch_overlapped(later_digit_kernel<Key>, selection.blocks, kSelectionThreads,
+                               sizeof(LaterDigitShared<Key>), selection, kDigits.digit(i));
   }
 }
 
@@ -129,7 +129,7 @@ void launch_thresholds_of(Launcher& launcher, const ThresholdRequest& request, v
 
 inline cudaError_t launch_thresholds(const ThresholdRequest& request, void* workspace,
                                      cudaStream_t stream) {
-  Launcher launcher(stream);
+  Launcher launcher(stream, request.limits);
   launch_thresholds_of<uint64_t>(launcher, request, workspace);
   launch_thresholds_of<uint32_t>(launcher, request, workspace);
   launch_thresholds_of<uint16_t>(launcher, request, workspace);

@@ -141,8 +141,9 @@ void mislead(std::vector<Weight>& weight, Random& random) {
   using Key = typename Magnitude<Weight>::Key;
   const auto size = static_cast<int64_t>(weight.size());
   const int64_t chunks = pdp::sample_chunks<Key>(size);
+  const pdp::Strata<Key> strata(chunks, size);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t place = pdp::sampled_place<Key>(chunk, chunks, size);
+    const int64_t place = strata.place(chunk);
     for (int64_t i = place; i < place + pdp::kSampleChunk<Key>; ++i) {
       weight[i] = convert<Weight>(1 + std::uniform_real_distribution<double>(0, 0.25)(random));
     }

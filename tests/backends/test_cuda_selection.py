@@ -39,8 +39,9 @@ def sampled_places(size, dtype):
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             hashed = (hashed ^ hashed >> shift) * factor % 2**32
         hashed ^= hashed >> 16
-        begin, end = i * units // chunks, (i + 1) * units // chunks
-        first = (begin + hashed % (end - begin)) * chunk
+        length, longer = divmod(units, chunks)
+        begin = i * length + min(i, longer)
+        first = (begin + (hashed * (length + (i < longer)) >> 32)) * chunk
         places.append(torch.arange(first, first + chunk))
     return torch.cat(places)
 

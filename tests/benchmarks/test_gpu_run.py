@@ -231,7 +231,7 @@ def test_all_parts_run_in_order_of_importance_with_valid_arguments(gpu_run, tmp_
     assert set(order[:4]) == {"environment", "build", "workloads", "variants-build"}
     inside = [name for name in order[4:] if "check-" not in name]
     assert inside == [
-        *("smoke", "tests", "core", "ncu"),
+        *("smoke", "tests", "core", "ncu", "ncu-small"),
         *("sizes", "eager", "host", "2to4", "channel", "pq-index", "sparsity-50", "sparsity-80"),
         *("sparse-linear", "distributed"),
         *("training", "large", "sweep", "variants"),

@@ -1,5 +1,7 @@
 """The time of the host: of every step on tiny weights, and of masks in models of tiny layers."""
 
+import copy
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -107,6 +109,41 @@ def test_the_host_waits_for_the_device_before_a_run_and_not_after_it(monkeypatch
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
     seconds, answer = timing.host_clock_for(torch.device("cuda"))(lambda: order.append("run"))
     assert order == ["wait", "run"] and seconds > 0 and answer is None
+
+
+def test_the_clock_of_a_device_waits_as_long_as_the_host_takes(monkeypatch):
+    """A device that is busy until the host is ahead, and then works for three milliseconds."""
+    order, host = [], itertools.chain([2e-3, 5e-3], itertools.repeat(1.0))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            order.append("end")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(cycles / 2e9))
+    monkeypatch.setattr(timing, "cpu_clock", lambda run: (next(host), run()))
+    clock = timing.device_clock_for(torch.device("cuda"))
+    other = copy.copy(clock)
+    waits = []
+    for _ in range(4):
+        assert clock(lambda: order.append("run") or "answer") == (3e-3, "answer")
+        wait, *rest = order
+        assert rest == ["event", "run", "event", "end"]
+        waits.append(wait)
+        order.clear()
+    assert waits == pytest.approx([1e-3, 3.1e-3, 7.6e-3, clock.LONGEST])
+    assert other.lead == 1e-3
+    assert timing.device_clock_for(torch.device("cpu")) is timing.cpu_clock
 
 
 def test_inputs_of_the_same_number_of_weights_share_a_line():
