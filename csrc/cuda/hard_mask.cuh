@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "../magnitude.h"
@@ -54,6 +55,38 @@ struct UnitTies {
   uint32_t count;
   uint16_t places[kNoted];  // in the unit, of the first ties
 };
+
+// As many weights as a 16-byte packet holds, by words of one key or of two 16-bit keys.
+template <typename Key>
+using KeyWord = std::conditional_t<sizeof(Key) == 8, uint64_t, uint32_t>;
+
+// The top bit of every key of a word, which is a weight's sign.
+template <typename Key>
+constexpr KeyWord<Key> kTopBits = sizeof(Key) == 2 ? static_cast<KeyWord<Key>>(0x80008000)
+                                                   : KeyWord<Key>{1} << (8 * sizeof(Key) - 1);
+
+// A byte for each weight of a packet, in words of four if there are so many.
+template <typename Key>
+using FlagWord = std::conditional_t<sizeof(Key) == 8, uint16_t, uint32_t>;
+template <typename Key>
+constexpr int kFlagWords = sizeof(Key) == 2 ? 2 : 1;
+template <typename Key>
+using PacketOfFlags = Packet<FlagWord<Key>, kFlagWords<Key>>;
+
+// Sets the top bit of a weight's byte if its key is at least `bound`, which is at most the top bit
+// of a key. The difference borrows nothing from the key beside it. Other bits are of no meaning.
+template <typename Key>
+__device__ PacketOfFlags<Key> at_least(uint4 packet, Key bound) {
+  auto words = bit_cast<Packet<KeyWord<Key>>>(packet);
+  const KeyWord<Key> bounds = sizeof(Key) == 2 ? bound * KeyWord<Key>{0x10001} : bound;
+#pragma unroll
+  for (KeyWord<Key>& word : words.at) word = (word | kTopBits<Key>)-bounds;
+  const auto bytes = bit_cast<Packet<uint8_t, 16>>(words);
+  Packet<uint8_t, 16 / sizeof(Key)> top;
+#pragma unroll
+  for (size_t i = 0; i < 16 / sizeof(Key); ++i) top.at[i] = bytes.at[(i + 1) * sizeof(Key) - 1];
+  return bit_cast<PacketOfFlags<Key>>(top);
+}
 
 template <typename Key>
 struct MaskShared {
@@ -121,7 +154,9 @@ __global__ void __launch_bounds__(kMaskThreads, kMaskBlocksPerMultiprocessor)
   const Key kth = shared.search.prefix;
   const bool cuts = cuts_ties(shared.search);
   const bool keeps_ties = cuts || shared.search.rank < 0;
-  const Key least = keeps_ties ? kth : static_cast<Key>(kth + 1);
+  constexpr Key kNaN = Magnitude<Weight>::kInfinity + 1;  // the highest key, of every NaN
+  const Key above = kth < kNaN ? kth + 1 : Key{1} << Magnitude<Weight>::kBits;
+  const Key least = keeps_ties ? kth : above;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
 
@@ -136,26 +171,28 @@ __global__ void __launch_bounds__(kMaskThreads, kMaskBlocksPerMultiprocessor)
     uint32_t noted = 0;
     if (aligned && end - begin == kMaskUnit<Weight>) {
       const auto* loads = reinterpret_cast<const uint4*>(weights + begin) + lane;
-      auto* stores = reinterpret_cast<Packet<bool, kPerPacket>*>(kept + begin) + lane;
+      auto* stores = reinterpret_cast<PacketOfFlags<Key>*>(kept + begin) + lane;
       uint4 loaded[kPacketsInFlight];
 #pragma unroll
       for (int i = 0; i < kPacketsInFlight; ++i) loaded[i] = __ldg(&loads[i * kWarp]);
-      uint32_t ties_of_lane = 0;
+      uint32_t ties_of_lane = 0;  // bit 8 i + j: the i-th byte of the lane's j-th word of flags
 #pragma unroll
       for (int i = 0; i < kPacketsInFlight; ++i) {
-        const auto packet = bit_cast<Packet<Weight>>(loaded[i]);
-        Packet<bool, kPerPacket> keeps;
+        PacketOfFlags<Key> keeps = at_least(loaded[i], least);
+        const PacketOfFlags<Key> after = at_least(loaded[i], above);
 #pragma unroll
-        for (int j = 0; j < kPerPacket; ++j) {
-          const Key key = magnitude_key(packet.at[j]);
-          keeps.at[j] = key >= least;
-          if (key == kth) ties_of_lane |= 1u << (i * kPerPacket + j);
+        for (int j = 0; j < kFlagWords<Key>; ++j) {
+          const uint32_t ties_of_word = keeps.at[j] & ~after.at[j] & 0x80808080;
+          ties_of_lane |= ties_of_word >> (7 - (i * kFlagWords<Key> + j));
+          keeps.at[j] = keeps.at[j] >> 7 & 0x01010101;
         }
         stores[i * kWarp] = keeps;
       }
       if (cuts) {
         const auto place_of = [&](int bit) {
-          return (bit / kPerPacket * kWarp + lane) * kPerPacket + bit % kPerPacket;
+          const int word = bit % 8;
+          return (word / kFlagWords<Key> * kWarp + lane) * kPerPacket + word % kFlagWords<Key> * 4 +
+                 bit / 8;
         };
         noted = note_ties(ties_of_lane, place_of, noted, ties);
       }
@@ -243,7 +280,7 @@ size_t hard_mask_workspace_bytes_of(const HardMaskRequest& request) {
 template <typename Weight>
 cudaError_t launch_hard_mask_of(const HardMaskRequest& request, void* memory, cudaStream_t stream) {
   using Key = KeyOf<Weight>;
-  Launcher launcher(stream);
+  Launcher launcher(stream, request.selection.limits);
   Workspace workspace(memory);
   std::vector<TableEntry> table;
   const Selection<Key> selection = lay_out_selection<Key>(request.selection, workspace, table);
