@@ -125,15 +125,16 @@ __device__ inline int32_t bins_per_thread(int32_t bins) {
 }
 
 // A thread's run of bins: how many elements it holds, and how many all bins below it.
+template <typename Sum>
 struct BinRun {
   int32_t begin;
-  Count mine, below;
+  Sum mine, below;
 };
 
 // Returns the calling thread's run, given that each bin holds count(bin) elements. Called by all
-// threads; begins without a barrier and ends with one.
-template <typename CountOf>
-__device__ BinRun sum_bins(CountOf count, int32_t bins, Count (&warp_sums)[kWarp]) {
+// threads; it has one barrier, before it reads the sums of warps.
+template <typename Sum, typename CountOf>
+__device__ BinRun<Sum> sum_bins(CountOf count, int32_t bins, Sum (&warp_sums)[kWarp]) {
   const int thread = threadIdx.x;
   const int32_t run = bins_per_thread(bins);
   const int32_t begin = min(thread * run, bins);
@@ -141,7 +142,7 @@ __device__ BinRun sum_bins(CountOf count, int32_t bins, Count (&warp_sums)[kWarp
 
   // Runs are a power of two long. So each thread starts at another place of its run: neighbouring
   // threads then use different banks of shared memory.
-  Count mine = 0;
+  Sum mine = 0;
   int32_t place = size > 0 ? thread % size : 0;
 #pragma unroll 4
   for (int32_t i = 0; i < size; ++i) {
@@ -149,18 +150,18 @@ __device__ BinRun sum_bins(CountOf count, int32_t bins, Count (&warp_sums)[kWarp
     if (++place == size) place = 0;
   }
 
-  const int lane = thread % kWarp;
-  Count inclusive = mine;
+  const int lane = thread % kWarp, warp = thread / kWarp;
+  Sum inclusive = mine;
+#pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    const Count lower = __shfl_up_sync(kAllLanes, inclusive, distance);
+    const Sum lower = __shfl_up_sync(kAllLanes, inclusive, distance);
     if (lane >= distance) inclusive += lower;
   }
-  if (lane == kWarp - 1) warp_sums[thread / kWarp] = inclusive;
+  if (lane == kWarp - 1) warp_sums[warp] = inclusive;
   __syncthreads();
-  Count below = inclusive - mine;
-#pragma unroll 4
-  for (int warp = 0; warp < thread / kWarp; ++warp) below += warp_sums[warp];
-  return {begin, mine, below};
+  const Sum of_lower_warp = lane < warp ? warp_sums[lane] : 0;
+  const Sum below = warp_reduce(of_lower_warp, [](Sum a, Sum b) { return a + b; });
+  return {begin, mine, below + inclusive - mine};
 }
 
 // Finds the bin that holds the element of a 0-based rank, given that each bin holds count(bin)
@@ -168,7 +169,7 @@ __device__ BinRun sum_bins(CountOf count, int32_t bins, Count (&warp_sums)[kWarp
 // Called by all threads.
 template <typename CountOf>
 __device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& scratch) {
-  const BinRun run = sum_bins(count, bins, scratch.warp_sums);
+  const BinRun<Count> run = sum_bins(count, bins, scratch.warp_sums);
   Count below = run.below;
   if (below <= rank && rank < below + run.mine) {
     int32_t bin = run.begin;

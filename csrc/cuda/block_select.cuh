@@ -70,7 +70,7 @@ __device__ OrderStatistic<Key> select_in_block(KeyAt key_at, int64_t size, int64
   return found;
 }
 
-// Two ranks among fewer than 2^32 keys, and where they lead.
+// Two ranks among fewer than 2^16 keys, and where they lead.
 template <typename Key>
 struct SelectTwoScratch {
   static constexpr int kFirstBins = 1 << kDigitsOf<Key>.bits[0];
@@ -78,7 +78,7 @@ struct SelectTwoScratch {
 
   // The first digit's histogram, or one of a later digit for each rank.
   uint32_t counts[kFirstBins > 2 * kLaterBins ? kFirstBins : 2 * kLaterBins];
-  Count warp_sums[kWarp];
+  uint32_t warp_sums[kWarp];
   uint32_t ranks[2];
   Key keys[2];
 };
@@ -119,16 +119,16 @@ __device__ void select_two_in_block(KeyAt key_at, int32_t size, uint32_t first, 
     }
     __syncthreads();
 
-    // Both histograms are summed at once, in the two halves of a Count.
+    // Both histograms are summed at once, in the two halves of a word.
     const int32_t offset = index == 0 ? 0 : kLaterBins;
     const auto count = [&](int32_t bin) {
-      return scratch.counts[bin] | Count{scratch.counts[offset + bin]} << 32;
+      return scratch.counts[bin] | scratch.counts[offset + bin] << 16;
     };
-    const BinRun run = sum_bins(count, bins, scratch.warp_sums);
+    const BinRun<uint32_t> run = sum_bins(count, bins, scratch.warp_sums);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      auto below = static_cast<uint32_t>(run.below >> 32 * which);
-      const auto mine = static_cast<uint32_t>(run.mine >> 32 * which);
+      uint32_t below = run.below >> 16 * which & 0xFFFF;
+      const uint32_t mine = run.mine >> 16 * which & 0xFFFF;
       if (below > ranks[which] || ranks[which] - below >= mine) continue;
       const uint32_t* counts = &scratch.counts[which * offset];
       int32_t bin = run.begin;

@@ -153,6 +153,7 @@ __device__ Bracket<Key> bracket_by_sample(const TableEntry& entry, int64_t rank,
   const auto below = static_cast<int64_t>(floor(centre - margin));
   const auto above = static_cast<int64_t>(ceil(centre + margin));
   const auto key_at = [&](int32_t i) { return shared.keys[i]; };
+  static_assert(kMaxSample<Key> < 1 << 16);
   select_two_in_block(key_at, static_cast<int32_t>(size),
                       static_cast<uint32_t>(max(below, int64_t{0})),
                       static_cast<uint32_t>(min(above, size - 1)), shared.two);
