@@ -56,16 +56,14 @@ struct UnitTies {
   uint16_t places[kNoted];  // in the unit, of the first ties
 };
 
-// As many weights as a 16-byte packet holds, by words of one key or of two 16-bit keys.
+// A word of one key, or of two 16-bit keys, and the top bit of each of its keys: a weight's sign.
 template <typename Key>
 using KeyWord = std::conditional_t<sizeof(Key) == 8, uint64_t, uint32_t>;
-
-// The top bit of every key of a word, which is a weight's sign.
 template <typename Key>
 constexpr KeyWord<Key> kTopBits = sizeof(Key) == 2 ? static_cast<KeyWord<Key>>(0x80008000)
                                                    : KeyWord<Key>{1} << (8 * sizeof(Key) - 1);
 
-// A byte for each weight of a packet, in words of four if there are so many.
+// A byte for each weight of a packet of 16 bytes, four to a word.
 template <typename Key>
 using FlagWord = std::conditional_t<sizeof(Key) == 8, uint16_t, uint32_t>;
 template <typename Key>
@@ -73,19 +71,39 @@ constexpr int kFlagWords = sizeof(Key) == 2 ? 2 : 1;
 template <typename Key>
 using PacketOfFlags = Packet<FlagWord<Key>, kFlagWords<Key>>;
 
-// Sets the top bit of a weight's byte if its key is at least `bound`, which is at most the top bit
-// of a key. The difference borrows nothing from the key beside it. Other bits are of no meaning.
+// Returns four bytes, each chosen by 4 bits of the selector: 0 to 3 are those of a, 4 to 7 of b.
+__device__ inline uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#ifdef __CUDACC__
+  return __byte_perm(a, b, selector);
+#else
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 32; i += 8, selector >>= 4) {
+    chosen |= static_cast<uint32_t>(bytes >> 8 * (selector & 7) & 0xFF) << i;
+  }
+  return chosen;
+#endif
+}
+
+// Sets the top bit of a weight's byte if its key is at least `bound`, which may be any key or the
+// top bit alone. The difference borrows nothing from the key beside it. The other bits are of no
+// meaning.
 template <typename Key>
 __device__ PacketOfFlags<Key> at_least(uint4 packet, Key bound) {
   auto words = bit_cast<Packet<KeyWord<Key>>>(packet);
   const KeyWord<Key> bounds = sizeof(Key) == 2 ? bound * KeyWord<Key>{0x10001} : bound;
 #pragma unroll
   for (KeyWord<Key>& word : words.at) word = (word | kTopBits<Key>)-bounds;
-  const auto bytes = bit_cast<Packet<uint8_t, 16>>(words);
-  Packet<uint8_t, 16 / sizeof(Key)> top;
-#pragma unroll
-  for (size_t i = 0; i < 16 / sizeof(Key); ++i) top.at[i] = bytes.at[(i + 1) * sizeof(Key) - 1];
-  return bit_cast<PacketOfFlags<Key>>(top);
+  const auto compared = bit_cast<Packet<uint32_t>>(words);
+  const auto& word = compared.at;
+  if constexpr (sizeof(Key) == 2) {
+    return {choose_bytes(word[0], word[1], 0x7531), choose_bytes(word[2], word[3], 0x7531)};
+  } else if constexpr (sizeof(Key) == 4) {
+    return {choose_bytes(choose_bytes(word[0], word[1], 0x73), choose_bytes(word[2], word[3], 0x73),
+                         0x5410)};
+  } else {
+    return {static_cast<uint16_t>(choose_bytes(word[1], word[3], 0x73))};
+  }
 }
 
 template <typename Key>
