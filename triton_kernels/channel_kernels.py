@@ -243,10 +243,13 @@ def soft_mask_channel_fwd_kernel(
 
 @triton.jit
 def _write_grad(ptr, pair, m, pull, offsets, inside, FROM_W_HAT: tl.constexpr):
-    """Write dW = m g + pull W of a pair (g, W) at the offsets that are inside."""
+    """Write dW = m g + pull W of a pair (g, W) at the offsets that are inside.
+
+    Which product is fused with the sum is said here, so that edges get the same bits as tiles.
+    """
     grad = pull * pair[1].to(pull.dtype)
     if FROM_W_HAT:
-        grad += m * pair[0].to(m.dtype)
+        grad = tl.fma(m, pair[0].to(m.dtype), grad)
     store(ptr + offsets, grad, inside)
 
 

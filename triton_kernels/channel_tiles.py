@@ -159,17 +159,41 @@ def _add(sums, errors, values):
 
 
 @triton.jit
+def _exact_product(left, right):
+    """Return left * right in float32, and what rounding loses of it.
+
+    The product is rounded before anything is added to it. A compiler may fuse a plain one with the
+    sums of `_add`, so that what it loses is in their errors already.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            """
+            {
+              .reg .f32 negative;
+              mul.rn.f32 $0, $2, $3;
+              neg.f32 negative, $0;
+              fma.rn.f32 $1, $2, $3, negative;
+            }
+            """,
+            "=&f,=&f,f,f",
+            [left, right],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:  # the interpreter's fma rounds twice
+        product = left * right
+        lost = left.to(tl.float64) * right.to(tl.float64) - product
+        return product, lost.to(tl.float32)
+
+
+@triton.jit
 def _product(errors, left, right, scale):
     """Return left * right * scale, and the errors with the rounding error of the product."""
     if errors.dtype == tl.float64:
         return left.to(tl.float64) * right.to(tl.float64), errors
     else:
-        left, right = left.to(tl.float32), right.to(tl.float32) * scale
-        product = left * right
-        if PTX:
-            lost = tl.fma(left, right, -product)
-        else:  # the interpreter rounds twice
-            lost = (left.to(tl.float64) * right.to(tl.float64) - product).to(tl.float32)
+        product, lost = _exact_product(left.to(tl.float32), right.to(tl.float32) * scale)
         return product, errors + lost
 
 
