@@ -148,14 +148,19 @@ def test_hard_n_m_masks_and_packing_are_one_kernel():
 
 
 def peak(function):
-    """The bytes that a call takes at most, its results among them."""
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = function()
-    taken = torch.cuda.max_memory_allocated() - before
-    del results
+    """The bytes that a call takes at most, its results among them.
+
+    Backward passes run on the calling thread. One of their own would hold the result of the first
+    call for a while, and it would count as memory that was taken before the second.
+    """
+    with torch.autograd.set_multithreading_enabled(False):
+        function()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = function()
+        taken = torch.cuda.max_memory_allocated() - before
+        del results
     return taken
 
 
