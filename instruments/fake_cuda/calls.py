@@ -95,7 +95,7 @@ def to(tensor: torch.Tensor, *arguments: Any, **kwargs: Any) -> torch.Tensor:
     if args and isinstance(args[0], (str, torch.device, int)) and not isinstance(args[0], bool):
         asked = args.pop(0)
     if asked is None and own is None:
-        return _to(tensor, *args, **kwargs)
+        return _to(tensor, *arguments, **kwargs)
     target = own if asked is None else index_of(asked)
     moves = target != own
     if args and isinstance(args[0], torch.dtype):

@@ -193,6 +193,8 @@ def replacements() -> dict[tuple[object, str], object]:
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: PROPERTIES,
         "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "synchronize": synchronize,
         "empty_cache": lambda: None,
         "Stream": lambda device=None: Stream(DEVICE.streams, number(device)),
