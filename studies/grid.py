@@ -13,29 +13,40 @@ temperatures and ramps. allocation: how PDP's layers share the budget.
 
 Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, and a run that was
 stopped goes on after its last epoch: the same command continues where it was stopped. All rows
-together make OUT/<study>.md and OUT/<study>.png.
+of the device together make OUT/<study>.md and OUT/<study>.png.
+
+A GPU serves many workers at once, and small networks need that: the host launches their kernels
+more slowly than the GPU runs them. See gpu.sh.
 """
 
 import argparse
 import csv
+import math
 import multiprocessing
+import re
 import shlex
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from fnmatch import fnmatchcase
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from studies.command_line import budget_of
 from studies.methods import CHANNEL_METHODS, NM_METHODS, UNSTRUCTURED_METHODS, make_method
 from studies.tables import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from studies.training import Outcome, Recipe, Task, train
 from studies.workloads import WORKLOADS
+
+Result = TypeVar("Result")
 
 
 class Setting(NamedTuple):
@@ -55,6 +66,7 @@ class Job(NamedTuple):
     sparsity: float
     seed: int
     epochs: int
+    device: str
     trained: Path | None = None  # where the weights are that the network starts from
 
     @property
@@ -68,18 +80,24 @@ class Job(NamedTuple):
             f"{self.sparsity:g}",
             str(self.seed),
             str(self.epochs),
+            device_name(self.device),
         )
 
     @property
     def folder(self) -> str:
         """The name of the folder of its checkpoint."""
-        return "_".join(self.key).replace(" ", "-").replace(",", "").replace(":", "-")
+        return re.sub(r"[ :/]", "-", "_".join(self.key)).replace(",", "")
 
     @property
     def recipe(self) -> Recipe:
         recipe = WORKLOADS[self.network].recipe
         recipe = recipe if self.trained is None else recipe.finetuning()
         return recipe._replace(epochs=self.epochs)
+
+
+def device_name(device: str) -> str:
+    """Return the name by which rows tell devices apart: cpu, or that of the GPU."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def method_settings() -> list[Setting]:
@@ -149,6 +167,7 @@ STUDIES = {
     "allocation": allocation_settings,
 }
 SCRATCH = "running"  # the folder of checkpoints in OUT
+REPORT_INTERVAL = 10.0  # seconds between lines that tell the progress
 
 
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -165,7 +184,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     workload = WORKLOADS[arguments.network]
     recipe = workload.recipe
     if arguments.study == "finetune":
-        recipe = recipe.finetuning()
+        recipe = recipe._replace(epochs=pretraining_epochs(arguments)).finetuning()
     epochs = arguments.epochs or recipe.epochs
     if arguments.study == "nm":
         columns = [(pattern, 0.0) for pattern in arguments.patterns]
@@ -180,17 +199,35 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
                 if setting.method == "dense":
                     pattern, sparsity = "unstructured", 0.0
                 budget_of(sparsity, pattern, epochs, narrowed=workload.narrowed)
-                jobs.append(Job(arguments.network, setting, pattern, sparsity, seed, epochs))
+                jobs.append(
+                    Job(
+                        arguments.network,
+                        setting,
+                        pattern,
+                        sparsity,
+                        seed,
+                        epochs,
+                        arguments.device,
+                    )
+                )
     return jobs
 
 
-def make_pretrainings(jobs: list[Job], out: Path) -> tuple[list[Job], list[Job]]:
+def pretraining_epochs(arguments: argparse.Namespace) -> int:
+    """Return the length of the trainings that the study finetune starts from."""
+    return arguments.pretraining_epochs or WORKLOADS[arguments.network].recipe.epochs
+
+
+def make_pretrainings(jobs: list[Job], out: Path, epochs: int) -> tuple[list[Job], list[Job]]:
     """Return the dense trainings that these jobs start from, and the jobs that start there."""
     dense = {
-        seed: Job(network, Setting("trained", "dense", {}), "unstructured", 0.0, seed, epochs)
-        for network, seed, epochs in dict.fromkeys(
-            (job.network, job.seed, WORKLOADS[job.network].recipe.epochs) for job in jobs
+        job.seed: job._replace(
+            setting=Setting("trained", "dense", {}),
+            pattern="unstructured",
+            sparsity=0.0,
+            epochs=epochs,
         )
+        for job in jobs
     }
     starts = {seed: out / "trained" / f"{job.folder}.pt" for seed, job in dense.items()}
     trainings = [job for seed, job in dense.items() if not starts[seed].exists()]
@@ -198,11 +235,14 @@ def make_pretrainings(jobs: list[Job], out: Path) -> tuple[list[Job], list[Job]]
 
 
 _task: Task | None = None  # of this worker process
+_epochs: Synchronized | None = None  # done by all worker processes
 
 
-def start_worker(network: str, folder: Path | None, device: str) -> None:
+def start_worker(network: str, folder: Path | None, device: str, epochs: Synchronized) -> None:
     """Prepare a worker process: one thread, subnormals flushed to zero, the data loaded."""
-    global _task
+    global _task, _epochs
+    _epochs = epochs
+    torch.backends.cudnn.benchmark = True
     torch.set_num_threads(1)
     # Products of small weights and small soft masks are subnormal: with tau = 1e-4 an epoch of the
     # MLP took 44 s instead of 1.5 s.
@@ -241,7 +281,7 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
     torch.manual_seed(job.seed)
     model = workload.make_network(_task)
     if job.trained is not None:
-        model.load_state_dict(torch.load(job.trained, weights_only=True))
+        model.load_state_dict(torch.load(job.trained, map_location="cpu", weights_only=True))
     method = make_method(job.setting.method, model, budget, **job.setting.options)
     folder = out / SCRATCH / job.folder
     outcome = train(
@@ -254,46 +294,132 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
         resume=True,
         keep_log=False,
         show_progress=False,
+        after_epoch=count_epoch,
     )
     return outcome, model
 
 
-def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> None:
-    """Run the jobs, and append the row of each to the file as soon as it is done."""
+def count_epoch() -> None:
+    with _epochs.get_lock():
+        _epochs.value += 1
+
+
+class TimeLimitError(Exception):
+    """The time limit has passed."""
+
+
+class Progress:
+    """Runs jobs, and prints on stderr what is done and how long the rest will take.
+
+    Args:
+        jobs: All jobs that will run.
+        workers: The number of jobs that run at once.
+        epochs: The number of epochs that the worker processes have done.
+        time_limit: Seconds until no more results are awaited.
+    """
+
+    def __init__(self, jobs: list[Job], workers: int, epochs: Synchronized, time_limit: float):
+        self.workers = workers
+        self.epochs = epochs
+        self.total = sum(job.epochs for job in jobs)
+        self.runs, self.done = len(jobs), 0
+        self.failed: list[Job] = []
+        self.began = self.shown = time.monotonic()
+        self.end = self.began + time_limit
+
+    def results(
+        self,
+        pool: ProcessPoolExecutor,
+        call: Callable[[Job, Path], Result],
+        jobs: list[Job],
+        out: Path,
+    ) -> Iterator[Result]:
+        """Call it for each job, and yield each result when it is there.
+
+        A job that fails costs the others nothing: it is printed, and remembered.
+
+        Raises:
+            TimeLimitError: Time has passed, and jobs are left.
+        """
+        waiting = {pool.submit(call, job, out): job for job in jobs}
+        while waiting:
+            now = time.monotonic()
+            if now >= self.end:
+                raise TimeLimitError
+            timeout = min(self.shown + REPORT_INTERVAL, self.end) - now
+            finished, _ = wait(waiting, max(0.0, timeout), FIRST_COMPLETED)
+            for future in finished:
+                job = waiting.pop(future)
+                self.done += 1
+                if (error := future.exception()) is not None:
+                    traceback.print_exception(error)
+                    self.failed.append(job)
+                    continue
+                yield future.result()
+                shutil.rmtree(out / SCRATCH / job.folder)
+            if time.monotonic() >= self.shown + REPORT_INTERVAL:
+                self.show()
+
+    def show(self, note: str = "") -> None:
+        """Print a line."""
+        self.shown = time.monotonic()
+        seconds, epochs = self.shown - self.began, self.epochs.value
+        waiting = max(0, self.runs - self.done - self.workers)
+        left = f"{seconds * (self.total / epochs - 1):.0f} s left" if epochs else "starting"
+        print(
+            f"{seconds:.0f} s: {self.done} of {self.runs} runs, {waiting} waiting, "
+            f"{epochs} of {self.total} epochs, {left}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> list[Job]:
+    """Run the jobs, and append the row of each to the file as soon as it is done.
+
+    Returns:
+        The jobs that failed.
+    """
     if not jobs:
-        return
-    out = arguments.out
+        return []
+    out, device = arguments.out, arguments.device
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(",".join(Row._fields) + "\n")
     pretrainings: list[Job] = []
     if arguments.study == "finetune":
-        pretrainings, jobs = make_pretrainings(jobs, out)
-    with (
-        ProcessPoolExecutor(
-            arguments.workers,
-            multiprocessing.get_context("spawn"),
-            start_worker,
-            (arguments.network, arguments.data_dir, arguments.device),
-        ) as pool,
-        open(path, "a", newline="") as file,
-        # The remaining time follows from the epochs of the trainings that are done.
-        tqdm(total=sum(j.epochs for j in [*pretrainings, *jobs]), unit="epoch", smoothing=0) as bar,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        waiting = {pool.submit(pretrain, job, out): job for job in pretrainings}
-        for done in as_completed(waiting):
-            done.result()
-            shutil.rmtree(out / SCRATCH / waiting[done].folder)
-            bar.update(waiting[done].epochs)
-        waiting = {pool.submit(run_job, job, out): job for job in jobs}
-        for done in as_completed(waiting):
-            row = done.result()
-            writer.writerow(row)
-            file.flush()
-            shutil.rmtree(out / SCRATCH / waiting[done].folder)
-            bar.update(waiting[done].epochs)
-            bar.set_postfix_str(f"{row.setting}, {row.column}: {row.score:.4f}")
+        pretrainings, jobs = make_pretrainings(jobs, out, pretraining_epochs(arguments))
+    context = multiprocessing.get_context("spawn")
+    epochs = context.Value("q", 0)
+    progress = Progress([*pretrainings, *jobs], arguments.workers, epochs, arguments.time_limit)
+    with TemporaryDirectory() as temporary:
+        folder = WORKLOADS[arguments.network].prepare(
+            arguments.data_dir, arguments.prepared or Path(temporary)
+        )
+        with (
+            ProcessPoolExecutor(
+                arguments.workers,
+                context,
+                start_worker,
+                (arguments.network, folder, device, epochs),
+            ) as pool,
+            open(path, "a", newline="") as file,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            try:
+                for _ in progress.results(pool, pretrain, pretrainings, out):
+                    pass
+                for row in progress.results(pool, run_job, jobs, out):
+                    writer.writerow(row)
+                    file.flush()
+                    progress.show(
+                        f"; {row.setting}, {row.column}, seed {row.seed}: {row.score:.4f}"
+                    )
+            except TimeLimitError:
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                progress.show("; stopped by the time limit: the same command continues")
+    return progress.failed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -311,7 +437,21 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int)
     add("--workers", type=int, default=1)
     add("--out", type=Path, default=Path("study"))
-    add("--device", default="cpu")
+    add("--pretraining-epochs", type=int, help="of the networks that finetune starts from")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="stop all runs after this time, and make the table of those that are done",
+    )
+    add(
+        "--prepared",
+        type=Path,
+        help="folder for the images in the form that workers load, 740 MB of CIFAR-10; grids may "
+        "share it (default: a temporary one)",
+    )
     arguments = parser.parse_args()
     for name in ("seeds", "workers"):
         if getattr(arguments, name) < 1:
@@ -332,14 +472,19 @@ def main() -> None:
     path = arguments.out / f"{arguments.study}.csv"
     jobs = make_jobs(arguments)
     present = {row.key for row in read_rows(path)}
-    run_jobs([job for job in jobs if job.key not in present], path, arguments)
+    failed = run_jobs([job for job in jobs if job.key not in present], path, arguments)
+    # Rows of other devices are left out: their random numbers and rounding differ.
     order = {job.key: number for number, job in enumerate(jobs)}
     rows = sorted((row for row in read_rows(path) if row.key in order), key=lambda r: order[r.key])
+    if not rows:
+        sys.exit("no run is done")
     write_table(rows, path.with_suffix(".md"), shown_command())
     by_sparsity = arguments.study in ("methods", "finetune", "allocation")
     plot = plot_by_sparsity if by_sparsity else plot_by_setting
     plot(rows, path.with_suffix(".png"))
     print(path.with_suffix(".md").read_text(), end="")
+    if failed:
+        sys.exit("failed: " + ", ".join(job.folder for job in failed))
 
 
 if __name__ == "__main__":

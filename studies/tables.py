@@ -24,6 +24,7 @@ class Row(NamedTuple):
     sparsity: str
     seed: str
     epochs: str
+    device: str  # cpu, or the name of the GPU
     score: float  # accuracy, or the loss of a text model in nats per character
     soft_score: float | None
     own_sparsity: float  # before `finalize`
@@ -32,7 +33,7 @@ class Row(NamedTuple):
     @property
     def key(self) -> tuple[str, ...]:
         """The cells that identify the training."""
-        return tuple(self[:6])
+        return tuple(self[:7])
 
     @property
     def column(self) -> str:
@@ -41,14 +42,20 @@ class Row(NamedTuple):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a CSV file, or none if there is no such file."""
+    """Return the rows of a CSV file, or none if there is no such file.
+
+    Raises:
+        ValueError: The columns are not those of a grid.
+    """
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [
-            Row(*cells[:6], *(float(cell) if cell else None for cell in cells[6:]))
-            for cells in list(csv.reader(file))[1:]
-        ]
+        columns, *rows = csv.reader(file)
+    if columns != list(Row._fields):
+        raise ValueError(f"{path} must have the columns {', '.join(Row._fields)}, got {columns}")
+    return [
+        Row(*cells[:7], *(float(cell) if cell else None for cell in cells[7:])) for cells in rows
+    ]
 
 
 class Score(NamedTuple):
@@ -118,15 +125,19 @@ def columns_of(rows: list[Row]) -> list[str]:
 def write_table(rows: list[Row], path: Path, command: str) -> None:
     """Write a Markdown table with a line for each setting, and the command that made it.
 
+    All rows are of one device.
+
     A second table compares the settings with the reference, if that is among them.
     """
     score = score_of(rows)
     columns = columns_of(rows)
     settings = list(dict.fromkeys(row.setting for row in rows))
     seeds = len({row.seed for row in rows})
+    device = rows[0].device
+    how = "with one thread" if device == "cpu" else f"beside others on one {device}"
     lines = [
         f"Test {score.description}, mean ± standard deviation of {seeds} seeds: of the finished "
-        "network, then with soft masks (soft). Time per run with one thread.",
+        f"network, then with soft masks (soft). Time per run {how}.",
         "",
         f"    {command}",
         "",

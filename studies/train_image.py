@@ -38,7 +38,7 @@ RECIPES = {
     "mlp-small-head": Recipe(epochs=20, batch=128, lr=0.1, weight_decay=5e-4),
     "lenet": Recipe(epochs=20, batch=128, lr=0.05, weight_decay=5e-4),
     "resnet20": Recipe(
-        epochs=100, batch=128, lr=0.1, weight_decay=5e-4, nesterov=True, bfloat16=True
+        epochs=100, batch=128, lr=0.1, weight_decay=5e-4, nesterov=True, bfloat16=("cpu", "cuda")
     ),
 }
 # Globs of the layers whose channels can be pruned: those that no shortcut adds to others.
@@ -64,13 +64,26 @@ class ImageTask:
         self.steps_per_epoch = -(-len(images.train_inputs) // batch)
 
     def batches(self, epoch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images and labels in an order that epoch and seed determine."""
+        """Yield images and labels in an order that epoch and seed determine.
+
+        The CPU draws all random numbers of an epoch at its start. So they are the same on every
+        device, and no step waits for their transfer.
+        """
         inputs, labels, *_ = self.images
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-        for index in order.split(self.batch):
-            batch = inputs[index]
-            yield random_crop_and_flip(batch, generator) if self.augment else batch, labels[index]
+        order = torch.randperm(len(inputs), generator=generator)
+        batches = order.to(inputs.device).split(self.batch)
+        if not self.augment:
+            for index in batches:
+                yield inputs[index], labels[index]
+            return
+        draws = [draw_crops(len(index), *inputs.shape[2:], generator) for index in batches]
+        rows, columns = (
+            torch.cat(parts).to(inputs.device).split(self.batch)
+            for parts in zip(*draws, strict=True)
+        )
+        for index, *crops in zip(batches, rows, columns, strict=True):
+            yield crop(inputs[index], *crops), labels[index]
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:
@@ -83,24 +96,34 @@ class ImageTask:
         return right.item() / len(self.images.test_labels)
 
 
-def random_crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each image shifted by up to 4 pixels in each direction, and half of them mirrored."""
-    count, _, height, width = images.shape
+def draw_crops(
+    count: int, height: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of padded images that `crop` takes, (images, height or width).
+
+    Each image is shifted by up to 4 pixels in each direction, and half of them are mirrored.
+    """
     draws = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator)
     flipped = torch.rand(count, 1, generator=generator) < 0.5
     rows = draws[0] + torch.arange(height)
     columns = torch.where(
         flipped, draws[1] + torch.arange(width).flip(0), draws[1] + torch.arange(width)
     )
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    return rows, columns
+
+
+def crop(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return these rows and columns of each image, after padding."""
     padded = pad(images, [CROP_PADDING] * 4)
-    every = torch.arange(count, device=images.device).view(-1, 1, 1)
+    every = torch.arange(len(images), device=images.device).view(-1, 1, 1)
     # Indexing on both sides of a slice moves the channels to the end.
     return padded[every, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def load_images(network: str, folder: Path | None) -> Images:
     """Return the normalized data set of a network; without a folder, the digits."""
+    if folder is not None and (prepared := prepared_file(network, folder)).exists():
+        return Images(*torch.load(prepared, weights_only=True, mmap=True))
     if folder is None:
         images = data.digits()
         if not network.startswith("mlp"):  # LeNet's convolutions need 16 pixels
@@ -112,6 +135,25 @@ def load_images(network: str, folder: Path | None) -> Images:
     else:
         images = data.mnist(data.first_folder(folder, "mnist", "MNIST/raw"))
     return data.normalized(images)
+
+
+def prepared_file(network: str, folder: Path) -> Path:
+    """Return the path of the data set that `prepare` wrote into this folder."""
+    return folder / f"prepared-{network}.pt"
+
+
+def prepare(network: str, folder: Path | None, into: Path) -> Path | None:
+    """Write the normalized data set, which processes load at once, and return its folder.
+
+    They share the memory of the file. The digits need no file.
+    """
+    if folder is None:
+        return None
+    if not (path := prepared_file(network, into)).exists():
+        into.mkdir(parents=True, exist_ok=True)
+        torch.save(tuple(load_images(network, folder)), path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return into
 
 
 def enlarged(images: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ _RECIPE = Recipe(
     optimizer="adamw",
     weight_decay=0.1,
     clip=1.0,
+    bfloat16=("cuda",),
 )
 SIZES = {
     "small": Size(256, 6, 6, 384, 0.2, _RECIPE),
@@ -126,10 +127,9 @@ def main() -> None:
     add_common_arguments(parser, sparsity=0.75)
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
-    on_gpu = torch.device(arguments.device).type == "cuda"
     run(
         arguments,
-        size.recipe._replace(bfloat16=on_gpu),
+        size.recipe,
         make_task=lambda recipe: make_task(
             arguments.data_dir, size, recipe.batch, arguments.steps_per_epoch, arguments.device
         ),

@@ -3,7 +3,7 @@
 import csv
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
     nesterov: bool = False
     weight_decay: float = 0.0  # of weights, not of biases and norms
     clip: float | None = None  # maximum norm of the gradient
-    bfloat16: bool = False  # autocast
+    bfloat16: tuple[str, ...] = ()  # types of devices on which autocast computes in it
 
     def finetuning(self) -> "Recipe":
         """Return the training of a trained network: the last fifth of the schedule, once more."""
@@ -98,6 +98,7 @@ def train(
     stop_after: int | None = None,
     keep_log: bool = True,
     show_progress: bool = True,
+    after_epoch: Callable[[], None] = lambda: None,
 ) -> Outcome | None:
     """Train the model and finalize it: pruned weights are exact zeros in plain parameters.
 
@@ -114,6 +115,7 @@ def train(
         keep_log: Whether to score the model after every epoch, for log.csv and log.png in the
             folder, and not only at the end.
         show_progress: Whether to show a progress bar.
+        after_epoch: Called after every epoch.
 
     Returns:
         The outcome, or None if stop_after ended the run before its last epoch.
@@ -133,7 +135,8 @@ def train(
         unit="step",
     ) as bar:
         for epoch in range(start, end):
-            loss = train_epoch(task, model, method, recipe, optimizer, epoch, seed, bar)
+            loss = train_epoch(task, model, method, recipe, optimizer, epoch, seed, bar).item()
+            after_epoch()
             seconds = time.perf_counter() - began
             if folder is None:
                 continue
@@ -163,17 +166,18 @@ def train_epoch(
     epoch: int,
     seed: int,
     bar: tqdm,
-) -> float:
-    """Train for one epoch and return the mean loss."""
+) -> Tensor:
+    """Train for one epoch and return the mean loss, without waiting for the device."""
     model.train()
     device = next(model.parameters()).device
+    autocasts = device.type in recipe.bfloat16
     total = torch.zeros((), device=device)
     for number, (inputs, labels) in enumerate(task.batches(epoch, seed)):
         progress = epoch + number / task.steps_per_epoch
         for group in optimizer.param_groups:
             factor = method.own_rate(progress) if group["own"] else 1.0
             group["lr"] = recipe.lr_at(progress) * factor
-        with torch.autocast(device.type, torch.bfloat16) if recipe.bfloat16 else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if autocasts else nullcontext():
             logits = model(inputs)
             loss = cross_entropy(logits.flatten(0, -2), labels.flatten())
         optimizer.zero_grad()
@@ -184,7 +188,7 @@ def train_epoch(
         method.step(epoch + (number + 1) / task.steps_per_epoch)
         total += loss.detach()
         bar.update()
-    return total.item() / task.steps_per_epoch
+    return total / task.steps_per_epoch
 
 
 def make_optimizer(model: nn.Module, method: Method, recipe: Recipe) -> torch.optim.Optimizer:
@@ -242,6 +246,7 @@ def save_checkpoint(
     """Write the state of the training, replacing the file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     epoch, log, seconds = progress
+    device = next(model.parameters()).device
     state = {
         "epoch": epoch,
         "seconds": seconds,
@@ -249,7 +254,7 @@ def save_checkpoint(
         "method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "log": [tuple(entry) for entry in log],
     }
     torch.save(state, path.with_suffix(".part"))
@@ -264,13 +269,13 @@ def load_checkpoint(
     device: torch.device,
 ) -> Progress:
     """Restore the state of the training, and return its progress."""
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     method.load_state_dict(state["method"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"].cpu())
-    if state["random_cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random_cuda"].cpu())
+    torch.set_rng_state(state["random"])
+    if state["random_cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["random_cuda"], device)
     return state["epoch"], [EpochLog(*entry) for entry in state["log"]], state["seconds"]
 
 

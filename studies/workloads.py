@@ -15,12 +15,14 @@ class Workload(NamedTuple):
     """What a network learns, and how it is trained.
 
     make_task takes the folder of the data (None: data that needs no download), the recipe and the
-    device; make_network takes the task.
+    device; make_network takes the task. prepare takes the folder of the data and one in which it
+    may write, and returns the one from which processes load the data fast.
     """
 
     recipe: Recipe
     make_task: Callable[[Path | None, Recipe, str], Task]
     make_network: Callable[[Task], nn.Module]
+    prepare: Callable[[Path | None, Path], Path | None]
     exclude: tuple[str, ...] = ()  # globs of layers that stay dense
     narrowed: tuple[str, ...] = ()  # globs of layers whose channels can be pruned
 
@@ -31,6 +33,7 @@ def image_workload(network: str, recipe: Recipe) -> Workload:
         recipe,
         lambda folder, recipe, device: train_image.make_task(network, folder, recipe.batch, device),
         partial(train_image.make_network, network),
+        partial(train_image.prepare, network),
         narrowed=train_image.NARROWED.get(network, ()),
     )
 
@@ -43,6 +46,7 @@ def text_workload(size: train_text.Size) -> Workload:
             folder, size, recipe.batch, train_text.STEPS_PER_EPOCH, device
         ),
         partial(train_text.make_network, size),
+        lambda folder, _: folder,
         exclude=("head",),
     )
 

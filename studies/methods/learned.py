@@ -102,7 +102,7 @@ class STR(Method):
         self.decay = 2.5e-4 / (1 - budget.sparsity) if decay is None else decay
 
     def transform(self, weight: Tensor) -> nn.Module:
-        return SoftThreshold(self.start)
+        return SoftThreshold(weight.new_tensor(self.start))
 
     def own_weight_decay(self) -> float:
         return self.decay
@@ -133,9 +133,9 @@ class STR(Method):
 class SoftThreshold(nn.Module):
     """Shrinks weights by sigmoid(s), which is learned."""
 
-    def __init__(self, start: float):
+    def __init__(self, start: Tensor):
         super().__init__()
-        self.s = nn.Parameter(torch.tensor(start))
+        self.s = nn.Parameter(start)
 
     def forward(self, weight: Tensor) -> Tensor:
         return Shrink.apply(weight, torch.sigmoid(self.s))
@@ -175,7 +175,7 @@ class Movement(Masking):
     def keep_best(self, sparsity: float) -> None:
         """Set masks that keep the largest scores over all layers."""
         scores = [transform.scores for transform in self.transforms()]
-        least = min(score.min() for score in scores)
+        least = torch.stack([score.min() for score in scores]).min()
         # Shifted so that the least is 0, scores rank like magnitudes.
         self.set_masks(global_masks([score - least for score in scores], sparsity))
 

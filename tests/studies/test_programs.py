@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -13,7 +14,7 @@ import torch
 from studies import data, grid, sap_mnist, train_image, train_text, training
 from studies.command_line import budget_of
 from studies.methods import make_method
-from studies.tables import Row, Score, plot_by_setting, plot_by_sparsity, write_table
+from studies.tables import Row, Score, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from tests.support.studies import digits_mlp, read_csv, short_text, small_residual_network
 
 ROOT = Path(__file__).parents[2]
@@ -74,11 +75,14 @@ class InThisProcess:
 
     def submit(self, function, *arguments):
         done = Future()
-        done.set_result(function(*arguments))
+        try:
+            done.set_result(function(*arguments))
+        except Exception as error:
+            done.set_exception(error)
         return done
 
 
-PRESENT = "mlp,gmp,unstructured,0.9,0,1,0.125,,0.9,1.0"
+PRESENT = "mlp,gmp,unstructured,0.9,0,1,cpu,0.125,,0.9,1.0"
 
 
 @pytest.fixture
@@ -92,13 +96,13 @@ def check_grid(folder, output, count):
     """The row that existed is as it was, and no row stands twice."""
     assert (folder / "methods.csv").read_text().splitlines()[1] == PRESENT
     rows = read_csv(folder / "methods.csv")
-    assert len({tuple(row.values())[:6] for row in rows}) == len(rows) == count
+    assert len({tuple(row.values())[:7] for row in rows}) == len(rows) == count
     assert output == (folder / "methods.md").read_text()
     assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_grid_runs_what_is_missing(call_main, grid_folder):
-    arguments = ("--epochs", 1, "--seeds", 1, "--workers", 1, "--out", grid_folder)
+    arguments = ("--epochs", 1, "--seeds", 1, "--device", "cpu", "--out", grid_folder)
     settings = ("--settings", "dense", "pdp", "gmp", "--sparsities", 0.9)
     check_grid(grid_folder, call_main(grid, "methods", *arguments, *settings), count=3)
 
@@ -107,7 +111,7 @@ def test_grid_runs_what_is_missing(call_main, grid_folder):
 def test_grid_runs_on_several_workers(grid_folder):
     """In a process of its own, as its workers import the main module."""
     command = [sys.executable, "-m", "studies.grid", "methods", "--epochs", "1", "--seeds", "2"]
-    command += ["--workers", "2", "--out", str(grid_folder)]
+    command += ["--workers", "2", "--device", "cpu", "--out", str(grid_folder)]
     command += ["--settings", "dense", "pdp", "gmp", "--sparsities", "0.5", "0.9"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -127,12 +131,13 @@ def test_settings_of_studies_are_valid(name, tmp_path):
 
 
 def test_finetuning_starts_from_a_trained_network(call_main, tmp_path):
-    arguments = ("finetune", "--seeds", 1, "--out", tmp_path, "--settings", "dense", "gmp-global")
+    arguments = ("finetune", "--seeds", 1, "--device", "cpu", "--out", tmp_path)
+    arguments += ("--pretraining-epochs", 10, "--settings", "dense", "gmp-global")
     call_main(grid, *arguments, "--epochs", 1, "--sparsities", 0.5)
     rows = {row["setting"]: float(row["score"]) for row in read_csv(tmp_path / "finetune.csv")}
     assert min(rows.values()) > 0.9  # one epoch from scratch leaves 0.1 to 0.3
     assert [path.name for path in (tmp_path / "trained").iterdir()] == [
-        "mlp_trained_unstructured_0_0_20.pt"
+        "mlp_trained_unstructured_0_0_10_cpu.pt"
     ]
     assert not list((tmp_path / "running").iterdir())
 
@@ -143,6 +148,7 @@ def one_process(monkeypatch):
     monkeypatch.setattr(grid, "ProcessPoolExecutor", InThisProcess)
     yield
     torch.set_flush_denormal(False)
+    torch.backends.cudnn.benchmark = False
 
 
 def test_a_stopped_run_of_a_grid_goes_on(call_main, one_process, monkeypatch, tmp_path):
@@ -169,9 +175,77 @@ def test_a_stopped_run_of_a_grid_goes_on(call_main, one_process, monkeypatch, tm
     assert [row["score"] for row in stopped] == [row["score"] for row in whole]
 
 
+def test_time_limit_ends_a_grid_with_the_rows_so_far(grid_folder):
+    command = [sys.executable, "-m", "studies.grid", "methods", "--epochs", "100000"]
+    command += ["--settings", "gmp", "--sparsities", "0.9", "--workers", "2", "--device", "cpu"]
+    command += ["--out", str(grid_folder), "--time-limit", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "0 of 3 runs" in done.stderr
+    assert "stopped by the time limit" in done.stderr
+    assert done.stderr.splitlines()[-1] == "no run is done"
+    assert (grid_folder / "methods.csv").read_text().splitlines()[1:] == [PRESENT]
+
+
+def test_progress_tells_epochs_and_the_time_left(capsys, monkeypatch):
+    clock = iter((0.0, 20.0))
+    monkeypatch.setattr(grid.time, "monotonic", lambda: next(clock))
+    jobs = [grid.Job("mlp", grid.method_settings()[0], "unstructured", 0.0, 0, 4, "cpu")] * 2
+    epochs = grid.multiprocessing.get_context("spawn").Value("q", 2)
+    grid.Progress(jobs, 1, epochs, math.inf).show("; pdp")
+    assert (
+        capsys.readouterr().err == "20 s: 0 of 2 runs, 1 waiting, 2 of 8 epochs, 60 s left; pdp\n"
+    )
+
+
+def without_times(table):
+    return re.sub(r"\d+ s \|", "", table)
+
+
+def test_rows_of_another_device_are_neither_reused_nor_in_the_table(
+    call_main, one_process, tmp_path
+):
+    arguments = ("methods", "--seeds", 1, "--epochs", 1, "--settings", "gmp", "--sparsities", 0.5)
+    arguments += ("--device", "cpu", "--out", tmp_path)
+    table = without_times(call_main(grid, *arguments))
+    path = tmp_path / "methods.csv"
+    header, row = path.read_text().splitlines()
+    other = row.replace(",cpu,", ",NVIDIA H100,")
+    path.write_text(f"{header}\n{other}\n")
+    assert without_times(call_main(grid, *arguments)) == table
+    rows = path.read_text().splitlines()
+    assert rows[1] == other
+    assert rows[2].rpartition(",")[0] == row.rpartition(",")[0]  # but for the time
+
+
+def test_rows_of_other_columns_are_rejected(tmp_path):
+    (tmp_path / "methods.csv").write_text("network,setting,score\nmlp,gmp,0.9\n")
+    with pytest.raises(ValueError, match="must have the columns network, setting, pattern"):
+        read_rows(tmp_path / "methods.csv")
+
+
+def test_a_run_that_fails_costs_the_others_nothing(
+    call_main, one_process, monkeypatch, capsys, tmp_path
+):
+    make_method = grid.make_method
+
+    def fail_with_gmp(name, *arguments, **options):
+        if name == "gmp":
+            raise ValueError("out of luck")
+        return make_method(name, *arguments, **options)
+
+    monkeypatch.setattr(grid, "make_method", fail_with_gmp)
+    settings = ("--settings", "gmp", "gmp-global", "--sparsities", 0.5, "--seeds", 1)
+    with pytest.raises(SystemExit, match=r"failed: mlp_gmp_unstructured_0\.5_0_1_cpu"):
+        call_main(grid, "methods", *settings, "--epochs", 1, "--device", "cpu", "--out", tmp_path)
+    assert "out of luck" in capsys.readouterr().err
+    assert [row["setting"] for row in read_csv(tmp_path / "methods.csv")] == ["gmp-global"]
+    assert "gmp-global" in (tmp_path / "methods.md").read_text()
+
+
 def test_study_table_and_plot(tmp_path):
     def row(setting, pattern, sparsity, seed, accuracy, soft, own):
-        return Row("mlp", setting, pattern, sparsity, seed, "20", accuracy, soft, own, 10.0)
+        return Row("mlp", setting, pattern, sparsity, seed, "20", "cpu", accuracy, soft, own, 10.0)
 
     rows = [
         row("dense", "unstructured", "0", "0", 0.98, None, 0.0),
