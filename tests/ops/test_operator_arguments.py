@@ -1,5 +1,7 @@
 """Operators raise for wrong arguments, and so read no memory that is not theirs."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -168,12 +170,12 @@ def changed(arguments, change):
     return [value if i == position else argument for i, argument in enumerate(arguments)]
 
 
-def placed(argument, device, elsewhere):
+def placed(argument, device, elsewhere, put=torch.Tensor.to):
     if isinstance(argument, list):
-        return [placed(each, device, elsewhere) for each in argument]
+        return [placed(each, device, elsewhere, put) for each in argument]
     if isinstance(argument, Elsewhere):
-        return argument.tensor.to(elsewhere)
-    return argument.to(device) if isinstance(argument, torch.Tensor) else argument
+        return put(argument.tensor, elsewhere)
+    return put(argument, device) if isinstance(argument, torch.Tensor) else argument
 
 
 def test_every_operator_is_tried():
@@ -195,7 +197,35 @@ def test_wrong_arguments_raise(device, name, index):
         getattr(torch.ops.pdp, name)(*placed(wrong, device, "cpu"))
 
 
+def labelled(tensor, device):
+    """Return a copy that says it is on the device "cuda" or "cpu"; its memory is the host's.
+
+    DLPack's tensor is a pointer to the memory and the kind of its device, of which 2 is CUDA.
+    """
+    capsule = torch.utils.dlpack.to_dlpack(tensor.clone())
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    kind = pointer_of(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)
+    ctypes.c_int32.from_address(kind).value = {"cpu": 1, "cuda": 2}[device]
+    return torch.utils.dlpack.from_dlpack(capsule)
+
+
 SERVED = ops.backends.TRITON_OPERATORS
+OF_CUDA = [name for name in CASES if name not in sum(SERVED.values(), ())]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tensors are on it")
+@pytest.mark.skipif(bool(ops.backends.load_errors["_C_cuda"]), reason="no extension for CUDA")
+@pytest.mark.parametrize(("name", "index"), each_change(OF_CUDA))
+def test_wrong_arguments_of_a_cuda_kernel_raise(monkeypatch, name, index):
+    """The checks need no GPU. A list without weights goes to the reference."""
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    arguments, changes = CASES[name]
+    wrong = placed(changed(arguments, changes[index]), "cuda", "cpu", labelled)
+    with pytest.raises((RuntimeError, ValueError), match=r"must|expected|zip"):
+        getattr(torch.ops.pdp, name)(*wrong)
+
+
 OF_TRITON = [
     name for names in (SERVED | ops.backends.TRITON_SUBSTITUTES).values() for name in names
 ]
