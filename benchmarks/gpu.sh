@@ -99,7 +99,7 @@ parts() {
   # 45 variants compiled by Triton, half a second each.
   part smoke 60 "$PYTHON" -m benchmarks.smoke
   # A thousand tests and as many compilations, by 16 workers.
-  part tests 170 tests "$RESULTS/failures.txt"
+  part tests 230 tests "$RESULTS/failures.txt"
   # All tools at once: a few MB of weights, 10 to 50 times slower than without a tool. Triton's
   # kernels come from the cache that smoke has filled.
   for tool in memcheck racecheck initcheck synccheck; do
