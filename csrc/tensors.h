@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "magnitude.h"
 
 namespace pdp {
@@ -27,7 +28,7 @@ inline WeightType weight_type(const torch::stable::Tensor& tensor) {
     case ScalarType::Half:
       return WeightType::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "expected a float64, float32, bfloat16 or float16 tensor");
+      fail("expected a float64, float32, bfloat16 or float16 tensor");
   }
 }
 

@@ -163,6 +163,19 @@ MUTATIONS = [
         BARRIER,
     ),
     Mutation(
+        "bracket: no barrier before the merged counts are read",
+        "bracket.cuh",
+        "      take_histogram(histogram, bins, shared.merged);\n      __syncthreads();",
+        BARRIER,
+    ),
+    Mutation(
+        "finish_slice: no barrier before the merged counts are read",
+        "radix_select.cuh",
+        "shared.merged);\n  __syncthreads();",
+        BARRIER,
+        workload="digits-float32",
+    ),
+    Mutation(
         "fall_back: no barrier before the counts are cleared",
         "bracket.cuh",
         "const Slice<Key>& slice) {\n  __syncthreads();  // the counts have been read",

@@ -118,10 +118,10 @@ struct RankScratch {
   uint32_t next;
 };
 
-// Every thread of a block handles a run of this many bins.
+// Every thread of a block handles a run of this many bins. Blocks have a power of two threads.
 __device__ inline int32_t bins_per_thread(int32_t bins) {
   const auto threads = static_cast<int32_t>(blockDim.x);
-  return (bins + threads - 1) / threads;
+  return (bins + threads - 1) >> (__ffs(threads) - 1);
 }
 
 // A thread's run of bins: how many elements it holds, and how many all bins below it.
@@ -140,10 +140,10 @@ __device__ BinRun<Sum> sum_bins(CountOf count, int32_t bins, Sum (&warp_sums)[kW
   const int32_t begin = min(thread * run, bins);
   const int32_t size = min(run, bins - begin);
 
-  // Runs are a power of two long. So each thread starts at another place of its run: neighbouring
-  // threads then use different banks of shared memory.
+  // Where runs are a power of two long, each thread starts at another place of its run:
+  // neighbouring threads then use different banks of shared memory.
   Sum mine = 0;
-  int32_t place = size > 0 ? thread % size : 0;
+  int32_t place = size > 0 && (size & (size - 1)) == 0 ? thread & (size - 1) : 0;
 #pragma unroll 4
   for (int32_t i = 0; i < size; ++i) {
     mine += count(begin + place);

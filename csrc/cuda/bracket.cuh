@@ -41,7 +41,10 @@ template <typename Key>
 struct BracketShared {
   Histogram<kBracketBins<Key>> counters;
   SliceSums sums;
-  InsideKeys<Key> inside;
+  union {
+    InsideKeys<Key> inside;
+    Count merged[kBracketBins<Key>];  // once the keys inside are counted
+  };
   RankScratch rank;
   Slice<Key> slice;
   Search<Key> search;
@@ -50,7 +53,10 @@ struct BracketShared {
 
 template <typename Key>
 struct SurvivorsShared {
+  static constexpr int32_t kStaged = 2048;
+
   SelectScratch<Key> select;
+  Key staged[kStaged];  // the survivors, if they are few enough
   Slice<Key> slice;
   Search<Key> search;
   bool last;
@@ -354,7 +360,13 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
                         static_cast<Count>(entry.tiles), shared.last)) {
       return;
     }
-    const auto count = [&](int32_t bin) { return whole ? shared.counters[bin] : histogram[bin]; };
+    if (!whole) {
+      take_histogram(histogram, bins, shared.merged);
+      __syncthreads();
+    }
+    const auto count = [&](int32_t bin) {
+      return whole ? shared.counters[bin] : shared.merged[bin];
+    };
     const int64_t rank = shared.search.rank - static_cast<int64_t>(state.below);
     bool found = false;
     if (bracket.shift == 0) {
@@ -400,9 +412,15 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
 
     OrderStatistic<Key> kth = {shared.search.prefix, shared.search.rank, shared.search.count};
     auto above = static_cast<Key>(state.next);
-    const auto key_at = [&](int64_t i) { return survivors[i]; };
     if (bin >= 0) {
       const int64_t size = kth.count;
+      // Each digit reads the keys again, which takes longer from device memory.
+      const bool few = size <= SurvivorsShared<Key>::kStaged;
+      if (few) {
+        for (int64_t i = threadIdx.x; i < size; i += blockDim.x) shared.staged[i] = survivors[i];
+      }
+      const Key* keys = few ? shared.staged : survivors;
+      const auto key_at = [&](int64_t i) { return keys[i]; };
       kth = select_in_block(key_at, size, kth.rank, shared.select);
       const bool tied = kth.rank + 1 < kth.count;
       above = tied ? kth.key : least_above(kth.key, key_at, size, above, shared.select);

@@ -173,8 +173,9 @@ __global__ void __launch_bounds__(kMaskThreads, kMaskBlocksPerMultiprocessor)
   const bool cuts = cuts_ties(shared.search);
   const bool keeps_ties = cuts || shared.search.rank < 0;
   constexpr Key kNaN = Magnitude<Weight>::kInfinity + 1;  // the highest key, of every NaN
-  const Key above = kth < kNaN ? kth + 1 : Key{1} << Magnitude<Weight>::kBits;
-  const Key least = keeps_ties ? kth : above;
+  constexpr Key kNone = Key{1} << Magnitude<Weight>::kBits;
+  const Key above = kth < kNaN ? kth + 1 : kNone;
+  const Key least = keeps_ties ? min(kth, kNone) : above;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
 

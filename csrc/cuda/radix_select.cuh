@@ -91,9 +91,10 @@ __device__ void finish_slice(const Selection<Key>& selection, Digit digit, const
   Count* tiles_done = &selection.states[slice.tensor].tiles_done;
   const auto tiles = static_cast<Count>(slice.entry.tiles);
   if (!last_to_arrive(tiles_done, static_cast<Count>(slice.tiles), tiles, shared.last)) return;
-  const auto count = [&](int32_t bin) { return histogram[bin]; };
+  take_histogram(histogram, digit.bins(), shared.merged);
+  __syncthreads();
+  const auto count = [&](int32_t bin) { return shared.merged[bin]; };
   pick_digit(selection, digit, slice, count, shared.rank);
-  for (int32_t bin = threadIdx.x; bin < selection.bins; bin += blockDim.x) histogram[bin] = 0;
   // An atomic, since nothing else orders this after the other blocks' atomics on it.
   if (threadIdx.x == 0) atomicExch(tiles_done, Count{0});
 }
@@ -107,6 +108,7 @@ __device__ bool has_work(const Selection<Key>& selection) {
 template <typename Key>
 struct FirstDigitShared {
   DigitHistogram<Key> counters;
+  Count merged[DigitHistogram<Key>::kBins];
   RankScratch rank;
   Slice<Key> slice;
   Search<Key> search;
@@ -161,8 +163,13 @@ struct CandidateStage {
 
 template <typename Key>
 struct LaterDigitShared {
-  Histogram<1 << kDigitsOf<Key>.bits[1]> counters;
-  CandidateStage<Key> stage;
+  using Counters = Histogram<1 << kDigitsOf<Key>.bits[1]>;
+
+  Counters counters;
+  union {
+    CandidateStage<Key> stage;
+    Count merged[Counters::kBins];  // once the block has flushed its stage
+  };
   RankScratch rank;
   Slice<Key> slice;
   Search<Key> search;

@@ -72,6 +72,14 @@ def test_every_way_is_exact_for_any_grid_block_order_and_alignment(way, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", ["normal", "inf and NaN", "all NaN", "all equal"])
+def test_masks_that_keep_all_weights_or_none(way, distribution, dtype):
+    weight = weight_of(distribution, SIZE, dtype)
+    for count in (0, 1, SIZE - 1, SIZE):
+        check_hard_mask(way, weight, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fraction", [0.02, 0.5, 0.9, 0.98])
 def test_the_usual_weights_are_read_once(sampled, fraction, dtype):
     size = 150_021  # a sample of 4,096 keys or more
