@@ -54,7 +54,7 @@ tests() {
   workers=$(nproc)
   OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m gpu -q --tb=short -p no:cacheprovider \
     -n "$((workers < 16 ? workers : 16))" --dist worksteal \
-    -p benchmarks.gpu_tests --test-limit 90 --failures "$1" --durations 15
+    -p benchmarks.gpu_tests --test-limit 200 --failures "$1" --durations 15
 }
 export -f tests
 
