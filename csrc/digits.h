@@ -13,7 +13,7 @@ struct Digit {
   bool first;
   bool last;
 
-  PDP_HOST_DEVICE int32_t bins() const { return 1 << bits; }
+  PDP_HOST_DEVICE constexpr int32_t bins() const { return 1 << bits; }
 };
 
 struct KeyDigits {

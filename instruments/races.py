@@ -129,19 +129,19 @@ MUTATIONS = [
     Mutation(
         "select_two_in_block: no barrier before the keys are counted",
         "block_select.cuh",
-        "      scratch.counts[i] = 0;\n    }\n    __syncthreads();",
+        "scratch.counts[i] = 0;\n    __syncthreads();",
         BARRIER,
     ),
     Mutation(
         "select_two_in_block: no barrier before the counts are summed",
         "block_select.cuh",
-        "      }\n    }\n    __syncthreads();\n\n    // Both histograms",
+        "    });\n    __syncthreads();\n\n    // Both histograms",
         BARRIER,
     ),
     Mutation(
         "select_two_in_block: no barrier before the ends are read",
         "block_select.cuh",
-        "static_cast<Key>(bin);\n    }\n    __syncthreads();",
+        "static_cast<Key>(bin);\n    }\n    __syncthreads();\n  };",
         BARRIER,
     ),
     Mutation(

@@ -124,33 +124,11 @@ __device__ inline int32_t bins_per_thread(int32_t bins) {
   return (bins + threads - 1) >> (__ffs(threads) - 1);
 }
 
-// A thread's run of bins: how many elements it holds, and how many all bins below it.
+// Returns the sum of a value over the threads below. Called by all threads; it has one barrier,
+// before it reads the sums of warps.
 template <typename Sum>
-struct BinRun {
-  int32_t begin;
-  Sum mine, below;
-};
-
-// Returns the calling thread's run, given that each bin holds count(bin) elements. Called by all
-// threads; it has one barrier, before it reads the sums of warps.
-template <typename Sum, typename CountOf>
-__device__ BinRun<Sum> sum_bins(CountOf count, int32_t bins, Sum (&warp_sums)[kWarp]) {
-  const int thread = threadIdx.x;
-  const int32_t run = bins_per_thread(bins);
-  const int32_t begin = min(thread * run, bins);
-  const int32_t size = min(run, bins - begin);
-
-  // Where runs are a power of two long, each thread starts at another place of its run:
-  // neighbouring threads then use different banks of shared memory.
-  Sum mine = 0;
-  int32_t place = size > 0 && (size & (size - 1)) == 0 ? thread & (size - 1) : 0;
-#pragma unroll 4
-  for (int32_t i = 0; i < size; ++i) {
-    mine += count(begin + place);
-    if (++place == size) place = 0;
-  }
-
-  const int lane = thread % kWarp, warp = thread / kWarp;
+__device__ Sum sum_of_lower_threads(Sum mine, Sum (&warp_sums)[kWarp]) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Sum inclusive = mine;
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -160,8 +138,8 @@ __device__ BinRun<Sum> sum_bins(CountOf count, int32_t bins, Sum (&warp_sums)[kW
   if (lane == kWarp - 1) warp_sums[warp] = inclusive;
   __syncthreads();
   const Sum of_lower_warp = lane < warp ? warp_sums[lane] : 0;
-  const Sum below = warp_reduce(of_lower_warp, [](Sum a, Sum b) { return a + b; });
-  return {begin, mine, below + inclusive - mine};
+  const Sum of_lower_warps = warp_reduce(of_lower_warp, [](Sum a, Sum b) { return a + b; });
+  return of_lower_warps + inclusive - mine;
 }
 
 // Finds the bin that holds the element of a 0-based rank, given that each bin holds count(bin)
@@ -169,10 +147,24 @@ __device__ BinRun<Sum> sum_bins(CountOf count, int32_t bins, Sum (&warp_sums)[kW
 // Called by all threads.
 template <typename CountOf>
 __device__ void find_rank(CountOf count, int32_t bins, Count rank, RankScratch& scratch) {
-  const BinRun<Count> run = sum_bins(count, bins, scratch.warp_sums);
-  Count below = run.below;
-  if (below <= rank && rank < below + run.mine) {
-    int32_t bin = run.begin;
+  const int thread = threadIdx.x;
+  const int32_t run = bins_per_thread(bins);
+  const int32_t begin = min(thread * run, bins);
+  const int32_t size = min(run, bins - begin);
+
+  // Where runs are a power of two long, each thread starts at another place of its run:
+  // neighbouring threads then use different banks of shared memory.
+  Count mine = 0;
+  int32_t place = size > 0 && (size & (size - 1)) == 0 ? thread & (size - 1) : 0;
+#pragma unroll 4
+  for (int32_t i = 0; i < size; ++i) {
+    mine += count(begin + place);
+    if (++place == size) place = 0;
+  }
+
+  Count below = sum_of_lower_threads(mine, scratch.warp_sums);
+  if (below <= rank && rank < below + mine) {
+    int32_t bin = begin;
     Count here = count(bin);
     while (below + here <= rank) {
       below += here;

@@ -3,8 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../digits.h"
 #include "block.cuh"
@@ -83,11 +85,17 @@ struct SelectTwoScratch {
   Key keys[2];
 };
 
-// Writes the keys of two 0-based ranks among key_at(0), ..., key_at(size - 1) to scratch.keys. It
-// counts a digit for both in one pass. It begins with a barrier and ends with one. Called by all
-// threads.
-template <typename Key, typename KeyAt>
-__device__ void select_two_in_block(KeyAt key_at, int32_t size, uint32_t first, uint32_t second,
+// Calls function(an integral constant) for every index, in order.
+template <typename Function, size_t... kIndices>
+__device__ void for_each_digit(Function function, std::index_sequence<kIndices...>) {
+  (function(std::integral_constant<int64_t, kIndices>()), ...);
+}
+
+// Writes the keys of two 0-based ranks to scratch.keys. for_each_key(visit) calls visit(key) for
+// every key of the calling thread; it is called for each digit, which is counted for both ranks at
+// once. Ends with a barrier. Called by all of kThreads threads.
+template <typename Key, int kThreads, typename ForEachKey>
+__device__ void select_two_in_block(ForEachKey for_each_key, uint32_t first, uint32_t second,
                                     SelectTwoScratch<Key>& scratch) {
   constexpr KeyDigits kDigits = kDigitsOf<Key>;
   constexpr int kLaterBins = SelectTwoScratch<Key>::kLaterBins;
@@ -96,48 +104,46 @@ __device__ void select_two_in_block(KeyAt key_at, int32_t size, uint32_t first, 
     scratch.ranks[thread] = thread == 0 ? first : second;
     scratch.keys[thread] = 0;
   }
-#pragma unroll
-  for (int index = 0; index < kDigits.count; ++index) {
-    const Digit digit = kDigits.digit(index);
-    const int32_t bins = digit.bins();
-    for (int32_t i = thread; i < (index == 0 ? bins : 2 * kLaterBins); i += blockDim.x) {
-      scratch.counts[i] = 0;
-    }
+  const auto count_digit = [&](auto index) {
+    constexpr Digit kDigit = kDigits.digit(decltype(index)::value);
+    constexpr int32_t kBins = kDigit.bins(), kRun = (kBins + kThreads - 1) / kThreads;
+    constexpr int32_t kSecond = kDigit.first ? 0 : kLaterBins;  // the second rank's histogram
+    for (int32_t i = thread; i < kSecond + kBins; i += kThreads) scratch.counts[i] = 0;
     __syncthreads();
     const Key prefixes[2] = {scratch.keys[0], scratch.keys[1]};
     const uint32_t ranks[2] = {scratch.ranks[0], scratch.ranks[1]};
-    for (int32_t i = thread; i < size; i += blockDim.x) {
-      const Key key = key_at(i);
-      const uint32_t bin = static_cast<uint32_t>(key >> digit.shift) & (bins - 1);
-      if (index == 0) {
-        atomicAdd(&scratch.counts[bin], 1u);
-      } else {
-        const Key head = key >> digit.shift >> digit.bits;
-        if (head == prefixes[0]) atomicAdd(&scratch.counts[bin], 1u);
-        if (head == prefixes[1]) atomicAdd(&scratch.counts[kLaterBins + bin], 1u);
-      }
-    }
+    for_each_key([&](Key key) {
+      const uint32_t bin = static_cast<uint32_t>(key >> kDigit.shift) & (kBins - 1);
+      const Key head = key >> kDigit.shift >> kDigit.bits;
+      if (kDigit.first || head == prefixes[0]) atomicAdd(&scratch.counts[bin], 1u);
+      if (!kDigit.first && head == prefixes[1]) atomicAdd(&scratch.counts[kSecond + bin], 1u);
+    });
     __syncthreads();
 
     // Both histograms are summed at once, in the two halves of a word.
-    const int32_t offset = index == 0 ? 0 : kLaterBins;
-    const auto count = [&](int32_t bin) {
-      return scratch.counts[bin] | scratch.counts[offset + bin] << 16;
-    };
-    const BinRun<uint32_t> run = sum_bins(count, bins, scratch.warp_sums);
+    const int32_t begin = thread * kRun;
+    uint32_t mine = 0;
+#pragma unroll
+    for (int32_t i = 0; i < kRun; ++i) {
+      if (begin + i >= kBins) continue;
+      mine += scratch.counts[begin + i] | scratch.counts[kSecond + begin + i] << 16;
+    }
+    const uint32_t lower = sum_of_lower_threads(mine, scratch.warp_sums);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      uint32_t below = run.below >> 16 * which & 0xFFFF;
-      const uint32_t mine = run.mine >> 16 * which & 0xFFFF;
-      if (below > ranks[which] || ranks[which] - below >= mine) continue;
-      const uint32_t* counts = &scratch.counts[which * offset];
-      int32_t bin = run.begin;
+      uint32_t below = lower >> 16 * which & 0xFFFF;
+      const uint32_t own = mine >> 16 * which & 0xFFFF;
+      if (below > ranks[which] || ranks[which] - below >= own) continue;
+      const uint32_t* counts = &scratch.counts[which * kSecond];
+      int32_t bin = begin;
       for (; below + counts[bin] <= ranks[which]; ++bin) below += counts[bin];
       scratch.ranks[which] = ranks[which] - below;
-      scratch.keys[which] = static_cast<Key>(prefixes[which] << digit.bits) | static_cast<Key>(bin);
+      scratch.keys[which] =
+          static_cast<Key>(prefixes[which] << kDigit.bits) | static_cast<Key>(bin);
     }
     __syncthreads();
-  }
+  };
+  for_each_digit(count_digit, std::make_index_sequence<kDigits.count>());
 }
 
 // Returns the smallest of key_at(0), ..., key_at(size - 1) that is above a key, or `otherwise` if

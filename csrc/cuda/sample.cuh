@@ -68,95 +68,112 @@ PDP_HOST_DEVICE int64_t sample_chunks(int64_t size) {
 }
 
 // The strata of a sample: the weights, cut into as many runs of chunks as there are sampled chunks.
-// The first `longer` have one chunk more.
+// The first `longer` have one chunk more. What is beyond 2^32 chunks is not sampled.
 template <typename Key>
 struct Strata {
-  int64_t length;  // in chunks
-  int64_t longer;
+  uint32_t length;  // in chunks
+  uint32_t longer;
 
   PDP_HOST_DEVICE Strata(int64_t chunks, int64_t size) {
     const int64_t places = size / kSampleChunk<Key>;
-    if (places <= UINT32_MAX) {  // a division of 64 bits takes a hundred instructions
-      length = static_cast<uint32_t>(places) / static_cast<uint32_t>(chunks);
-    } else {
-      length = places / chunks;
-    }
-    longer = places - length * chunks;
+    const uint32_t sampled = places < UINT32_MAX ? static_cast<uint32_t>(places) : UINT32_MAX;
+    length = sampled / static_cast<uint32_t>(chunks);
+    longer = sampled % static_cast<uint32_t>(chunks);
   }
 
   // Returns the index of a sampled chunk's first weight. The place in the stratum is drawn, so that
   // a periodic weight is sampled evenly.
-  PDP_HOST_DEVICE int64_t place(int64_t chunk) const {
-    const int64_t begin = chunk * length + (chunk < longer ? chunk : longer);
-    const uint64_t drawn = scrambled(static_cast<uint32_t>(chunk) + 1);
-    const auto own = static_cast<uint64_t>(length + (chunk < longer));
-    return (begin + static_cast<int64_t>(drawn * own >> 32)) * kSampleChunk<Key>;
+  PDP_HOST_DEVICE int64_t place(uint32_t chunk) const {
+    const uint32_t begin = chunk * length + (chunk < longer ? chunk : longer);
+    const uint64_t own = length + (chunk < longer);
+    return (begin + static_cast<uint32_t>(scrambled(chunk + 1) * own >> 32)) * kSampleChunk<Key>;
   }
 };
 
 template <typename Key>
 struct SampleShared {
-  alignas(16) Key keys[kWhole<Key> > kMaxSample<Key> ? kWhole<Key> : kMaxSample<Key>];
   union {
-    SelectScratch<Key> scratch;
+    struct {
+      Key keys[kWhole<Key>];
+      SelectScratch<Key> scratch;
+    };
     SelectTwoScratch<Key> two;
   };
 };
 
-// Fills `keys` with a sample of the tensor and returns its size. Each thread loads all its weights
-// before it uses the first.
+// The calling thread's part of a sample.
 template <typename Key>
-__device__ int64_t draw_sample(const TableEntry& entry, Key* keys) {
-  constexpr int kPerPacket = 16 / sizeof(Key), kPackets = kSampleChunk<Key> / kPerPacket;
-  constexpr int kLoads = kMaxSample<Key> / kPerPacket / kSampleThreads;
-  static_assert(kLoads * kPerPacket * kSampleThreads == kMaxSample<Key>);
-  const auto chunks = static_cast<int32_t>(sample_chunks<Key>(entry.size));
-  const Strata<Key> strata(chunks, entry.size);
-  with_weights<Key>(entry, [&](const auto* weights) {
-    using Weight = std::decay_t<decltype(*weights)>;
-    const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
-    Packet<Weight> loaded[kLoads];
+struct Sample {
+  static constexpr int kPerPacket = 16 / sizeof(Key);
+  static constexpr int kPackets = kMaxSample<Key> / kPerPacket / kSampleThreads;
+  static_assert(kPackets * kPerPacket * kSampleThreads == kMaxSample<Key>);
+
+  Packet<Key> packets[kPackets];
+  int32_t size;  // of the whole sample
+
+  __device__ bool has(int i) const {
+    const int32_t packet = static_cast<int32_t>(threadIdx.x) + i * kSampleThreads;
+    return packet < size / kPerPacket;
+  }
+
+  // All weights are loaded before the first is used.
+  __device__ explicit Sample(const TableEntry& entry) {
+    constexpr int kOfChunk = kSampleChunk<Key> / kPerPacket;
+    const int64_t chunks = sample_chunks<Key>(entry.size);
+    const Strata<Key> strata(chunks, entry.size);
+    size = static_cast<int32_t>(chunks * kSampleChunk<Key>);
+    with_weights<Key>(entry, [&](const auto* weights) {
+      using Weight = std::decay_t<decltype(*weights)>;
+      const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
+      Packet<Weight> loaded[kPackets];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int32_t packet = static_cast<int32_t>(threadIdx.x) + i * kSampleThreads;
-      if (packet >= chunks * kPackets) continue;
-      const Weight* from =
-          weights + strata.place(packet / kPackets) + packet % kPackets * kPerPacket;
-      if (aligned) {
-        loaded[i] = bit_cast<Packet<Weight>>(__ldg(reinterpret_cast<const uint4*>(from)));
-      } else {
+      for (int i = 0; i < kPackets; ++i) {
+        if (!has(i)) continue;
+        const uint32_t packet = threadIdx.x + i * kSampleThreads;
+        const Weight* from =
+            weights + strata.place(packet / kOfChunk) + packet % kOfChunk * kPerPacket;
+        if (aligned) {
+          loaded[i] = bit_cast<Packet<Weight>>(__ldg(reinterpret_cast<const uint4*>(from)));
+        } else {
 #pragma unroll
-        for (int j = 0; j < kPerPacket; ++j) loaded[i].at[j] = from[j];
+          for (int j = 0; j < kPerPacket; ++j) loaded[i].at[j] = from[j];
+        }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int32_t packet = static_cast<int32_t>(threadIdx.x) + i * kSampleThreads;
-      if (packet >= chunks * kPackets) continue;
-      Packet<Key> own;
+      for (int i = 0; i < kPackets; ++i) {
+        if (!has(i)) continue;
 #pragma unroll
-      for (int j = 0; j < kPerPacket; ++j) own.at[j] = magnitude_key(loaded[i].at[j]);
-      reinterpret_cast<Packet<Key>*>(keys)[packet] = own;
+        for (int j = 0; j < kPerPacket; ++j) packets[i].at[j] = magnitude_key(loaded[i].at[j]);
+      }
+    });
+  }
+
+  template <typename Visit>
+  __device__ void for_each(Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < kPackets; ++i) {
+      if (!has(i)) continue;
+#pragma unroll
+      for (int j = 0; j < kPerPacket; ++j) visit(packets[i].at[j]);
     }
-  });
-  return int64_t{chunks} * kSampleChunk<Key>;
-}
+  }
+};
 
 // Brackets the key of a 0-based rank among the tensor's. Called by all threads.
 template <typename Key>
 __device__ Bracket<Key> bracket_by_sample(const TableEntry& entry, int64_t rank,
                                           SampleShared<Key>& shared) {
-  const int64_t size = draw_sample(entry, shared.keys);
+  const Sample<Key> sample(entry);
+  const int64_t size = sample.size;
   const double fraction = static_cast<double>(rank) / static_cast<double>(entry.size);
   const double centre = fraction * static_cast<double>(size);
   const double margin = kDeviations * sqrt(centre * (1 - fraction)) + 2;
   const auto below = static_cast<int64_t>(floor(centre - margin));
   const auto above = static_cast<int64_t>(ceil(centre + margin));
-  const auto key_at = [&](int32_t i) { return shared.keys[i]; };
   static_assert(kMaxSample<Key> < 1 << 16);
-  select_two_in_block(key_at, static_cast<int32_t>(size),
-                      static_cast<uint32_t>(max(below, int64_t{0})),
-                      static_cast<uint32_t>(min(above, size - 1)), shared.two);
+  select_two_in_block<Key, kSampleThreads>([&](auto visit) { sample.for_each(visit); },
+                                           static_cast<uint32_t>(max(below, int64_t{0})),
+                                           static_cast<uint32_t>(min(above, size - 1)), shared.two);
   Key low = below >= 0 ? shared.two.keys[0] : Key{0};
   Key high = above < size ? shared.two.keys[1] : kHighest<Key>;
   // NaNs have several keys until magnitude_key makes them one.
