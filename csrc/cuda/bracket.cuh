@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
       return;
     }
     if (!whole) {
-      take_histogram(histogram, bins, shared.merged);
+      copy_histogram(histogram, bins, shared.merged);
       __syncthreads();
     }
     const auto count = [&](int32_t bin) {

@@ -34,14 +34,11 @@ __device__ void merge_counters(const Counters& counters, Count* histogram,
   }
 }
 
-// Copies a histogram that blocks have merged from device memory to shared memory, and leaves zeros.
-// Ends without a barrier. Called by all threads.
-__device__ inline void take_histogram(Count* histogram, int32_t bins, Count* counts) {
+// Copies a histogram that blocks have merged from device memory to shared memory: reading a bin
+// after the other there takes longer. Ends without a barrier. Called by all threads.
+__device__ inline void copy_histogram(const Count* histogram, int32_t bins, Count* counts) {
 #pragma unroll 8
-  for (int32_t bin = threadIdx.x; bin < bins; bin += blockDim.x) {
-    counts[bin] = histogram[bin];
-    histogram[bin] = 0;
-  }
+  for (int32_t bin = threadIdx.x; bin < bins; bin += blockDim.x) counts[bin] = histogram[bin];
 }
 
 }  // namespace pdp

@@ -91,10 +91,11 @@ __device__ void finish_slice(const Selection<Key>& selection, Digit digit, const
   Count* tiles_done = &selection.states[slice.tensor].tiles_done;
   const auto tiles = static_cast<Count>(slice.entry.tiles);
   if (!last_to_arrive(tiles_done, static_cast<Count>(slice.tiles), tiles, shared.last)) return;
-  take_histogram(histogram, digit.bins(), shared.merged);
+  copy_histogram(histogram, digit.bins(), shared.merged);
   __syncthreads();
   const auto count = [&](int32_t bin) { return shared.merged[bin]; };
   pick_digit(selection, digit, slice, count, shared.rank);
+  for (int32_t bin = threadIdx.x; bin < digit.bins(); bin += blockDim.x) histogram[bin] = 0;
   // An atomic, since nothing else orders this after the other blocks' atomics on it.
   if (threadIdx.x == 0) atomicExch(tiles_done, Count{0});
 }

@@ -125,25 +125,28 @@ struct Sample {
     with_weights<Key>(entry, [&](const auto* weights) {
       using Weight = std::decay_t<decltype(*weights)>;
       const bool aligned = reinterpret_cast<uintptr_t>(weights) % 16 == 0;
-      Packet<Weight> loaded[kPackets];
+      uint4 loaded[kPackets];
 #pragma unroll
       for (int i = 0; i < kPackets; ++i) {
         if (!has(i)) continue;
-        const uint32_t packet = threadIdx.x + i * kSampleThreads;
+        const uint32_t number = threadIdx.x + i * kSampleThreads;
         const Weight* from =
-            weights + strata.place(packet / kOfChunk) + packet % kOfChunk * kPerPacket;
+            weights + strata.place(number / kOfChunk) + number % kOfChunk * kPerPacket;
         if (aligned) {
-          loaded[i] = bit_cast<Packet<Weight>>(__ldg(reinterpret_cast<const uint4*>(from)));
+          loaded[i] = __ldg(reinterpret_cast<const uint4*>(from));
         } else {
+          Packet<Weight> packet;
 #pragma unroll
-          for (int j = 0; j < kPerPacket; ++j) loaded[i].at[j] = from[j];
+          for (int j = 0; j < kPerPacket; ++j) packet.at[j] = from[j];
+          loaded[i] = bit_cast<uint4>(packet);
         }
       }
 #pragma unroll
       for (int i = 0; i < kPackets; ++i) {
         if (!has(i)) continue;
+        const auto packet = bit_cast<Packet<Weight>>(loaded[i]);
 #pragma unroll
-        for (int j = 0; j < kPerPacket; ++j) packets[i].at[j] = magnitude_key(loaded[i].at[j]);
+        for (int j = 0; j < kPerPacket; ++j) packets[i].at[j] = magnitude_key(packet.at[j]);
       }
     });
   }

@@ -406,6 +406,11 @@ const Workload kWorkloads[] = {
     {"thresholds-float16", [](uint64_t seed) { thresholds<Half>(seed, {70001, 3, 9000}, normal); }},
     {"digits-float32",
      [](uint64_t seed) { thresholds<float>(seed, {20011, 3, 0, 18000}, normal, Way::kDigits); }},
+    {"digits-neighbours",
+     [](uint64_t seed) {
+       const Distribution neighbours = [i = 0](Random&) mutable { return 1 + i++ * 0x1p-23; };
+       thresholds<float>(seed, {40011}, neighbours, Way::kDigits);
+     }},
     {"digits-ties",
      [](uint64_t seed) { thresholds<float>(seed, {20011, 17000}, few_values, Way::kDigits); }},
     {"digits-overflow",

@@ -54,4 +54,4 @@ def test_representatives_are_mutations():
 )
 def test_every_mutation_is_reported(number):
     report = check(build_checker(mutated=True), MUTATIONS[number - 1].workload, mutation=number)
-    assert report.races
+    assert report.races or report.wrong
