@@ -74,11 +74,12 @@ class DeviceClock:
     it took last. Each provider needs a clock of its own.
     """
 
-    LONGEST = 20e-3  # a provider that waits for the device would make the wait grow without end
     HZ = 2e9  # no less than the GPU's clock, in whose cycles it waits
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float = 20e-3) -> None:
         self.lead = 1e-3
+        # Seconds: where a provider waits for the device, the wait would grow without end.
+        self.longest = longest
 
     def __call__(self, run: Callable[[], Any]) -> tuple[float, Any]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -88,7 +89,7 @@ class DeviceClock:
         host, result = cpu_clock(run)
         end.record()
         end.synchronize()
-        self.lead = min(1.5 * host + 1e-4, self.LONGEST)
+        self.lead = min(1.5 * host + 1e-4, self.longest)
         return start.elapsed_time(end) / 1e3, result
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import eager, training_step
+from benchmarks import eager, timing, training_step
 
 MLP = "MLP 784-300-100-10, batch 128"
 
@@ -52,6 +52,20 @@ def test_a_training_step_is_described_with_its_goal():
     assert training_step.describe(result) == line
     assert training_step.describe(result | {"goal": 1.15}) == f"{line}, goal 1.15x missed"
     assert training_step.describe(result | {"goal": 1.25}) == f"{line}, goal 1.25x met"
+    device = {"device_ratios": {"pdp": 1.012}}
+    assert training_step.describe(result | device) == f"{line}, pdp on the device alone 1.01x"
+
+
+def test_on_a_gpu_steps_are_timed_with_and_without_the_host(monkeypatch):
+    monkeypatch.setattr(training_step, "clock_for", lambda device: timing.cpu_clock)
+    monkeypatch.setattr(training_step, "DeviceClock", lambda longest: lambda run: (2e-3, run()))
+    runs = {"dense": lambda: None, "pdp": lambda: None}
+    result = training_step.ratios(runs, "dense", torch.device("cuda"), 0.01)
+    assert result["device_seconds"] == {"dense": 2e-3, "pdp": 2e-3}
+    assert result["device_ratios"] == {"dense": 1, "pdp": 1}
+    assert result["seconds"]["pdp"] > 0
+    on_cpu = training_step.ratios(runs, "dense", torch.device("cpu"), 0.01)
+    assert set(on_cpu) == {"seconds", "quartiles", "ratios"}
 
 
 def convolutions():
