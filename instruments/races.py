@@ -78,7 +78,7 @@ MUTATIONS = [
     Mutation(
         "find_rank: no barrier before the sums of warps are read",
         "block.cuh",
-        "= inclusive;\n  __syncthreads();",
+        "= lower + mine;\n  __syncthreads();",
         BARRIER,
     ),
     Mutation(

@@ -94,6 +94,18 @@ __device__ Value warp_reduce(Value value, Combine combine) {
   return value;
 }
 
+// Returns the sum of a value over the lower lanes of the warp. Called by all lanes.
+template <typename Sum>
+__device__ Sum sum_of_lower_lanes(Sum mine) {
+  Sum inclusive = mine;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const Sum lower = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (threadIdx.x % kWarp >= distance) inclusive += lower;
+  }
+  return inclusive - mine;
+}
+
 // The sum of a value over the lower lanes of the warp, and over all lanes.
 struct WarpSums {
   uint32_t lower, all;
@@ -101,13 +113,8 @@ struct WarpSums {
 
 // Called by all lanes.
 __device__ inline WarpSums sum_over_lanes(uint32_t mine) {
-  uint32_t inclusive = mine;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const uint32_t lower = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (threadIdx.x % kWarp >= distance) inclusive += lower;
-  }
-  return {inclusive - mine, __shfl_sync(kAllLanes, inclusive, kWarp - 1)};
+  const uint32_t lower = sum_of_lower_lanes(mine);
+  return {lower, __shfl_sync(kAllLanes, lower + mine, kWarp - 1)};
 }
 
 struct RankScratch {
@@ -129,17 +136,11 @@ __device__ inline int32_t bins_per_thread(int32_t bins) {
 template <typename Sum>
 __device__ Sum sum_of_lower_threads(Sum mine, Sum (&warp_sums)[kWarp]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Sum inclusive = mine;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const Sum lower = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (lane >= distance) inclusive += lower;
-  }
-  if (lane == kWarp - 1) warp_sums[warp] = inclusive;
+  const Sum lower = sum_of_lower_lanes(mine);
+  if (lane == kWarp - 1) warp_sums[warp] = lower + mine;
   __syncthreads();
   const Sum of_lower_warp = lane < warp ? warp_sums[lane] : 0;
-  const Sum of_lower_warps = warp_reduce(of_lower_warp, [](Sum a, Sum b) { return a + b; });
-  return of_lower_warps + inclusive - mine;
+  return lower + warp_reduce(of_lower_warp, [](Sum a, Sum b) { return a + b; });
 }
 
 // Finds the bin that holds the element of a 0-based rank, given that each bin holds count(bin)
