@@ -3,6 +3,7 @@
 # make test-full  the slow tests too, as continuous integration runs them
 # make coverage   the lines of the package that `make test` does not run
 # make lint       ruff, clang-format, mypy and pyright; make format mends what the first two find
+# make docs       the documentation, into site/
 # make gpu        on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS=right,
 #                 fast or tuned is one call of it, PARTS="smoke ncu" those parts; DEADLINE in seconds
 #
@@ -57,6 +58,10 @@ format: $(VENV)/tools
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/docs
+	$(VENV)/bin/python -m mkdocs build --quiet --strict
+
 gpu:
 	PYTHON="$(PYTHON)" OUT="$(GPU_OUT)" benchmarks/gpu.sh $(PARTS)
 
@@ -72,6 +77,10 @@ $(VENV)/stacks: $(VENV)/tools
 	$(VENV)/bin/pip install --quiet "$(TORCH)" --group test --group stacks
 	touch $@
 
+$(VENV)/docs: $(VENV)/tools
+	$(VENV)/bin/pip install --quiet "$(TORCH)" --group docs
+	touch $@
+
 $(VENV)/built: $(VENV)/tools $(SOURCES)
 	$(VENV)/bin/pip install --no-build-isolation --no-deps --editable .
 	touch $@
@@ -83,6 +92,6 @@ $(CPU_VENV)/tools: pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CPU_VENV) build dist *.egg-info pdp_kernels/*.so
+	rm -rf $(VENV) $(CPU_VENV) build dist site *.egg-info pdp_kernels/*.so
 
-.PHONY: bench test test-full coverage lint format gpu clean
+.PHONY: bench test test-full coverage lint format docs gpu clean
