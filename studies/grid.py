@@ -2,14 +2,16 @@
 
     python -m studies.grid methods --network mlp --data-dir DIR --workers 2 --out OUT
     python -m studies.grid finetune --network gpt-tiny --data-dir DIR --workers 2 --out OUT
+    python -m studies.grid finetune-schedules --network mlp --data-dir DIR --workers 2 --out OUT
     python -m studies.grid nm --data-dir DIR --workers 2 --out OUT
     python -m studies.grid channels --network resnet20 --data-dir DIR --workers 2 --out OUT
     python -m studies.grid tau --data-dir DIR --workers 2 --out OUT
     python -m studies.grid allocation --network mlp-small-head --data-dir DIR --out OUT
 
 methods: every method at every sparsity. finetune: the same, from a trained dense network, in a
-fifth of its epochs. nm: methods for N:M patterns. channels: methods that prune channels. tau: PDP's
-temperatures and ramps. allocation: how PDP's layers share the budget.
+fifth of its epochs. finetune-schedules: warm-ups, ramps and temperatures for that. nm: methods for
+N:M patterns. channels: methods that prune channels. tau: PDP's temperatures and ramps. allocation:
+how PDP's layers share the budget.
 
 Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, and a run that was
 stopped goes on after its last epoch: the same command continues where it was stopped. All rows
@@ -35,26 +37,19 @@ from fnmatch import fnmatchcase
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from studies.command_line import budget_of
-from studies.methods import CHANNEL_METHODS, NM_METHODS, UNSTRUCTURED_METHODS, make_method
+from studies.methods import make_method
+from studies.settings import STUDIES, Setting
 from studies.tables import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from studies.training import Outcome, Recipe, Task, train
 from studies.workloads import WORKLOADS
 
 Result = TypeVar("Result")
-
-
-class Setting(NamedTuple):
-    """A method with its settings: a line of the table."""
-
-    name: str
-    method: str
-    options: dict[str, Any]
 
 
 class Job(NamedTuple):
@@ -100,72 +95,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
-def method_settings() -> list[Setting]:
-    """Return all methods for unstructured sparsity."""
-    return [Setting(name, name, {}) for name in UNSTRUCTURED_METHODS]
-
-
-def nm_settings() -> list[Setting]:
-    """Return all methods for N:M patterns."""
-    return [Setting(name, name, {}) for name in NM_METHODS]
-
-
-def channel_settings() -> list[Setting]:
-    """Return all methods that prune channels."""
-    return [Setting(name, name, {}) for name in CHANNEL_METHODS]
-
-
-def tau_settings() -> list[Setting]:
-    """Return settings of PDP: temperatures, ramps, and the ends of annealing and allocation.
-
-    The last one is the recommended setting. The others differ from it in what they name.
-    """
-    constant = {
-        **{f"tau {tau}": {"tau": float(tau)} for tau in ("1e-5", "1e-4", "1e-3", "1e-2")},
-        **{f"relative {tau}": {"relative_tau": tau} for tau in (0.1, 0.3, 1.0)},
-    }
-    once = {"reallocate": None}
-    linear = {"ramp_shape": "linear"} | once
-    settings = [
-        Setting(f"{name}, linear, allocated once", "pdp", temperature | linear)
-        for name, temperature in constant.items()
-    ]
-    others = {
-        "tau 1e-4, linear, allocated once, thresholds by epoch": {"tau": 1e-4}
-        | linear
-        | {"update_interval": 1.0},
-        "tau 1e-3": {"tau": 1e-3},
-        "tau 1e-2 to 1e-4": {"tau": (1e-2, 1e-4)},
-        "relative 0.3": {"relative_tau": 0.3},
-        "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
-        "relative 1 to 0.05": {"relative_tau": (1.0, 0.05)},
-        "relative 1 to 0.02, linear": {"ramp_shape": "linear"},
-        "relative 1 to 0.02, annealed by the end of the ramp": {"anneal": None},
-        "relative 1 to 0.02, allocated once": once,
-        "relative 1 to 0.02": {},
-    }
-    return settings + [Setting(name, "pdp", options) for name, options in others.items()]
-
-
-def allocation_settings() -> list[Setting]:
-    """Return how the layers share a budget: by one threshold with or without a cap, or not."""
-    settings = {
-        "dense": ("dense", {}),
-        "magnitude without a cap": ("pdp", {"max_layer_sparsity": 1.0}),
-        "magnitude": ("pdp", {}),
-        **{name: ("pdp", {"allocation": name}) for name in ("lamp", "erk", "uniform")},
-    }
-    return [Setting(name, *setting) for name, setting in settings.items()]
-
-
-STUDIES = {
-    "methods": method_settings,
-    "finetune": method_settings,
-    "nm": nm_settings,
-    "channels": channel_settings,
-    "tau": tau_settings,
-    "allocation": allocation_settings,
-}
+FINETUNING = ("finetune", "finetune-schedules")  # studies that start from a trained network
 SCRATCH = "running"  # the folder of checkpoints in OUT
 REPORT_INTERVAL = 10.0  # seconds between lines that tell the progress
 
@@ -183,7 +113,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
         )
     workload = WORKLOADS[arguments.network]
     recipe = workload.recipe
-    if arguments.study == "finetune":
+    if arguments.study in FINETUNING:
         recipe = recipe._replace(epochs=pretraining_epochs(arguments)).finetuning()
     epochs = arguments.epochs or recipe.epochs
     if arguments.study == "nm":
@@ -275,6 +205,8 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
         job.sparsity,
         job.pattern,
         job.epochs,
+        warmup=job.setting.warmup * job.epochs,
+        ramp=job.setting.ramp * job.epochs,
         exclude=workload.exclude,
         narrowed=workload.narrowed,
     )
@@ -387,7 +319,7 @@ def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> list
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(",".join(Row._fields) + "\n")
     pretrainings: list[Job] = []
-    if arguments.study == "finetune":
+    if arguments.study in FINETUNING:
         pretrainings, jobs = make_pretrainings(jobs, out, pretraining_epochs(arguments))
     context = multiprocessing.get_context("spawn")
     epochs = context.Value("q", 0)

@@ -11,13 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from studies import data, grid, sap_mnist, train_image, train_text, training
+from studies import data, grid, sap_mnist, settings, train_image, train_text, training
 from studies.command_line import budget_of
 from studies.methods import make_method
 from studies.tables import Row, Score, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from tests.support.studies import digits_mlp, read_csv, short_text, small_residual_network
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_settings_may_have_their_own_schedule(call_main, monkeypatch, tmp_path):
+    budgets = {}
+
+    def capture(name, model, budget, **options):
+        budgets[budget.warmup, budget.ramp] = name
+        raise RuntimeError("not trained")
+
+    monkeypatch.setattr(grid, "make_method", capture)
+    monkeypatch.setattr(grid, "_task", train_image.make_task("mlp", None, 128, "cpu"))
+    for setting in settings.schedule_settings()[:3]:
+        job = grid.Job("mlp", setting, "unstructured", 0.9, 0, 20, "cpu")
+        with pytest.raises(RuntimeError, match="not trained"):
+            grid.train_job(job, tmp_path)
+    assert budgets == {(3.0, 8.0): "gmp-global", (0.0, 8.0): "pdp"}
 
 
 @pytest.fixture
@@ -121,10 +137,10 @@ def test_grid_runs_on_several_workers(grid_folder):
     check_grid(grid_folder, done.stdout, count=2 * (1 + 2 + 2))  # dense once per seed
 
 
-@pytest.mark.parametrize("name", sorted(grid.STUDIES))
+@pytest.mark.parametrize("name", sorted(settings.STUDIES))
 def test_settings_of_studies_are_valid(name, tmp_path):
     pattern = {"nm": "2:4", "channels": "channel"}.get(name, "unstructured")
-    for setting in grid.STUDIES[name]():
+    for setting in settings.STUDIES[name]():
         budget = budget_of(0.5, pattern, 20, narrowed=("*.conv1",))
         model = small_residual_network() if name == "channels" else digits_mlp()
         make_method(setting.method, model, budget, **setting.options)
@@ -190,7 +206,7 @@ def test_time_limit_ends_a_grid_with_the_rows_so_far(grid_folder):
 def test_progress_tells_epochs_and_the_time_left(capsys, monkeypatch):
     clock = iter((0.0, 20.0))
     monkeypatch.setattr(grid.time, "monotonic", lambda: next(clock))
-    jobs = [grid.Job("mlp", grid.method_settings()[0], "unstructured", 0.0, 0, 4, "cpu")] * 2
+    jobs = [grid.Job("mlp", settings.method_settings()[0], "unstructured", 0.0, 0, 4, "cpu")] * 2
     epochs = grid.multiprocessing.get_context("spawn").Value("q", 2)
     grid.Progress(jobs, 1, epochs, math.inf).show("; pdp")
     assert (

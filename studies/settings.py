@@ -1,0 +1,110 @@
+"""The settings that grids compare: the rows of the table of each study."""
+
+from typing import Any, NamedTuple
+
+from studies.command_line import RAMP, WARMUP
+from studies.methods import CHANNEL_METHODS, NM_METHODS, UNSTRUCTURED_METHODS
+
+
+class Setting(NamedTuple):
+    """A method with its settings: a line of the table."""
+
+    name: str
+    method: str
+    options: dict[str, Any]
+    warmup: float = WARMUP  # fraction of the training
+    ramp: float = RAMP  # the same
+
+
+def method_settings() -> list[Setting]:
+    """Return all methods for unstructured sparsity."""
+    return [Setting(name, name, {}) for name in UNSTRUCTURED_METHODS]
+
+
+def nm_settings() -> list[Setting]:
+    """Return all methods for N:M patterns."""
+    return [Setting(name, name, {}) for name in NM_METHODS]
+
+
+def channel_settings() -> list[Setting]:
+    """Return all methods that prune channels."""
+    return [Setting(name, name, {}) for name in CHANNEL_METHODS]
+
+
+def tau_settings() -> list[Setting]:
+    """Return settings of PDP: temperatures, ramps, and the ends of annealing and allocation.
+
+    The last one is the recommended setting. The others differ from it in what they name.
+    """
+    constant = {
+        **{f"tau {tau}": {"tau": float(tau)} for tau in ("1e-5", "1e-4", "1e-3", "1e-2")},
+        **{f"relative {tau}": {"relative_tau": tau} for tau in (0.1, 0.3, 1.0)},
+    }
+    once = {"reallocate": None}
+    linear = {"ramp_shape": "linear"} | once
+    settings = [
+        Setting(f"{name}, linear, allocated once", "pdp", temperature | linear)
+        for name, temperature in constant.items()
+    ]
+    others = {
+        "tau 1e-4, linear, allocated once, thresholds by epoch": {"tau": 1e-4}
+        | linear
+        | {"update_interval": 1.0},
+        "tau 1e-3": {"tau": 1e-3},
+        "tau 1e-2 to 1e-4": {"tau": (1e-2, 1e-4)},
+        "relative 0.3": {"relative_tau": 0.3},
+        "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
+        "relative 1 to 0.05": {"relative_tau": (1.0, 0.05)},
+        "relative 1 to 0.02, linear": {"ramp_shape": "linear"},
+        "relative 1 to 0.02, annealed by the end of the ramp": {"anneal": None},
+        "relative 1 to 0.02, allocated once": once,
+        "relative 1 to 0.02": {},
+    }
+    return settings + [Setting(name, "pdp", options) for name, options in others.items()]
+
+
+def allocation_settings() -> list[Setting]:
+    """Return how the layers share a budget: by one threshold with or without a cap, or not."""
+    settings = {
+        "dense": ("dense", {}),
+        "magnitude without a cap": ("pdp", {"max_layer_sparsity": 1.0}),
+        "magnitude": ("pdp", {}),
+        **{name: ("pdp", {"allocation": name}) for name in ("lamp", "erk", "uniform")},
+    }
+    return [Setting(name, *setting) for name, setting in settings.items()]
+
+
+def schedule_settings() -> list[Setting]:
+    """Return when PDP and global GMP prune, and how softly and how far PDP prunes each layer.
+
+    The row "pdp" is the recommended setting. The others differ from it in what they name.
+    """
+    schedules = [
+        Setting(f"{method}, {warmup:.0%} + {ramp:.0%}", method, {}, warmup, ramp)
+        for method in ("pdp", "gmp-global")
+        for warmup, ramp in ((0.0, 0.4), (0.0, 0.6), (0.05, 0.6), (0.05, 0.8), (0.15, 0.6))
+    ]
+    options = {
+        "pdp, relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
+        "pdp, relative 1 to 0.1": {"relative_tau": (1.0, 0.1)},
+        "pdp, annealed by the end of the ramp": {"anneal": None},
+        "pdp, at most 95% of a layer": {"max_layer_sparsity": 0.95},
+        "pdp, lamp": {"allocation": "lamp"},
+    }
+    return [
+        Setting("pdp", "pdp", {}),
+        Setting("gmp-global", "gmp-global", {}),
+        *schedules,
+        *(Setting(name, "pdp", changes) for name, changes in options.items()),
+    ]
+
+
+STUDIES = {
+    "methods": method_settings,
+    "finetune": method_settings,
+    "finetune-schedules": schedule_settings,
+    "nm": nm_settings,
+    "channels": channel_settings,
+    "tau": tau_settings,
+    "allocation": allocation_settings,
+}
