@@ -1,6 +1,5 @@
 """Device, versions and commit of a result."""
 
-import os
 import platform
 import subprocess
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 import pdp_kernels
+from studies.provenance import checkout_commit
 
 # Names in a result, and the fields of nvidia-smi.
 GPU_STATE = {
@@ -35,7 +35,7 @@ def describe_environment(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda or "none",
         "triton": installed_version("triton"),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "pdp_kernels": pdp_kernels.__version__,
         "backends": ", ".join(name for name, live in backends.items() if live),
     } | (gpu_state() if device.type == "cuda" else {})
@@ -79,19 +79,3 @@ def installed_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
-
-
-def _commit() -> str:
-    """Return the commit of the checkout, or PDP_COMMIT if git did not come with the sources."""
-    if "PDP_COMMIT" in os.environ:
-        return os.environ["PDP_COMMIT"]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        dirty = "+dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "--short=12", "HEAD") + dirty
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

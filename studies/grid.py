@@ -44,6 +44,7 @@ from torch import nn
 
 from studies.command_line import budget_of
 from studies.methods import make_method
+from studies.provenance import checkout_commit
 from studies.settings import STUDIES, Setting
 from studies.tables import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from studies.training import Outcome, Recipe, Task, train
@@ -62,6 +63,7 @@ class Job(NamedTuple):
     seed: int
     epochs: int
     device: str
+    commit: str = "unknown"  # of the code
     trained: Path | None = None  # where the weights are that the network starts from
 
     @property
@@ -123,6 +125,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     else:
         columns = [("unstructured", sparsity) for sparsity in arguments.sparsities]
     jobs = []
+    commit = checkout_commit()
     for seed in range(arguments.seeds):
         for setting in settings:
             for pattern, sparsity in columns[:1] if setting.method == "dense" else columns:
@@ -138,6 +141,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
                         seed,
                         epochs,
                         arguments.device,
+                        commit,
                     )
                 )
     return jobs
@@ -184,9 +188,8 @@ def start_worker(network: str, folder: Path | None, device: str, epochs: Synchro
 def run_job(job: Job, out: Path) -> Row:
     """Train in a worker process."""
     outcome, _ = train_job(job, out)
-    return Row(
-        *job.key, outcome.score, outcome.soft_score, outcome.own_sparsity, round(outcome.seconds, 1)
-    )
+    scores = outcome.score, outcome.soft_score, outcome.own_sparsity
+    return Row(*job.key, *scores, round(outcome.seconds, 1), job.commit)
 
 
 def pretrain(job: Job, out: Path) -> None:

@@ -29,6 +29,7 @@ class Row(NamedTuple):
     soft_score: float | None
     own_sparsity: float  # before `finalize`
     seconds: float
+    commit: str  # of the code that trained it
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -54,7 +55,8 @@ def read_rows(path: Path) -> list[Row]:
     if columns != list(Row._fields):
         raise ValueError(f"{path} must have the columns {', '.join(Row._fields)}, got {columns}")
     return [
-        Row(*cells[:7], *(float(cell) if cell else None for cell in cells[7:])) for cells in rows
+        Row(*cells[:7], *(float(cell) if cell else None for cell in cells[7:11]), cells[11])
+        for cells in rows
     ]
 
 
@@ -125,9 +127,8 @@ def columns_of(rows: list[Row]) -> list[str]:
 def write_table(rows: list[Row], path: Path, command: str) -> None:
     """Write a Markdown table with a line for each setting, and the command that made it.
 
-    All rows are of one device.
-
-    A second table compares the settings with the reference, if that is among them.
+    All rows are of one device. The commits of their code stand below the command. A second table
+    compares the settings with the reference, if that is among them.
     """
     score = score_of(rows)
     columns = columns_of(rows)
@@ -140,6 +141,8 @@ def write_table(rows: list[Row], path: Path, command: str) -> None:
         f"network, then with soft masks (soft). Time per run {how}.",
         "",
         f"    {command}",
+        "",
+        f"Commits of the code: {', '.join(dict.fromkeys(row.commit for row in rows))}.",
         "",
         "| | " + " | ".join([*columns, *(f"soft, {column}" for column in columns), "time"]) + " |",
         "|---" * (2 * len(columns) + 2) + "|",

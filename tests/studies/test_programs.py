@@ -261,7 +261,8 @@ def test_a_run_that_fails_costs_the_others_nothing(
 
 def test_study_table_and_plot(tmp_path):
     def row(setting, pattern, sparsity, seed, accuracy, soft, own):
-        return Row("mlp", setting, pattern, sparsity, seed, "20", "cpu", accuracy, soft, own, 10.0)
+        key = ("mlp", setting, pattern, sparsity, seed, "20", "cpu")
+        return Row(*key, accuracy, soft, own, 10.0, "c0ffee" + seed)
 
     rows = [
         row("dense", "unstructured", "0", "0", 0.98, None, 0.0),
@@ -273,6 +274,8 @@ def test_study_table_and_plot(tmp_path):
     table = (tmp_path / "table.md").read_text().splitlines()
     assert "    python -m studies.grid" in table
     assert table[4:] == [
+        "Commits of the code: c0ffee0, c0ffee1.",
+        "",
         "| | 90% | 95% | soft, 90% | soft, 95% | time |",
         "|---|---|---|---|---|---|",
         "| dense | 98.00 | 98.00 |  |  | 10 s |",
