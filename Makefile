@@ -27,7 +27,7 @@ bench: $(VENV)/built
 # core, with one thread: threads that wait for each other take the time of the other processes.
 PYTEST := -m pytest -n auto --dist loadfile --no-loadscope-reorder
 CPU_TESTS := tests/test_installation.py tests/functional/test_threshold.py \
-	tests/ops/test_autograd.py tests/pruning/test_pruner_compatibility.py
+	tests/ops/test_autograd.py tests/pruning/test_pruner_compatibility.py tests/docs/test_api.py
 
 test: CHOSEN := not slow
 test-full: CHOSEN := slow or not slow

@@ -13,7 +13,7 @@ def build_info() -> dict[str, Any]:
     """Return what was built, and which backends calls can reach.
 
     Returns:
-        A dict of plain data::
+        A dict of plain data.
 
             version    the version of the package
             torch      the version of torch in this process
@@ -24,7 +24,7 @@ def build_info() -> dict[str, Any]:
                        (selection) and triton (masks), else to reference
             reasons    why, for each backend that calls cannot reach
 
-    Example:
+    Examples:
         >>> build_info()["backends"]["reference"]
         True
     """

@@ -131,19 +131,3 @@ def test_all_lists_every_public_name():
     public = {name for name in pdp_kernels.__all__ if not name.startswith("_")}
     imported = {name for name in vars(pdp_kernels) if callable(getattr(pdp_kernels, name))}
     assert public == imported
-
-
-FUNCTIONS = [name for name in pdp_kernels.__all__ if name[0].islower()]
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_docstrings_have_a_runnable_example(name):
-    import doctest
-
-    function = getattr(pdp_kernels, name)
-    tests = doctest.DocTestFinder(recurse=False).find(
-        function, name, globs={"torch": torch, **vars(pdp_kernels)}
-    )
-    results = [doctest.DocTestRunner().run(test) for test in tests]
-    assert sum(result.attempted for result in results) > 0
-    assert sum(result.failed for result in results) == 0

@@ -65,7 +65,7 @@ def global_prune_counts(
         ValueError: as `pdp_thresholds`; caps that leave less than k to prune; another allocation;
             a sharded weight, NaN or inf for "lamp".
 
-    Example:
+    Examples:
         >>> layers = [torch.tensor([1.0, -2.0, 3.0, -4.0]), torch.tensor([5.0, 6.0])]
         >>> global_prune_counts(layers, 0.5)
         [3, 0]

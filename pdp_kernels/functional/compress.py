@@ -15,7 +15,7 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
     Of every 4 consecutive weights of a row the 2 of largest magnitude are kept. Of equal ones the
     lowest index is pruned first, and NaN counts as the largest, as in `hard_mask`. The result
     equals that of PyTorch's CUTLASS backend for this matrix, bit for bit
-    (torch/sparse/_semi_structured_conversions.py)::
+    (torch/sparse/_semi_structured_conversions.py):
 
         values[r, 2 g], values[r, 2 g + 1]  = weight[r, 4 g + i], weight[r, 4 g + j],   i < j
         i | j << 2                          is 4 of the 16 bits of a metadata word
@@ -31,18 +31,16 @@ def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:
             float32 is refused.
 
     Returns:
-        values: (rows, cols / 2), of the weight's dtype.
-        metadata: (rows, cols / 16), int16, in the order in which CUTLASS reads it: the words of
-            32 rows x 2 columns lie together.
-
-        They are the `packed` and `meta` of torch.sparse.SparseSemiStructuredTensorCUTLASS. No
-        gradient flows through them.
+        The pair (values, metadata), of shapes (rows, cols / 2) and (rows, cols / 16). Values have
+        the weight's dtype. Metadata is int16, in the order in which CUTLASS reads it: the words of
+        32 rows x 2 columns lie together. They are the `packed` and `meta` of
+        torch.sparse.SparseSemiStructuredTensorCUTLASS. No gradient flows through them.
 
     Raises:
-        TypeError: weight is no dense tensor of bfloat16 or float16.
+        TypeError: weight is no dense tensor of bfloat16 or float16, or a DTensor.
         ValueError: weight has another shape.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([1.0, -4.0, 3.0, 2.0]).half().tile(32, 16)
         >>> values, metadata = compress_2to4(weight)
         >>> values[0, :4]

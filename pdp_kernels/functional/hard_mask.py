@@ -12,10 +12,14 @@ from pdp_kernels.functional.validation import check_weight
 def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
     """Return the mask that prunes exactly the k = floor(r n + 1/2) weights of least magnitude.
 
-    Weights tied at the boundary are pruned in row-major order, lowest flat index first. So the
+    It is the soft mask rounded (Algorithm 1, line 26 of arXiv 2305.11203), with t as in
+    `pdp_threshold`:
+
+        mask = True where |w| > t, False where |w| < t
+
+    Weights tied at t are pruned in row-major order, lowest flat index first. So the
     sparsity is exact in bfloat16 too, where ties are the rule, and every rank of a data-parallel
-    job prunes the same weights. It is the soft mask rounded (arXiv 2305.11203, Algorithm 1, line
-    26). NaN counts as the largest magnitude.
+    job prunes the same weights. NaN counts as the largest magnitude.
 
     Args:
         weight: any shape; float64, float32, bfloat16 or float16. Ties follow the row-major order,
@@ -25,14 +29,14 @@ def hard_mask(weight: Tensor, sparsity: float | Tensor) -> Tensor:
             weight's device.
 
     Returns:
-        mask: bool, the weight's shape, contiguous; True where the weight is kept. For a DTensor a
-        DTensor of the same placements.
+        A bool mask of the weight's shape, contiguous; True where the weight is kept. For a DTensor
+        a DTensor of the same placements.
 
     Raises:
         TypeError: as `pdp_thresholds`.
         ValueError: as `pdp_thresholds`.
 
-    Example:
+    Examples:
         >>> hard_mask(torch.tensor([2.0, -1.0, 1.0, -3.0]), 0.5)
         tensor([ True, False, False,  True])
     """

@@ -64,7 +64,7 @@ def pq_index(
 ) -> Tensor | list[Tensor]:
     """Return the PQ Index of each tensor, of each neuron, or of all weights together.
 
-    Over the d unpruned weights, with 0 < p < q (definition 1 of arXiv 2302.05601)::
+    Over the d unpruned weights, with 0 < p < q (definition 1 of arXiv 2302.05601):
 
         I = 1 - d^(1/q - 1/p) ||w||_p / ||w||_q
 
@@ -88,9 +88,9 @@ def pq_index(
             "global": one for all weights together.
 
     Returns:
-        I: float64 for all weights; a constant for autograd. For a tensor shape () ("layer",
-        "global") or (rows,) ("neuron"). For a list (L,) ("layer"), () ("global"), or a list of
-        (rows,) ("neuron").
+        The index I, float64 for all weights; a constant for autograd. For a tensor shape ()
+        ("layer", "global") or (rows,) ("neuron"). For a list (L,) ("layer"), () ("global"), or a
+        list of (rows,) ("neuron").
 
         I is 0 with no unpruned weight, and where all unpruned weights are 0, as for equal weights
         of any other size. I is NaN where a weight is NaN or infinite, and where the sum of |w|^q
@@ -103,7 +103,7 @@ def pq_index(
             another shape or on another device, or another number of masks than of weights; scope
             "neuron" for a weight of shape ().
 
-    Example:
+    Examples:
         >>> pq_index(torch.tensor([0.0, 0.0, 0.0, 4.0])).item()  # 1 - 4^(1 - 2)
         0.75
     """

@@ -22,15 +22,14 @@ def sap_prune_counts(
 ) -> Tensor:
     """Return how many more weights SAP prunes in each group, given the group's PQ Index.
 
-    With d the number of weights kept so far and I their PQ Index::
+    With d the number of weights kept so far and I their PQ Index (Algorithm 1 of arXiv 2302.05601):
 
         m = ceil(d (1 + eta)^(q / (p - q)) (1 - I)^(p q / (q - p)))
         k = floor(d clamp(gamma (1 - m / d), 0, beta))
 
-    (Algorithm 1 of arXiv 2302.05601). m is a lower bound of the number of weights that the group
-    needs: d for equal weights (I = 0), c for c equal weights among zeros, and at least 1. Ceil and
-    floor treat a product within the rounding error of an integer as that integer, so that these
-    cases are exact.
+    m is a lower bound of the number of weights that the group needs: d for equal weights (I = 0),
+    c for c equal weights among zeros, and at least 1. Ceil and floor treat a product within the
+    rounding error of an integer as that integer, so that these cases are exact.
 
     Args:
         index: I, float64, any shape, as `pq_index` returns it. NaN prunes none.
@@ -42,13 +41,14 @@ def sap_prune_counts(
         beta: the largest fraction to prune, in [0, 1].
 
     Returns:
-        k: int64, the index's shape, on its device. `SAPPruner` selects that many weights.
+        The counts k, int64, of the index's shape, on its device. `SAPPruner` prunes so many
+        weights.
 
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: a number is out of its range; kept has another shape or device.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([16.0, 1.0, 1.0, 1.0, 1.0, 0.0])
         >>> sap_prune_counts(pq_index(weight), weight.numel())  # ceil(64 / 20) = 4 are kept
         tensor(2)

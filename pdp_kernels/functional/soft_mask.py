@@ -71,7 +71,7 @@ def pdp_mask(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the masked weight w_hat = m(w) w, with the paper's analytic gradient.
 
-    ::
+    With the weight's threshold t, the temperature tau and the gradient g of w_hat:
 
         m(w)  = sigmoid((w^2 - t^2) / tau)                 (Eq. 1 of arXiv 2305.11203)
         dw    = g (m + 2 w^2 / tau  m (1 - m))             (Eq. 2; t is a constant)
@@ -83,8 +83,8 @@ def pdp_mask(
         weight: any shape, 0-d and empty included; float64, float32, bfloat16 or float16. Dense
             layouts (channels_last too) are processed in place, others are copied once. For a
             DTensor (see `pdp_thresholds`) every rank masks its own shard.
-        sparsity: the fraction to prune, a number in [0, 1] or a 0-d tensor. `pdp_threshold` then
-            finds t on every call.
+        sparsity: the fraction to prune, a number in [0, 1] or a 0-d floating point tensor on the
+            weight's device. `pdp_threshold` then finds t on every call.
         threshold: t, shape (), as `pdp_threshold` returns it: float64 for float64 weights, else
             float32, on the weight's device. t = -inf keeps all weights, +inf prunes all.
         tau: the temperature, in units of w^2: a positive number, or a 0-d floating point tensor on
@@ -109,10 +109,11 @@ def pdp_mask(
         TypeError: a weight, threshold, sparsity, temperature or out_dtype of the wrong type or
             dtype.
         ValueError: both or neither of sparsity and threshold; both tau and relative_tau; a sparsity
-            outside [0, 1] or NaN; a temperature that is not positive and finite; a threshold or a
-            temperature of the wrong shape, on another device, or that requires a gradient.
+            outside [0, 1] or NaN; a temperature that is not positive and finite; a sparsity, a
+            threshold or a temperature of the wrong shape, on another device, or that requires a
+            gradient; a DTensor as in `pdp_thresholds`.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([0.1, -0.2, 0.3, -0.4], requires_grad=True)
         >>> w_hat = pdp_mask(weight, 0.5)
         >>> w_hat.detach()

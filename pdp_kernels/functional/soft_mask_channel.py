@@ -86,7 +86,7 @@ def pdp_mask_channel(
     """Return the weight with whole channels masked, with the analytic gradient through their norms.
 
     `pdp_mask` with the norm s_c of a channel W_c in place of |w| (arXiv 2305.11203, section 3.4):
-    t is the midpoint between the k-th and k+1-th of the C norms, k = floor(r C + 1/2), and::
+    t is the midpoint between the k-th and k+1-th of the C norms, k = floor(r C + 1/2), and:
 
         m_c = sigmoid((s_c^2 - t^2) / tau)                                     (Eq. 1)
         w_hat_c = m_c W_c
@@ -101,8 +101,9 @@ def pdp_mask_channel(
 
     Args:
         weight: any shape with at least one dimension; float64, float32, bfloat16 or float16. Dense
-            layouts are read in place for any dim, others are copied once.
-        sparsity: the fraction of channels to prune, a number in [0, 1] or a 0-d tensor.
+            layouts are read in place for any dim, others are copied once. DTensors are refused.
+        sparsity: the fraction of channels to prune, a number in [0, 1] or a 0-d floating point
+            tensor on the weight's device.
         threshold: t, shape (), in units of the norm: `pdp_threshold(channel_norms(weight), r)`, or
             an element of `pdp_thresholds` of the norms of many layers.
         dim: the dimension of the channels: 0 for outputs, 1 for inputs of Linear and convolution
@@ -120,10 +121,10 @@ def pdp_mask_channel(
 
     Raises:
         TypeError: a weight, threshold, sparsity, temperature or out_dtype of the wrong type or
-            dtype; dim no int.
+            dtype; a DTensor; dim no int.
         ValueError: as `pdp_mask`; no such dim; an unknown norm.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[3.0, 4.0], [0.3, 0.4], [6.0, 8.0]])
         >>> pdp_mask_channel(weight, 1 / 3)
         tensor([[3., 4.],
@@ -153,8 +154,12 @@ def pdp_mask_channel(
 def channel_norms(weight: Tensor, dim: int = 0, norm: Norm = "l2") -> Tensor:
     """Return the norm of every channel along dim, in one read of the weight.
 
-    s_c = sqrt(sum of w^2 over the channel), divided by sqrt(fan-in) for "rms". Squares are summed
-    in float64, so that no float32 weight over- or underflows (arXiv 2305.11203, section 3.4).
+    The norms take the place of |w| where channels are pruned (section 3.4 of arXiv 2305.11203):
+
+        s_c = sqrt(sum of w^2 over channel c)             "l2"
+        s_c = sqrt(sum of w^2 over channel c / fan-in)    "rms"
+
+    Squares are summed in float64, so that no float32 weight over- or underflows.
 
     Args:
         weight: as in `pdp_mask_channel`; or a DTensor as in `pdp_thresholds`.
@@ -162,15 +167,15 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: Norm = "l2") -> Tensor:
         norm: "l2" or "rms".
 
     Returns:
-        (C,), float64 for float64 weights, else float32; constants for autograd. For a DTensor
-        those of the global weight, on every rank: bit for bit, except where shards cut channels
-        (along another dimension than dim), whose squares are summed in another order.
+        The norms, shape (C,), float64 for float64 weights, else float32; constants for autograd.
+        For a DTensor those of the global weight, on every rank: bit for bit, except where shards
+        cut channels (along another dimension than dim), whose squares are summed in another order.
 
     Raises:
-        TypeError: as `pdp_mask_channel`.
-        ValueError: as `pdp_mask_channel`.
+        TypeError: a weight of the wrong type or dtype; dim no int.
+        ValueError: no such dim; an unknown norm; a DTensor as in `pdp_thresholds`.
 
-    Example:
+    Examples:
         >>> channel_norms(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
         tensor([5.0000, 0.5000])
     """
@@ -195,23 +200,25 @@ def hard_mask_channel(
 ) -> Tensor:
     """Return the mask that prunes exactly the k = floor(r C + 1/2) channels of least norm.
 
-    Of equal norms the lowest index is pruned first; NaN counts as the largest norm. The masked
-    weight is ``weight * mask.view(-1, 1, 1, 1)`` for a convolution's output channels.
+    `hard_mask` of the `channel_norms` (section 3.4 of arXiv 2305.11203). Of equal norms the lowest
+    index is pruned first; NaN counts as the largest norm. The masked weight is
+    ``weight * mask.view(-1, 1, 1, 1)`` for a convolution's output channels.
 
     Args:
         weight: as in `channel_norms`.
-        sparsity: the fraction of channels to prune, a number in [0, 1] or a 0-d tensor.
+        sparsity: the fraction r of channels to prune, a number in [0, 1] or a 0-d floating point
+            tensor on the weight's device.
         dim: the dimension of the channels.
         norm: "l2" or "rms".
 
     Returns:
-        mask: bool, (C,); True where the channel is kept.
+        A bool mask of shape (C,); True where the channel is kept.
 
     Raises:
-        TypeError: as `pdp_mask_channel`.
-        ValueError: as `pdp_mask_channel`.
+        TypeError: as `channel_norms`; a sparsity that is no number.
+        ValueError: as `channel_norms`; a sparsity outside [0, 1] or NaN.
 
-    Example:
+    Examples:
         >>> hard_mask_channel(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 5.0]]), 2 / 3)
         tensor([False, False,  True])
     """

@@ -75,11 +75,15 @@ def pdp_mask_nm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the N:M masked weight, with the paper's analytic gradient.
 
-    `pdp_mask` (Eq. 1 and 2 of arXiv 2305.11203) where every group of M consecutive weights along
-    ``dim`` is a layer of its own (section 3.4). N weights are KEPT of every M, so t is the midpoint
-    between the group's magnitudes of rank M - N and M - N + 1. Thresholds never reach memory:
-    forward and backward are one pass over the weight each. Only the weight, tau and pruned are
-    saved for backward.
+    `pdp_mask` where every group of M consecutive weights along ``dim`` is a layer of its own. With
+    v_1 <= ... <= v_M the sorted magnitudes of a group and k = pruned, by default M - N:
+
+        t     = (v_k + v_{k+1}) / 2                     (section 3.4 of arXiv 2305.11203)
+        m(w)  = sigmoid((w^2 - t^2) / tau)              (Eq. 1)
+        dw    = g (m + 2 w^2 / tau  m (1 - m))          (Eq. 2; t is a constant)
+
+    N weights are KEPT of every M. Thresholds never reach memory: forward and backward are one pass
+    over the weight each. Only the weight, tau and pruned are saved for backward.
 
     Sparse tensor cores multiply along the input features: dim -1 of a Linear weight, dim 1 of a
     convolution's. Prune a convolution with dim=1.
@@ -109,9 +113,10 @@ def pdp_mask_nm(
             dim no int.
         ValueError: n and m not as above; no such dim; a size not divisible by m; pruned outside
             [0, m - n]; both temperatures, or one that is not positive and finite; a tensor of the
-            wrong shape or on another device.
+            wrong shape, on another device, or (a temperature) that requires a gradient; a DTensor
+            as in `pdp_thresholds`, or whose shards cut groups.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.1, -0.4, 0.3, 0.2]])
         >>> pdp_mask_nm(weight, 2, 4)
         tensor([[ 0.0000, -0.4000,  0.3000,  0.0000]])
@@ -153,13 +158,13 @@ def hard_mask_nm(weight: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> Tenso
         dim: the dimension that is cut into groups.
 
     Returns:
-        mask: bool, of the weight's shape and (for dense layouts) strides; True where kept.
+        A bool mask of the weight's shape and (for dense layouts) strides; True where kept.
 
     Raises:
         TypeError: as `pdp_mask_nm`.
         ValueError: as `pdp_mask_nm`.
 
-    Example:
+    Examples:
         >>> hard_mask_nm(torch.tensor([1.0, -1.0, 3.0, 0.5]), 2, 4)
         tensor([False,  True,  True, False])
     """

@@ -19,19 +19,26 @@ from pdp_kernels.ops import reference
 def pdp_threshold(weight: Tensor, sparsity: float | Tensor) -> Tensor:
     """Return the threshold of one weight: `pdp_thresholds` of a list of one.
 
+    With v_1 <= ... <= v_n the sorted magnitudes |w| and k = floor(r n + 1/2):
+
+        t = (v_k + v_{k+1}) / 2      (Algorithm 1, lines 14-16 of arXiv 2305.11203)
+
+    k = 0 gives t = -inf (keep all), k = n gives t = +inf (prune all).
+
     Args:
         weight: any shape; float64, float32, bfloat16 or float16; any device; or a DTensor.
-        sparsity: the fraction to prune, a number in [0, 1] or a 0-d floating point tensor on the
+        sparsity: the fraction r to prune, a number in [0, 1] or a 0-d floating point tensor on the
             weight's device.
 
     Returns:
-        t: shape (), float64 for a float64 weight, else float32; a constant for autograd.
+        The threshold t, shape (), float64 for a float64 weight, else float32; a constant for
+        autograd.
 
     Raises:
         TypeError: as `pdp_thresholds`.
         ValueError: as `pdp_thresholds`.
 
-    Example:
+    Examples:
         >>> t = pdp_threshold(torch.tensor([1.0, -2.0, 3.0, -4.0]), 0.5)  # between 2 and 3
         >>> t.item()
         2.5
@@ -45,7 +52,7 @@ def pdp_thresholds(
 ) -> Tensor:
     """Return the threshold of each weight of a list.
 
-    With v_1 <= ... <= v_n the sorted magnitudes |w| of a weight and k = floor(r n + 1/2)::
+    With v_1 <= ... <= v_n the sorted magnitudes |w| of a weight and k = floor(r n + 1/2):
 
         t = (v_k + v_{k+1}) / 2      (Algorithm 1, lines 14-16 of arXiv 2305.11203)
 
@@ -60,21 +67,24 @@ def pdp_thresholds(
             mesh. Then all ranks of the mesh call with the same list, and get the same thresholds:
             those of the global weights, bit for bit. Only histograms of counts travel, in at most
             four collectives for the whole list (three for 16-bit weights, seven for float64).
-        sparsities: the fraction r to prune: one number in [0, 1], or one for each weight, or a
-            floating point tensor of shape () or (L,) on the weights' device. A tensor is read on
-            the device alone, so that a captured CUDA graph and a compiled function follow its
-            values. They are not checked: a value outside [0, 1] acts as the nearer end.
+        sparsities: the fraction r to prune: one number in [0, 1], or a list or tuple of one for
+            each weight, or a floating point tensor of shape () or (L,) on the weights' device. A
+            tensor is read on the device alone, so that a captured CUDA graph and a compiled
+            function follow its values. They are not checked: a value outside [0, 1] acts as the
+            nearer end.
 
     Returns:
-        t: (L,), float64 if any weight is, else float32; constants for autograd. Each element
-        equals `pdp_threshold` of that weight.
+        The thresholds t, shape (L,), float64 if any weight is, else float32; constants for
+        autograd. Each element equals `pdp_threshold` of that weight.
 
     Raises:
         TypeError: a weight is no dense tensor of those dtypes; sparsities are no numbers.
         ValueError: an empty list; several devices; another number of sparsities than of weights;
-            a sparsity outside [0, 1] or NaN; a tensor of sparsities that requires a gradient.
+            a sparsity outside [0, 1] or NaN; a tensor of sparsities of another shape, on another
+            device, or that requires a gradient; a DTensor with a Partial placement, or on a mesh
+            that does not have this rank.
 
-    Example:
+    Examples:
         >>> layers = [torch.tensor([1.0, -2.0, 3.0, -4.0]), torch.tensor([5.0, 6.0])]
         >>> pdp_thresholds(layers, [0.25, 0.5]).tolist()
         [1.5, 5.5]

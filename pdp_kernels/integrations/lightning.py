@@ -119,7 +119,7 @@ class PDPCallback(pl.Callback):
             (save_weights_only) or is from before the end of the ramp; and as `PDPPruner.step` and
             `PDPPruner.finalize`.
 
-    Example:
+    Examples:
         >>> from pdp_kernels import PDPConfig
         >>> callback = PDPCallback(PDPConfig.for_epochs(0.9, epochs=3, exclude=["head"]))
         >>> callback.pruner is None
@@ -157,7 +157,7 @@ class PDPCallback(pl.Callback):
                 torch.load returns for it.
 
         Returns:
-            The module: plain, with the weights of the checkpoint, pruned to the sparsity asked for.
+            The module, plain, with the weights of the checkpoint, pruned to the sparsity asked for.
 
         Raises:
             ValueError: the checkpoint has no state of this callback, as with save_weights_only.

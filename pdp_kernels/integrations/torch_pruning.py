@@ -45,6 +45,14 @@ class KeptChannels(NamedTuple):
         side: "output" or "input", of the layer.
         channels: the indices of the dead channels, in the model after the removal.
         reason: why they stay.
+
+    Examples:
+        >>> layers = torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> model[0].weight.data[0] = 0  # its bias is a constant input of the second layer
+        >>> kept = remove_dead_channels(model, torch.randn(2, 8)).kept[0]
+        >>> kept.layer, kept.side, kept.channels
+        ('0', 'output', [0])
     """
 
     layer: str
@@ -64,6 +72,14 @@ class ChannelRemoval(NamedTuple):
         macs_before: multiply-accumulates of one inference on the example inputs before.
         macs_after: multiply-accumulates now.
         difference: the largest change of an output, relative to the largest output: rounding.
+
+    Examples:
+        >>> layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> model[2].weight.data[:, :12] = 0
+        >>> report = remove_dead_channels(model, torch.randn(2, 8))
+        >>> report.removed["0"] == list(range(12)), report.macs_before, report.macs_after
+        (True, 384, 96)
     """
 
     removed: dict[str, list[int]]
@@ -75,7 +91,11 @@ class ChannelRemoval(NamedTuple):
     difference: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain data that json can write."""
+        """Return the report as plain data that json can write.
+
+        Returns:
+            A dict of the attributes.
+        """
         return self._asdict() | {"kept": [each._asdict() for each in self.kept]}
 
     def __str__(self) -> str:
@@ -124,7 +144,7 @@ def remove_dead_channels(model: nn.Module, example_inputs: Any) -> ChannelRemova
             whether outputs change.
 
     Returns:
-        A `ChannelRemoval`: what was removed, what stays and why, parameters and multiply-
+        A `ChannelRemoval` of what was removed, what stays and why, parameters and multiply-
         accumulates; a table as str.
 
     Raises:
@@ -133,7 +153,7 @@ def remove_dead_channels(model: nn.Module, example_inputs: Any) -> ChannelRemova
             the inputs are constant; the outputs are not finite or do not depend on the weights. The
             model stays as it was.
 
-    Example:
+    Examples:
         >>> layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)
         >>> model = torch.nn.Sequential(*layers)
         >>> model[2].weight.data[:, :12] = 0

@@ -113,7 +113,7 @@ class PDPCallback(TrainerCallback, ExportableState):
         UserWarning: when the training begins, if it ends before the ramp, or if it resumes with
             another schedule; and as `PDPPruner.step` and `PDPPruner.finalize`.
 
-    Example:
+    Examples:
         >>> from pdp_kernels import PDPConfig
         >>> callback = PDPCallback(PDPConfig.for_epochs(0.9, epochs=3, exclude=["classifier"]))
         >>> callback.pruner is None

@@ -17,6 +17,13 @@ class ChannelReport(NamedTuple):
         dead: the indices of the channels whose weights are all zero.
         biased: the dead output channels whose bias is not zero. Their output is a constant, which
             is lost when they are removed.
+
+    Examples:
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> layer.weight.data[1], layer.bias.data[1] = 0, 0.5
+        >>> report = channel_report(layer)[0]
+        >>> report.dead, report.biased
+        ([1], [1])
     """
 
     name: str
@@ -44,7 +51,7 @@ def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
         TypeError: model is no torch.nn.Module.
         ValueError: dim is neither 0 nor 1.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(2, 3, bias=False)
         >>> layer.weight.data[1] = 0
         >>> channel_report(layer)

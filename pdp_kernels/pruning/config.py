@@ -66,7 +66,7 @@ SCHEDULE_FIELDS = (
 class PDPConfig:
     """What `PDPPruner` prunes, how far and when. Times are in epochs, fractions included.
 
-    At progress e the pruner asks for this fraction of the sparsity::
+    At progress e the pruner asks for this fraction of the sparsity:
 
         x = min(1, (e - warmup) / ramp),  0 during the warm-up
         linear: x          (Algorithm 1, lines 10-11 of arXiv 2305.11203, epsilon = 1 / ramp)
@@ -107,7 +107,7 @@ class PDPConfig:
         include: what to prune. Default: the weights of Linear, ConvNd, ConvTransposeNd,
             MultiheadAttention and Hugging Face's Conv1D layers. An entry is a layer type, the name
             of a type, or a glob for the name of a layer or weight. It means PEFT's adapters only if
-            it does not match the layer that they adapt, as "*lora_A*".
+            it does not match the layer that they adapt, as ``"*lora_A*"``.
         exclude: what to leave alone; entries as in include.
         overrides: for an entry (a string), a mapping with another "sparsity", "pattern", "tau" or
             "relative_tau", or None to leave the layer alone. The first that matches counts. A layer
@@ -118,7 +118,7 @@ class PDPConfig:
             accepts.
         ValueError: a value out of range, or fields that contradict each other.
 
-    Example:
+    Examples:
         >>> config = PDPConfig(sparsity=0.9, warmup=2, ramp=8)
         >>> config.ramp_at(6.0)
         0.875
@@ -174,9 +174,17 @@ class PDPConfig:
             sparsity: the fraction to prune, in [0, 1].
             **changes: other fields.
 
+        Returns:
+            The configuration.
+
         Raises:
             TypeError: as `PDPConfig`.
             ValueError: as `PDPConfig`.
+
+        Examples:
+            >>> config = PDPConfig.paper(0.9)
+            >>> config.tau, config.warmup, round(config.ramp_end, 1)
+            (0.0001, 16.0, 82.7)
         """
         values: dict[str, Any] = {
             "sparsity": sparsity,
@@ -199,9 +207,17 @@ class PDPConfig:
             epochs: the length of the training.
             **changes: other fields.
 
+        Returns:
+            The configuration.
+
         Raises:
             TypeError: as `PDPConfig`; epochs is no number.
             ValueError: as `PDPConfig`; epochs is not positive and finite.
+
+        Examples:
+            >>> config = PDPConfig.for_epochs(0.9, epochs=20)
+            >>> config.warmup, config.ramp_end
+            (3.0, 11.0)
         """
         check_positive("epochs", epochs)
         warmup = changes.get("warmup", 0.15 * epochs)
@@ -223,9 +239,17 @@ class PDPConfig:
         Args:
             values: fields by name. A temperature (start, end) may be a list.
 
+        Returns:
+            The configuration.
+
         Raises:
             TypeError: values is no mapping; or as `PDPConfig`.
             ValueError: a key that is no field; or as `PDPConfig`.
+
+        Examples:
+            >>> settings = {"sparsity": 0.9, "relative_tau": [1.0, 0.02], "exclude": ["head"]}
+            >>> PDPConfig.from_dict(settings).relative_tau
+            (1.0, 0.02)
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping, got {type(values).__name__}")
@@ -238,7 +262,8 @@ class PDPConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal configuration.
 
-        Layer types become their names.
+        Returns:
+            A dict of all fields, which json can write. Layer types become their names.
         """
         return {each.name: _to_plain(getattr(self, each.name)) for each in fields(self)}
 
@@ -255,12 +280,28 @@ class PDPConfig:
         return self.warmup + self.ramp_epochs
 
     def ramp_at(self, progress: float) -> float:
-        """Return the fraction of the sparsity that is asked for at this progress, in [0, 1]."""
+        """Return the fraction of the sparsity that is asked for at this progress.
+
+        Args:
+            progress: where the training is, in epochs, fractions included.
+
+        Returns:
+            A number in [0, 1], by the equation of `PDPConfig`.
+        """
         x = _fraction(progress - self.warmup, self.ramp_epochs)
         return x if self.ramp_shape == "linear" else 1 - (1 - x) ** 3
 
     def reallocates(self, before: float, progress: float) -> bool:
-        """Return whether a step from one progress to another allocates a global budget again."""
+        """Return whether a step from one progress to another allocates a global budget again.
+
+        Args:
+            before: the progress of the last step, in epochs.
+            progress: the progress of this step, in epochs.
+
+        Returns:
+            True if a multiple of `reallocate` after the warm-up lies between them, and the ramp had
+            not ended before.
+        """
         if self.reallocate is None or before >= self.ramp_end:
             return False
         # Progress is often a sum of fractions: its rounding must not delay a whole number.
@@ -270,7 +311,15 @@ class PDPConfig:
         return due > done
 
     def temperature_at(self, temperatures: tuple[float, float], progress: float) -> float:
-        """Return the temperature between (start, end) at this progress."""
+        """Return the temperature between (start, end) at this progress.
+
+        Args:
+            temperatures: at the end of the warm-up, and at the end of the annealing.
+            progress: where the training is, in epochs, fractions included.
+
+        Returns:
+            start^(1-y) end^y, as `PDPConfig` defines y.
+        """
         start, end = temperatures
         anneal = self.ramp_epochs if self.anneal is None else self.anneal
         y = _fraction(progress - self.warmup, anneal)
@@ -284,6 +333,10 @@ class PDPConfig:
         Args:
             override: the layer's entry in overrides.
             fraction: the layer's fraction, if sparsity is a mapping.
+
+        Returns:
+            The pattern, the sparsity (None if the global budget decides), whether temperatures are
+            relative, and the temperatures (start, end).
         """
         changes = override or {}
         pattern = self._parsed("pattern", changes.get("pattern", self.pattern))

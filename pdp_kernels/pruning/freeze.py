@@ -15,7 +15,21 @@ from pdp_kernels.pruning.user_warnings import warn_user
 class FrozenZeros:
     """Hooks of an optimizer that keep zeros at zero, until `remove`.
 
-    They hold one byte per weight.
+    `freeze_zeros` and `PDPPruner.freeze` make them. They hold one byte per weight.
+
+    Args:
+        weights: parameters of the optimizer; any may be a DTensor.
+        optimizer: the optimizer that trains them.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([0.0, 2.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> frozen = freeze_zeros([weight], optimizer)
+        >>> weight.sum().backward()
+        >>> frozen.mask_gradients()  # before torch.nn.utils.clip_grad_norm_, for example
+        >>> weight.grad
+        tensor([0., 1.])
+        >>> frozen.remove()
     """
 
     def __init__(self, weights: list[Tensor], optimizer: Optimizer) -> None:
@@ -71,7 +85,7 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
         TypeError: optimizer is no torch.optim.Optimizer; a weight is no tensor.
         ValueError: a weight is no parameter of the optimizer.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([0.0, 2.0]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
         >>> frozen = freeze_zeros([weight], optimizer)

@@ -35,7 +35,7 @@ def prune_one_shot(
 
     The weights, patterns, sparsities and budgets are those that `PDPPruner` ends with for the same
     configuration. "magnitude" prunes the weights that its finalize would prune now. "wanda" (Sun et
-    al., ICLR 2024, arXiv 2306.11695) compares, in place of |W_ij|, the scores::
+    al., ICLR 2024, arXiv 2306.11695) compares, in place of |W_ij|, the scores:
 
         S_ij = |W_ij| ||X_j||_2                                                        (Eq. 1)
 
@@ -48,7 +48,7 @@ def prune_one_shot(
     ones.)
 
     To train the pruned model, keep its zeros with `freeze_zeros`. Or let `PDPPruner` go on from it:
-    at the same sparsity its hard mask is this one, as no magnitude is less than zero::
+    at the same sparsity its hard mask is this one, as no magnitude is less than zero:
 
         report = prune_one_shot(model, config, method="wanda", calibration=batches)
         weights = [model.get_parameter(layer.name) for layer in report.layers]
@@ -78,7 +78,7 @@ def prune_one_shot(
             weights of layers whose inputs are not known; a model with masks, or on the meta device;
             or as `PDPPruner`. The model stays as it was.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 1, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[0.1, -0.4, 0.3, 0.2]]))
         >>> inputs = torch.tensor([[9.0, 1.0, 1.0, 1.0]])

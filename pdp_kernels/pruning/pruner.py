@@ -37,7 +37,7 @@ class PDPPruner:
 
     After each optimizer step, `step` finds the thresholds of all layers in one call. In training
     mode a layer computes with the softly masked weight (Eq. 1). In evaluation mode it computes with
-    the exact hard mask of the current sparsity. `finalize` leaves exact zeros in plain weights::
+    the exact hard mask of the current sparsity. `finalize` leaves exact zeros in plain weights:
 
         pruner = PDPPruner(model, PDPConfig.for_epochs(0.9, epochs=20))
         for epoch in range(20):
@@ -92,7 +92,7 @@ class PDPPruner:
         ValueError: nothing to prune; an entry of the configuration that matches no layer; a weight
             that cannot be pruned as asked. The model stays as it was.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(4, 1, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[0.1, -0.4, 0.3, 0.2]]))
         >>> pruner = PDPPruner(model, PDPConfig(sparsity=0.5, warmup=0, ramp=1))
@@ -204,7 +204,7 @@ class PDPPruner:
 
         A copy has the masks of the moment when it was made, and they stand still. A copy that
         follows is evaluated at the current sparsity of the training, by its own weights, and is
-        finalized with the model::
+        finalized with the model:
 
             average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=...)
             pruner.follow(average.module)
@@ -304,6 +304,10 @@ class PDPPruner:
 
         Returns:
             The `PruningReport`.
+
+        Raises:
+            RuntimeError: a weight was quantized after `finalize`, so that its zeros cannot be
+                counted.
         """
         targets = self._weights.targets
         macs = None if inputs is None else count_macs(self.model, targets, inputs)
@@ -333,8 +337,9 @@ class PDPPruner:
     def state_dict(self) -> dict[str, Any]:
         """Return the progress, the prune counts, the thresholds and the configuration.
 
-        The structure stays the same as the schedule advances, and on any number of ranks.
-        torch.distributed.checkpoint needs that, and takes a pruner as it takes a model.
+        Returns:
+            A dict whose structure stays the same as the schedule advances, and on any number of
+            ranks. torch.distributed.checkpoint needs that, and takes a pruner as it takes a model.
         """
         names = [target.name for target in self._weights.targets]
         counts = self.prune_counts or dict.fromkeys(names, _NOT_ALLOCATED)

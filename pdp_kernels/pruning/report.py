@@ -36,6 +36,12 @@ class LayerReport(NamedTuple):
         macs: multiply-accumulates of one inference with all weights; None without an input.
         kept_macs: multiply-accumulates of one inference with the kept weights; None without an
             input.
+
+    Examples:
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> layer = prune_one_shot(model, 0.5).layers[0]
+        >>> layer.name, layer.shape, layer.pruned, layer.sparsity
+        ('weight', (1, 4), 2, 0.5)
     """
 
     name: str
@@ -51,6 +57,7 @@ class LayerReport(NamedTuple):
 
     @property
     def sparsity(self) -> float:
+        """The fraction of the weights that is pruned."""
         return self.pruned / self.weights
 
 
@@ -72,6 +79,14 @@ class PruningReport(NamedTuple):
             are left out.
         frozen: the names of the pruned weights that do not train (requires_grad=False): they are
             pruned by the magnitudes they have.
+
+    Examples:
+        >>> model = torch.nn.Linear(4, 1, bias=False)
+        >>> pruner = PDPPruner(model, PDPConfig(0.5, warmup=0, ramp=1))
+        >>> pruner.step(1.0)
+        >>> report = pruner.report(torch.randn(1, 4))
+        >>> report.pruned, report.weights, report.sparsity, report.kept_macs
+        (2, 4, 0.5, 2)
     """
 
     layers: list[LayerReport]
@@ -85,18 +100,25 @@ class PruningReport(NamedTuple):
 
     @property
     def weights(self) -> int:
+        """The number of weights in all layers that the pruner prunes."""
         return sum(layer.weights for layer in self.layers)
 
     @property
     def pruned(self) -> int:
+        """How many of them the hard masks prune now."""
         return sum(layer.pruned for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
+        """The fraction of them that is pruned."""
         return self.pruned / self.weights
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain data that json can write."""
+        """Return the report as plain data that json can write.
+
+        Returns:
+            A dict of the attributes, layers included.
+        """
         return self._asdict() | {"layers": [layer._asdict() for layer in self.layers]}
 
     def scalars(self, prefix: str = "pdp/") -> dict[str, float]:
@@ -108,8 +130,10 @@ class PruningReport(NamedTuple):
         Args:
             prefix: what each name begins with.
 
-        Example:
-            >>> from pdp_kernels import PDPConfig, PDPPruner
+        Returns:
+            A dict of finite numbers by name, except for thresholds, which are -inf in the warm-up.
+
+        Examples:
             >>> model = torch.nn.Linear(4, 1, bias=False)
             >>> pruner = PDPPruner(model, PDPConfig(0.5, warmup=0, ramp=1))
             >>> pruner.step(1.0)

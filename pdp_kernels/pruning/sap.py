@@ -35,6 +35,12 @@ class SAPRound(NamedTuple):
         sparsity_before: the fraction of all prunable weights that was pruned before the round.
         sparsity_after: the fraction of them that is pruned after it.
         accuracy: the accuracy given to `SAPPruner.step`.
+
+    Examples:
+        >>> pruner = SAPPruner(torch.nn.Linear(64, 8))
+        >>> done = pruner.step(accuracy=0.9)
+        >>> done.round, done.accuracy, done == pruner.history[-1]
+        (1, 0.9, True)
     """
 
     round: int
@@ -91,12 +97,12 @@ class SAPPruner:
         history: a list of `SAPRound`.
 
     Raises:
-        TypeError: as `sap_prune_counts`; rewind is no bool; model is no module; `pq_index` does not
-            accept the dtype of a weight.
+        TypeError: as `sap_prune_counts`; rewind is no bool; model is no module; a weight is a
+            DTensor, or of a dtype that `pq_index` does not accept.
         ValueError: as `sap_prune_counts`; another scope; a weight is computed from other
             parameters; weights are on several devices; the model has no weight to prune.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(6, 1, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[16.0, -1.0, 1.0, 1.0, -1.0, 0.0]]))
         >>> pruner = SAPPruner(model, rewind=False)
@@ -136,10 +142,12 @@ class SAPPruner:
 
     @property
     def masks(self) -> dict[str, Tensor]:
+        """A bool mask of each weight's shape, by weight name; True where kept."""
         return dict(zip(self._weights, self._masks, strict=True))
 
     @property
     def sparsity(self) -> float:
+        """The fraction of the prunable weights that is pruned."""
         total = sum(mask.numel() for mask in self._masks)
         return (total - sum(_kept_counts(self._masks))) / total
 
@@ -211,7 +219,11 @@ class SAPPruner:
         return torch_optimizer(optimizer).register_step_post_hook(lambda *_: self.mask_weights())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks, initial values, settings and history, without the model's own state."""
+        """Return masks, initial values, settings and history, without the model's own state.
+
+        Returns:
+            A dict of tensors and plain data, which torch.save writes.
+        """
         return {
             "settings": self._settings._asdict(),
             "masks": self.masks,

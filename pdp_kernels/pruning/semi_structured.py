@@ -24,6 +24,11 @@ class GroupCheck(NamedTuple):
         broken: the number of groups with more than N nonzeros.
         first_broken: the coordinates of the first of them, with the group's index in place of the
             element's along dim: (3, 2) for M = 4 along dim 1 is weight[3, 8:12]. None if ok.
+
+    Examples:
+        >>> check = check_nm(torch.nn.Linear(8, 2))[0]
+        >>> check.name, check.ok, check.broken
+        ('weight', False, 4)
     """
 
     name: str
@@ -38,6 +43,11 @@ class SemiStructuredReport(NamedTuple):
     Attributes:
         converted: the names of the converted weights.
         skipped: the reason for each weight that was not converted, by name.
+
+    Examples:
+        >>> report = to_semi_structured(torch.nn.Linear(64, 32), strict=False)
+        >>> report.converted, report.skipped
+        ([], {'weight': 'dtype torch.float32 is neither torch.bfloat16 nor torch.float16'})
     """
 
     converted: list[str]
@@ -74,11 +84,11 @@ def check_nm(
         A `GroupCheck` with an empty name for a tensor, a list of them for a module.
 
     Raises:
-        TypeError: model_or_tensor is neither; n, m or dim is no int.
+        TypeError: model_or_tensor is neither, or a DTensor; n, m or dim is no int.
         ValueError: n or m is out of its range; a tensor has no dimension dim, or its size along dim
             is no multiple of m; a module has no weight to check.
 
-    Example:
+    Examples:
         >>> check_nm(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 2.0, 0.0, 3.0]]))
         GroupCheck(name='', ok=False, broken=1, first_broken=(1, 0))
     """
@@ -129,7 +139,7 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
         TypeError: model is no module.
         ValueError: strict, and some weight cannot be converted. The message lists all reasons.
 
-    Example:
+    Examples:
         >>> to_semi_structured(torch.nn.Linear(64, 32).half(), strict=False).skipped
         {'weight': 'group (0, 0) of 4 has 4 nonzeros, not 2 (512 such groups)'}
     """

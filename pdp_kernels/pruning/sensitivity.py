@@ -24,6 +24,14 @@ class SensitivityReport(NamedTuple):
         baseline: the value of the model as it is.
         sparsities: those of the scan.
         values: for each weight's name, the value at each sparsity.
+
+    Examples:
+        >>> model = torch.nn.Linear(4, 2, bias=False)
+        >>> model.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+        >>> print(sensitivity(model, lambda _: model.weight.sum().item(), [0.5, 0.75]))
+        weight  0.5  0.75
+        weight   26    15
+        unpruned: 36
     """
 
     baseline: float
@@ -31,7 +39,11 @@ class SensitivityReport(NamedTuple):
     values: dict[str, list[float]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain data that json can write."""
+        """Return the report as plain data that json can write.
+
+        Returns:
+            A dict of the attributes.
+        """
         return self._asdict()
 
     def __str__(self) -> str:
@@ -94,7 +106,7 @@ def sensitivity(
         ValueError: a sparsity outside [0, 1], or none; an N:M pattern, which has one sparsity; a
             model with masks; or as `PDPPruner`.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> inputs = torch.randn(16, 4)
         >>> report = sensitivity(model, lambda m: m(inputs).square().mean().item(), [0.5, 0.9])
