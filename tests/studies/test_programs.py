@@ -98,7 +98,7 @@ class InThisProcess:
         return done
 
 
-PRESENT = "mlp,gmp,unstructured,0.9,0,1,cpu,0.125,,0.9,1.0"
+PRESENT = "mlp,gmp,unstructured,0.9,0,1,cpu,0.125,,0.9,1.0,c0ffee"
 
 
 @pytest.fixture
