@@ -32,7 +32,7 @@ CPU_TESTS := tests/test_installation.py tests/functional/test_threshold.py \
 test: CHOSEN := not slow
 test-full: CHOSEN := slow or not slow
 test test-full: export OMP_NUM_THREADS = 1
-test test-full: $(VENV)/built $(VENV)/stacks $(CPU_VENV)/tools
+test test-full: $(VENV)/built $(VENV)/stacks $(VENV)/docs $(CPU_VENV)/tools
 	PYTHONPATH=. $(CPU_VENV)/bin/python $(PYTEST) -q $(CPU_TESTS) \
 		-m "($(CHOSEN)) and not gpu and not installed"
 	$(VENV)/bin/python $(PYTEST) -m "$(CHOSEN)"

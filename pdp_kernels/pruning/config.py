@@ -195,7 +195,9 @@ class PDPConfig:
         return cls(**(values | changes))
 
     @classmethod
-    def for_epochs(cls, sparsity: float | None, epochs: float, **changes: Any) -> "PDPConfig":
+    def for_epochs(
+        cls, sparsity: float | Mapping[str, float] | None, epochs: float, **changes: Any
+    ) -> "PDPConfig":
         """Return the recommended setting for a training of this many epochs.
 
         The warm-up takes 15% of them and the ramp 40%; the rest trains at the full sparsity. The
@@ -203,7 +205,7 @@ class PDPConfig:
         budget is allocated again after each twentieth of the training.
 
         Args:
-            sparsity: the fraction to prune, in [0, 1]; None with an N:M pattern.
+            sparsity: as in `PDPConfig`; None with an N:M pattern.
             epochs: the length of the training.
             **changes: other fields.
 
