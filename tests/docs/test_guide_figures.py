@@ -1,0 +1,132 @@
+"""The figures of README and of the guides are those of the committed results."""
+
+import json
+import re
+
+import pytest
+
+from tests.docs.blocks import ROOT
+
+CPU = ROOT / "benchmarks" / "results" / "cpu"
+
+
+def tables(page):
+    """The cells of each table of a page, by the cell on the left."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(), re.MULTILINE):
+        lines = [re.split(r" ?\| ?", line)[1:-1] for line in table.splitlines()]
+        found.append({cells[0]: cells[1:] for cells in lines})
+    return found
+
+
+def one(rows, **wanted):
+    (row,) = (row for row in rows if all(row.get(name) == wanted[name] for name in wanted))
+    return row
+
+
+@pytest.fixture(scope="module")
+def gains():
+    return json.loads((CPU / "gains.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "pruning"),
+    [
+        ("90% zeros", "90% zeros"),
+        ("95% zeros", "95% zeros"),
+        (
+            "half of the hidden units removed (`remove_dead_channels`)",
+            "half of the hidden units removed",
+        ),
+    ],
+)
+def test_sizes_and_times_of_a_pruned_resnet(gains, name, pruning):
+    network = {"network": "ResNet-50", "dtype": "float32", "pruning": pruning}
+    cells = [
+        f"{one(gains['sizes'], **network, storage=storage)['of dense']:.0%}"
+        for storage in ("torch.save", "gzip")
+    ]
+    times = [
+        one(gains["latencies"], network="ResNet-50", examples=1, runtime=runtime, pruning=pruning)
+        for runtime in ("PyTorch", "torch.compile", "ONNX Runtime")
+        if pruning != "95% zeros"  # stored alone
+    ]
+    cells.append(" / ".join(f"{row['of dense']:.2f}" for row in times))
+    (table,) = (table for table in tables("docs/guides/export.md") if "dense, float32" in table)
+    assert table[name] == cells
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "examples"),
+    [
+        (
+            "MLP 1024-4096-4096-1000, one example / 256",
+            "MLP 1024-4096-4096-1000",
+            (1, 256),
+        ),
+        ("GPT-2 block, 64 tokens / 512", "GPT-2 block", (1, 8)),
+    ],
+)
+def test_times_of_products_in_csr(gains, name, network, examples):
+    def row(pruning, number, runtime="PyTorch, CSR"):
+        wanted = {"network": network, "pruning": pruning, "runtime": runtime}
+        return one(gains["latencies"], **wanted, examples=number)
+
+    prunings = [f"{percent}% zeros" for percent in (90, 95, 99)]
+    cells = [
+        " / ".join(f"{row(each, number)['of dense']:.2f}" for number in examples)
+        for each in prunings
+    ]
+    dense = row("dense", examples[0], "PyTorch")["held_bytes"]
+    held = [row(each, examples[0])["held_bytes"] / dense for each in prunings]
+    cells.append(" / ".join(f"{100 * each:.0f}" for each in held) + "%")
+    (table,) = (table for table in tables("docs/guides/export.md") if name in table)
+    assert table[name] == cells
+
+
+def test_bytes_and_times_of_several_devices():
+    results = json.loads((CPU / "distributed.json").read_text())
+    counted, measured = tables("docs/guides/several-devices.md")[-2:]
+    for name, network in (
+        ("ResNet-50", "resnet50"),
+        ("GPT-2", "gpt2"),
+        ("Llama 2 7B (counted, not run)", "llama-7b"),
+    ):
+        rows = [
+            one(results["counted"], input=network, dtype=dtype) for dtype in ("float32", "bfloat16")
+        ]
+        assert counted[name][0].startswith(f"{rows[0]['weights']}, ")
+        assert counted[name][1] == f"{rows[0]['bytes'] / 1e6:.2f} MB"
+        for cell, row in zip(counted[name][2:], rows, strict=True):
+            assert cell == f"{100 * row['of gathering']:.2g}%"
+    for name, network in (("ResNet-50", "resnet50"), ("GPT-2", "gpt2")):
+        rows = [one(results["measured"], input=network, ranks=ranks) for ranks in (1, 2, 4)]
+        assert measured[name] == [f"{row['faster']:.1f}" for row in rows]
+
+
+def test_accuracies_of_n_of_m():
+    (results,) = (
+        table
+        for table in tables("studies/results/pruning_mnist/nm.md")
+        if "sr-ste" in table and "time" in table.get("", ())
+    )
+    (page,) = (table for table in tables("docs/guides/nm.md") if "SR-STE" in table)
+    assert page["dense"][0] == results["dense"][0]
+    assert page["PDP, recommended"] == results["pdp"][:2]
+    assert page["PDP as printed (tau = 1e-4)"][0] == results["pdp-paper"][0]
+    assert [cell.strip("*") for cell in page["SR-STE"]] == results["sr-ste"][:2]
+
+
+def test_accuracies_of_the_readme():
+    (results,) = (
+        table
+        for table in tables("studies/results/pruning_mnist/methods.md")
+        if "time" in table.get("", ())
+    )
+    text = " ".join((ROOT / "README.md").read_text().split())
+    at_99 = {name: cells[3] for name, cells in results.items() if name and "±" in cells[3]}
+    others = {name for name in at_99 if name != "dense" and not name.startswith("pdp")}
+    best = max((at_99[name] for name in others), key=lambda cell: float(cell.split()[0]))
+    assert len(others) == 8
+    assert f"dense {at_99['dense'].split()[0]}%" in text
+    assert f"at 99% sparsity {at_99['pdp']}, the best of eight other methods {best}" in text
