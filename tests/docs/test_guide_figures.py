@@ -130,3 +130,38 @@ def test_accuracies_of_the_readme():
     assert len(others) == 8
     assert f"dense {at_99['dense'].split()[0]}%" in text
     assert f"at 99% sparsity {at_99['pdp']}, the best of eight other methods {best}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "network"), [("ResNet-50, 54 weights", "resnet50"), ("GPT-2, 49 weights", "gpt2")]
+)
+def test_speeds_of_the_readme(name, network):
+    """In how many times as long as ours eager PyTorch takes, and the fastest of all other ways."""
+    cells = []
+    for run in ("h100/eager-lists", "cpu"):
+        rows = json.loads((CPU.parent / run / "benchmark.json").read_text())["rows"]
+        chosen = {"step": "step", "input": network, "dtype": "float32"}
+        seconds = {
+            row["provider"]: row["median_s"]
+            for row in rows
+            if row["mask"] != "paper" and all(row[key] == chosen[key] for key in chosen)
+        }
+        ours, kthvalue = seconds.pop("ours"), seconds["eager-kthvalue"]
+        cells.append(f"{kthvalue / ours:.0f} / {min(seconds.values()) / ours:.0f}")
+    (table,) = (table for table in tables("README.md") if "a training step" in str(table))
+    (found,) = (table[key] for key in table if key.startswith(name))
+    assert found == cells
+
+
+def test_training_steps_of_the_readme():
+    (table,) = (table for table in tables("README.md") if "a training step" in str(table))
+    found = table["a training step, relative to the dense one"]
+    small, large, gpt = ratios(CPU / "training_step.json")
+    resnet, gpt2 = ratios(CPU.parent / "h100" / "training_step.json")
+    assert found[0] == f"{resnet:.2f} (ResNet-50), {gpt2:.2f} (GPT-2)"
+    assert found[1] == f"{gpt:.2f} (a GPT), {large:.2f} to {small:.2f} (MLP)"
+
+
+def ratios(path):
+    rows = json.loads(path.read_text())["rows"]
+    return [row["ratios"]["pdp"] for row in rows if "dense" in row["ratios"]]
