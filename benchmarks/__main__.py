@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.batches import make_batches
 from benchmarks.environment import describe_environment, device_is_lost
@@ -112,6 +111,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("the input digits needs scikit-learn: pip install scikit-learn")
     if arguments.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
+    for package in ("tqdm",) if on_gpu else ("numpy", "tqdm"):
+        if find_spec(package) is None:
+            parser.error(f"a run needs {package}: pip install {package}")
     if arguments.dtypes is None:
         arguments.dtypes = ["float32"] if arguments.quick else ["float32", "float32/bfloat16"]
     if arguments.providers is None:
@@ -125,6 +127,8 @@ def run(arguments: argparse.Namespace) -> Iterator[list[Row]]:
 
     They end early if the device is lost, since every later call in this process would fail.
     """
+    from tqdm import tqdm
+
     bench = Bench(
         device=torch.device(arguments.device),
         providers=set(arguments.providers),

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, replace
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -109,6 +108,8 @@ def exact_threshold(weight: Tensor, sparsity: float) -> Tensor:
     if weight.is_cuda:
         low, high = magnitudes.sort().values[k - 1 : k + 1].double().tolist()
     else:
+        import numpy
+
         two = numpy.partition(magnitudes.numpy(), (k - 1, k))[k - 1 : k + 1]
         low, high = two.astype(numpy.float64)
     return torch.tensor((low + high) / 2, dtype=torch.float32, device=weight.device)

@@ -1,6 +1,7 @@
 """The source distribution and the wheel are complete, with a compiler and without one."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source checkout")
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+
+# What only a git checkout needs.
+NOT_DISTRIBUTED = {".github/workflows", ".gitignore", ".pre-commit-config.yaml"}
+# What the build backend adds.
+GENERATED = {"PKG-INFO", "setup.cfg", "pdp_kernels.egg-info"}
 
 
 def run(*arguments, cwd, **environment):
@@ -33,10 +39,21 @@ def build(kind, cwd, out, **environment):
     return made, result.stdout
 
 
+def tracked_files():
+    """Return the names of the files under version control that are there."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return {name for name in names if name and (ROOT / name).exists()}
+
+
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
-    """The source distribution, unpacked out of reach of the checkout."""
-    sdist, _ = build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+    """The source distribution of a clean checkout, unpacked out of reach of this one."""
+    clean = tmp_path_factory.mktemp("clean")
+    for name in tracked_files():
+        (clean / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, clean / name)
+    sdist, _ = build("sdist", clean, tmp_path_factory.mktemp("sdist"))
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -58,11 +75,15 @@ def unpack_and_run(wheel, folder, program):
     assert result.stdout.startswith(str(site))
 
 
-def test_source_distribution_holds_every_source(unpacked):
-    for folder in ("csrc", "pdp_kernels", "triton_kernels"):
-        for path in (ROOT / folder).rglob("*.*"):
-            if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}:
-                assert (unpacked / path.relative_to(ROOT)).exists(), path
+def is_one_of(name, places):
+    return any(name == place or name.startswith(f"{place}/") for place in places)
+
+
+def test_source_distribution_holds_all_files_but_those_of_git(unpacked):
+    paths = (path for path in unpacked.rglob("*") if path.is_file())
+    found = {str(path.relative_to(unpacked)) for path in paths}
+    expected = {name for name in tracked_files() if not is_one_of(name, NOT_DISTRIBUTED)}
+    assert {name for name in found if not is_one_of(name, GENERATED)} == expected
 
 
 @pytest.mark.slow

@@ -81,6 +81,32 @@ smoke.main()
     assert lines[-1] == "5 of 6 cases are right"
 
 
+WITHOUT_OPTIONAL_PACKAGES = """
+import sys
+for package in ("matplotlib", "numpy", "PIL", "scipy", "sklearn", "torch_pruning", "tqdm"):
+    sys.modules[package] = None
+from benchmarks.__main__ import parse_arguments
+"""
+
+
+def run_without_optional_packages(*arguments):
+    program = f"{WITHOUT_OPTIONAL_PACKAGES}parse_arguments({list(arguments)})"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_benchmark_explains_itself_without_optional_packages():
+    result = run_without_optional_packages("--help")
+    assert result.returncode == 0, result.stderr
+    assert "--inputs" in result.stdout
+
+
+def test_the_benchmark_names_the_package_that_a_run_needs():
+    result = run_without_optional_packages("--device", "cpu")
+    assert result.returncode == 2
+    assert "a run needs numpy: pip install numpy" in result.stderr
+
+
 SWEPT = [
     pytest.param(file, choice, id=sweep.label(file, choice))
     for file in sweep.SWEEPS
