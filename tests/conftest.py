@@ -39,7 +39,7 @@ LONGEST = (
     "test_builds.py",
     "test_cuda_host_build.py",
     "test_packaging.py",
-    "test_readme.py",
+    "test_examples.py",
     "test_pruner_compatibility.py",
     "test_traffic.py",
 )

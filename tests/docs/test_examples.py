@@ -23,6 +23,17 @@ OPTIONAL = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def settings_of_accelerate():
+    """accelerate, and transformers with it, keep their settings for the whole process."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 def by_name(items):
     return pytest.mark.parametrize("block", items, ids=[item.name for item in items])
 
