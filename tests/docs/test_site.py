@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
@@ -109,16 +108,6 @@ def test_the_search_works_without_a_server(site):
     """The offline plugin writes the index as a script, which a page opened as a file may load."""
     script = (site / "search" / "search_index.js").read_text()
     assert script.startswith("var __index = ") and "pdp_mask" in script
-
-
-def test_every_page_is_in_the_navigation():
-    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
-    written = {
-        path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
-        for pattern in ("*.md", "*.ipynb")  # docs/notebook_pages.py makes a page of each notebook
-        for path in Path(ROOT, "docs").rglob(pattern)
-    }
-    assert written == listed
 
 
 def test_the_site_has_the_address_that_the_readme_links_to():
