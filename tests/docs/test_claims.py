@@ -23,6 +23,14 @@ def test_commits_of_the_performance_page_are_those_of_the_results():
     assert all(f'"commit": "{commit}"' in results for commit in commits)
 
 
+def test_the_page_of_the_environment_has_what_setup_reads():
+    source = (ROOT / "setup.py").read_text()
+    read = re.findall(r"""environ(?:\.get|\.setdefault)?[\[(]"(\w+)\"""", source)
+    page = (DOCS / "api" / "environment.md").read_text()
+    assert len(read) >= 5
+    assert all(f"`{name}`" in page for name in read)
+
+
 def test_the_pages_name_the_number_of_mutations():
     for page in ("verification.md", "developing/instruments.md"):
         (number,) = re.findall(
