@@ -40,6 +40,7 @@ LONGEST = (
     "test_cuda_host_build.py",
     "test_packaging.py",
     "test_examples.py",
+    "test_notebook.py",
     "test_pruner_compatibility.py",
     "test_traffic.py",
 )
