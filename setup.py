@@ -1,9 +1,11 @@
 """Builds the native modules: pdp_kernels._C (CPU) and pdp_kernels._C_cuda (with a CUDA toolkit).
 
 PDP_BUILD_CUDA=0 leaves the CUDA module out, =1 makes its absence an error. TORCH_CUDA_ARCH_LIST
-names the architectures to build for, CUDA_HOME the toolkit.
+names the architectures to build for, CUDA_HOME the toolkit. What was left out and why goes into the
+package as _build_record.json, which pdp_kernels/ops/build_record.py reads.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,16 +14,18 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 
 def find_toolkit() -> Path | None:
-    """Return a folder that holds the CUDA headers; nvcc on PATH may be a wrapper elsewhere."""
+    """Return a folder that holds nvcc and the headers; nvcc on PATH may be a wrapper elsewhere."""
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates += [Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"]
     candidates += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
     folders = (Path(folder) for folder in candidates if folder)
-    return next((each for each in folders if (each / "include/cuda_runtime.h").exists()), None)
+    needed = ("include/cuda_runtime.h", "bin/nvcc")
+    return next((each for each in folders if all((each / file).exists() for file in needed)), None)
 
 
 TOOLKIT = find_toolkit()
@@ -49,51 +53,114 @@ def ask_nvcc(option: str) -> str:
     return subprocess.check_output([TOOLKIT / "bin" / "nvcc", option], text=True)
 
 
+def toolkit_version() -> tuple[int, int]:
+    major, minor = re.search(r"release (\d+)\.(\d+)", ask_nvcc("--version")).groups()
+    return int(major), int(minor)
+
+
+def obstacle_to_compiling() -> str | None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    return None if shutil.which(compiler) else f"no C++ compiler ({compiler}) was found"
+
+
 def obstacle_to_cuda() -> str | None:
     if TOOLKIT is None:
         return "no CUDA toolkit was found (set CUDA_HOME)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", ask_nvcc("--version")).groups())
+    major, minor = toolkit_version()
     if major != int(torch.version.cuda.split(".")[0]):
-        return f"torch is built for CUDA {torch.version.cuda}, and {TOOLKIT} is CUDA {major}"
+        return (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and {TOOLKIT} is "
+            f"CUDA {major}.{minor}"
+        )
     if (major, minor) < OLDEST_CUDA:
         return f"{TOOLKIT} is CUDA {major}.{minor}, and 12.1 or later is needed"
     return None
 
 
-def wants_cuda() -> bool:
+def reasons_to_leave_out() -> dict[str, str]:
+    """Return why a module is not built, for each that is not."""
     request = os.environ.get("PDP_BUILD_CUDA", "")
     if request not in ("", "0", "1"):
         sys.exit(f"PDP_BUILD_CUDA must be 0 or 1, got {request!r}")
-    obstacle = obstacle_to_cuda()
-    if request == "1" and obstacle:
-        sys.exit(f"PDP_BUILD_CUDA=1, but {obstacle}")
-    if obstacle:
-        print(f"pdp_kernels: building without CUDA: {obstacle}")
-    return request != "0" and not obstacle
+    no_compiler = obstacle_to_compiling()
+    no_cuda = no_compiler or obstacle_to_cuda()
+    if request == "1" and no_cuda:
+        sys.exit(f"PDP_BUILD_CUDA=1, but {with_advice(no_cuda)}")
+    if request == "0":
+        no_cuda = no_compiler or "it was left out by PDP_BUILD_CUDA=0"
+    reasons = {"_C": no_compiler, "_C_cuda": no_cuda}
+    return {module: reason for module, reason in reasons.items() if reason}
 
 
-def extensions() -> list:
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        print(f"pdp_kernels: no C++ compiler ({compiler}): installing without native kernels")
-        return []
-    # pybind11's own headers come before torch's copy, which a stable ABI target may not include.
-    headers = pybind11.get_include()
-    cpu = ["csrc/ops_cpu.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
-    options = {"define_macros": MACROS, "extra_compile_args": FLAGS}
-    modules = [CppExtension("pdp_kernels._C", cpu, include_dirs=[headers], **options)]
-    if wants_cuda():
-        known = ask_nvcc("--list-gpu-arch").split()
-        usual = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
-        chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(usual) + "+PTX")
-        macros = [*MACROS, ("USE_CUDA", None), ("PDP_CUDA_ARCHITECTURES", f'"{chosen}"')]
-        flags = {"cxx": FLAGS, "nvcc": NVCC_FLAGS}
-        options = {"define_macros": macros, "extra_compile_args": flags, "include_dirs": [headers]}
-        cuda = ["csrc/ops_cuda.cu", "csrc/module_cuda.cpp"]
-        modules.append(CUDAExtension("pdp_kernels._C_cuda", cuda, **options))
-    return modules
+def with_advice(reason: str) -> str:
+    if not reason.startswith("torch"):
+        return reason
+    # An isolated build has the newest torch, whatever is installed.
+    return f"{reason}; `pip install --no-build-isolation` builds for the torch that is installed"
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+LEFT_OUT = reasons_to_leave_out()
+for module, reason in LEFT_OUT.items():
+    print(f"pdp_kernels: building without {module}: {with_advice(reason)}")
+
+
+class BuildWithRecord(build_py):
+    """Copies the Python files, and writes what was left out beside them."""
+
+    def run(self) -> None:
+        super().run()
+        record = {
+            "torch": torch.__version__,
+            "torch_cuda": torch.version.cuda,
+            "toolkit": None if TOOLKIT is None else ".".join(map(str, toolkit_version())),
+            "left_out": LEFT_OUT,
+        }
+        # An editable installation runs from the sources.
+        folder = Path("." if self.editable_mode else self.build_lib, "pdp_kernels")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_build_record.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def cpu_module() -> CppExtension:
+    sources = ["csrc/ops_cpu.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+    return CppExtension(
+        "pdp_kernels._C",
+        sources,
+        define_macros=MACROS,
+        extra_compile_args=FLAGS,
+        include_dirs=HEADERS,
+    )
+
+
+def cuda_module() -> CUDAExtension:
+    known = ask_nvcc("--list-gpu-arch").split()
+    usual = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
+    chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(usual) + "+PTX")
+    module = CUDAExtension(
+        "pdp_kernels._C_cuda",
+        ["csrc/ops_cuda.cu", "csrc/module_cuda.cpp"],
+        define_macros=[*MACROS, ("USE_CUDA", None), ("PDP_CUDA_ARCHITECTURES", f'"{chosen}"')],
+        extra_compile_args={"cxx": FLAGS, "nvcc": NVCC_FLAGS},
+        include_dirs=HEADERS,
+        extra_link_args=STATIC_CUDART,
+    )
+    module.libraries.remove("cudart")
+    return module
+
+
+# pybind11's own headers come before torch's copy, which a stable ABI target may not include.
+HEADERS = [pybind11.get_include()]
+# The CUDA runtime is linked into the module, as NVIDIA links it into NCCL and cuBLAS. Any torch
+# loads the module then, whatever CUDA it brings, if the driver is new enough for the toolkit. All
+# runtimes of a process share the device's primary context, and with it torch's streams and memory.
+# The functions are hidden, since torch loads its own copies of them for the whole process.
+STATIC_CUDART = ["-lcudart_static", "-ldl", "-lpthread", "-lrt"]
+STATIC_CUDART += ["-Wl,--exclude-libs,libcudart_static.a"]
+
+BUILDERS = {"_C": cpu_module, "_C_cuda": cuda_module}
+setup(
+    ext_modules=[build() for module, build in BUILDERS.items() if module not in LEFT_OUT],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildWithRecord},
+)

@@ -1,6 +1,18 @@
 """Parameter-free differentiable pruning (PDP, arXiv 2305.11203), nearly free of cost."""
 
-from pdp_kernels._build_info import build_info
+import sys
+
+try:
+    import torch  # noqa: F401
+except Exception:  # of any kind: a missing package, a library that does not load
+    if sys.orig_argv[1:3] == ["-m", "pdp_kernels.info"]:
+        from pdp_kernels.info import main
+
+        main()
+        sys.exit()
+    raise
+
+from pdp_kernels._build_info import build_info, warn_without_cuda_kernels
 from pdp_kernels._version import __version__
 from pdp_kernels.functional.allocation import global_prune_counts
 from pdp_kernels.functional.compress import compress_2to4
@@ -64,3 +76,6 @@ __all__ = [
     "sensitivity",
     "to_semi_structured",
 ]
+
+warn_without_cuda_kernels()
+del warn_without_cuda_kernels

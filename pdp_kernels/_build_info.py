@@ -7,6 +7,13 @@ import torch
 
 from pdp_kernels._version import __version__
 from pdp_kernels.ops import backends
+from pdp_kernels.ops.build_record import (
+    LEFT_OUT_BY_REQUEST,
+    build_record,
+    major,
+    obstacle_of_the_driver,
+)
+from pdp_kernels.pruning.user_warnings import warn_user
 
 
 def build_info() -> dict[str, Any]:
@@ -52,3 +59,35 @@ def _built_with(module: str) -> dict[str, str] | None:
         return None
     info: dict[str, str] = importlib.import_module(f"pdp_kernels.{module}").build_info()
     return info
+
+
+def warn_without_cuda_kernels() -> None:
+    """Warn on a machine with a GPU if its tensors take slower backends, unless so requested."""
+    reason = backends.load_errors["_C_cuda"]
+    if reason is None or reason == LEFT_OUT_BY_REQUEST or torch.version.cuda is None:
+        return
+    if torch.cuda.device_count() == 0:  # asks NVML: this does not initialise CUDA
+        return
+    warn_user(
+        f"pdp_kernels has no CUDA kernels: {reason}. Thresholds and hard masks of CUDA tensors are "
+        f"computed by slower PyTorch operations. {_mend(torch.version.cuda)}"
+    )
+
+
+def _mend(cuda: str) -> str:
+    """Return what gives the package its CUDA kernels, for a torch that is built for this CUDA."""
+    record = build_record()
+    if record is None:
+        return "Build the checkout: pip install --no-build-isolation --editable ."
+    build_again = (
+        "build again for the torch that is installed (this needs setuptools, ninja and pybind11): "
+        "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "
+        "--no-binary pdp_kernels pdp_kernels"
+    )
+    if "_C" in record.left_out:
+        return f"Install a C++ compiler and {build_again}"
+    if obstacle_of_the_driver():
+        return f"Install a newer driver, or set CUDA_HOME to an older toolkit and {build_again}"
+    if record.toolkit is None or major(record.toolkit) != major(cuda):
+        return f"Set CUDA_HOME to a toolkit of CUDA {major(cuda)}, 12.1 or later, and {build_again}"
+    return f"The build had torch {record.torch}: {build_again}"

@@ -1,6 +1,9 @@
 """The package works, and says so, with and without its native modules and Triton."""
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -67,11 +70,31 @@ def test_native_kernels_are_registered():
 def test_cuda_kernels_are_linked_and_registered():
     """With a CUDA build of torch the module loads, GPU or not, unless the build left it out."""
     info = pdp_kernels.build_info()
-    if "No module named" in info["reasons"].get("cuda", ""):
+    if "_C_cuda" in ops.build_record.build_record().left_out:
         pytest.skip("built without CUDA")
     assert info["cuda"]["architectures"], info["reasons"]
     for name in ("prune_counts", "thresholds", "hard_mask", "soft_mask_list"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pdp::{name}", "CUDA")
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is not there")
+def test_the_modules_need_no_library_but_torchs_and_the_systems():
+    """The CUDA runtime is linked in and hidden: torch's own copy takes no part, and gets none."""
+    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libdl.so.2"}
+    system |= {"libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+    checked = 0
+    for module in ("_C", "_C_cuda"):
+        spec = importlib.util.find_spec(f"pdp_kernels.{module}")
+        if spec is None:
+            continue
+        command = ["readelf", "--wide", "--dynamic", "--dyn-syms", spec.origin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        libraries = set(re.findall(r"NEEDED.*\[(.*)\]", text))
+        assert libraries - system <= {"libc10.so", "libtorch_cpu.so", "libtorch_cuda.so"}
+        symbols = {line.split()[7] for line in text.splitlines() if "GLOBAL" in line}
+        assert not {name for name in symbols if name.startswith(("cuda", "__cuda"))}
+        checked += 1
+    assert checked > 0
 
 
 def test_works_without_the_extension():

@@ -1,5 +1,6 @@
 """The source distribution and the wheel are complete, with a compiler and without one."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 
 # What only a git checkout needs.
-NOT_DISTRIBUTED = {".github/workflows", ".gitignore", ".pre-commit-config.yaml"}
+NOT_DISTRIBUTED = {".github", ".gitignore", ".pre-commit-config.yaml"}
 # What the build backend adds.
 GENERATED = {"PKG-INFO", "setup.cfg", "pdp_kernels.egg-info"}
 
@@ -101,7 +102,10 @@ assert pdp_kernels.pdp_mask(torch.tensor([1.0, 2.0]), 0.5).tolist() == [0, 2]
 def test_without_a_compiler_the_pure_package_is_built_and_says_so(unpacked, tmp_path):
     (tmp_path / "out").mkdir()
     wheel, printed = build("wheel", unpacked, tmp_path / "out", CXX="no-such-compiler")
-    assert "no C++ compiler (no-such-compiler): installing without native kernels" in printed
+    reason = "no C++ compiler (no-such-compiler) was found"
+    assert f"building without _C: {reason}" in printed
+    record = json.loads(zipfile.ZipFile(wheel).read("pdp_kernels/_build_record.json"))
+    assert record["left_out"] == {"_C": reason, "_C_cuda": reason}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert python_files("pdp_kernels") | {"pdp_kernels/py.typed"} <= names
     assert "pdp_kernels/triton_kernels/soft_mask.py" in names
@@ -127,6 +131,53 @@ runpy.run_path("setup.py")
     result = run("-c", program, cwd=unpacked, PDP_BUILD_CUDA="1")
     assert result.returncode != 0
     assert "PDP_BUILD_CUDA=1, but" in result.stderr
+
+
+def run_setup(unpacked, tmp_path, *, torch_cuda, toolkit, **environment):
+    """Run setup.py build_py with a torch of one CUDA and a toolkit that pretends to be another."""
+    home = tmp_path / "toolkit"
+    (home / "include").mkdir(parents=True)
+    (home / "include/cuda_runtime.h").touch()
+    (home / "bin").mkdir()
+    (home / "bin/nvcc").write_text(f"#!/bin/sh\necho release {toolkit}, V{toolkit}.99\n")
+    (home / "bin/nvcc").chmod(0o755)
+    program = f"""
+import runpy, sys, torch
+torch.version.cuda, torch.__version__ = {torch_cuda!r}, "2.99"
+sys.argv = ["setup.py", "build_py", "--build-lib", {str(tmp_path / "lib")!r}]
+runpy.run_path("setup.py")
+"""
+    result = run("-c", program, cwd=unpacked, CUDA_HOME=str(home), **environment)
+    if result.returncode != 0:
+        return result, None
+    return result, json.loads((tmp_path / "lib/pdp_kernels/_build_record.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "toolkit", "reason"),
+    [
+        ("13.0", "12.8", "torch 2.99 is built for CUDA 13.0, and {} is CUDA 12.8"),
+        ("12.6", "12.0", "{} is CUDA 12.0, and 12.1 or later is needed"),
+        (None, "13.0", "torch 2.99 is built without CUDA"),
+    ],
+)
+def test_a_build_records_why_it_leaves_the_cuda_module_out(
+    torch_cuda, toolkit, reason, unpacked, tmp_path
+):
+    result, record = run_setup(unpacked, tmp_path, torch_cuda=torch_cuda, toolkit=toolkit)
+    reason = reason.format(tmp_path / "toolkit")
+    assert record["left_out"] == {"_C_cuda": reason}
+    assert (record["torch_cuda"], record["toolkit"]) == (torch_cuda, toolkit)
+    assert f"building without _C_cuda: {reason}" in result.stdout
+    assert ("--no-build-isolation" in result.stdout) == reason.startswith("torch")
+
+
+def test_asking_for_cuda_with_another_torch_than_the_toolkits_names_the_mend(unpacked, tmp_path):
+    versions = {"torch_cuda": "13.0", "toolkit": "12.8"}
+    result, record = run_setup(unpacked, tmp_path, **versions, PDP_BUILD_CUDA="1")
+    assert record is None
+    assert "PDP_BUILD_CUDA=1, but torch 2.99 is built for CUDA 13.0" in result.stderr
+    assert "`pip install --no-build-isolation` builds for the torch" in result.stderr
 
 
 def test_another_request_for_cuda_is_an_error(unpacked):

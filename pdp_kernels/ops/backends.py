@@ -9,21 +9,24 @@ from typing import Any
 import torch
 
 from pdp_kernels.ops import arguments
+from pdp_kernels.ops.build_record import obstacle_of_the_driver, reason_of
 from pdp_kernels.ops.schemas import library
 
 
 def _load(module: str) -> str | None:
-    """Import a module that registers kernels. Return the error's text if it does not load."""
+    """Import a module that registers kernels. Return the reason if it does not load."""
     try:
-        importlib.import_module(module)
+        importlib.import_module(f"pdp_kernels.{module}")
     except ImportError as error:
-        return str(error)
+        return reason_of(module, str(error))
     return None
 
 
-# The error of each extension module that did not load; None if it did.
+# Why an extension module is not loaded, for each; None if it is. With a driver that cannot run the
+# CUDA module, its kernels must not be registered: those of other backends would not be reached.
 load_errors: dict[str, str | None] = {
-    name: _load(f"pdp_kernels.{name}") for name in ("_C", "_C_cuda")
+    "_C": _load("_C"),
+    "_C_cuda": (obstacle_of_the_driver() if torch.version.cuda else None) or _load("_C_cuda"),
 }
 
 has_triton: bool = find_spec("triton") is not None

@@ -1,0 +1,67 @@
+"""What the build left out and why, as setup.py recorded it."""
+
+import ctypes
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+RECORD = Path(__file__).parents[1] / "_build_record.json"
+LEFT_OUT_BY_REQUEST = "it was left out by PDP_BUILD_CUDA=0"
+
+
+class BuildRecord(NamedTuple):
+    """The fields of the file."""
+
+    torch: str
+    torch_cuda: str | None
+    toolkit: str | None  # the version of the CUDA toolkit that was found
+    left_out: dict[str, str]  # why, for each extension module that was not built
+
+
+@functools.cache
+def build_record() -> BuildRecord | None:
+    """Return the record, or None if the package was not built, as in a fresh checkout."""
+    try:
+        return BuildRecord(**json.loads(RECORD.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def reason_of(module: str, load_error: str) -> str:
+    """Return why an extension module is not there: the build's reason, else the loader's."""
+    record = build_record()
+    if record is None:
+        return f"the package was not built ({load_error})"
+    return record.left_out.get(module, load_error)
+
+
+def obstacle_of_the_driver() -> str | None:
+    """Return why the machine's driver cannot run the CUDA module, or None.
+
+    Only the version is asked for: this does not initialise CUDA.
+    """
+    record = build_record()
+    if record is None or record.toolkit is None or "_C_cuda" in record.left_out:
+        return None
+    driver = driver_version()
+    if driver is None or driver[0] >= major(record.toolkit):
+        return None
+    served = ".".join(map(str, driver))
+    return f"the NVIDIA driver serves CUDA {served}, and the module is built with {record.toolkit}"
+
+
+def major(version: str) -> int:
+    """Return 13 for "13.0"."""
+    return int(version.partition(".")[0])
+
+
+def driver_version() -> tuple[int, int] | None:
+    """Return the newest CUDA that the NVIDIA driver serves, or None without a driver."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except OSError:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
