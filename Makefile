@@ -2,7 +2,8 @@
 # make test       the tests, and the extension against a CPU-only torch, in minutes
 # make test-full  the slow tests too, as continuous integration runs them
 # make coverage   the lines of the package that `make test` does not run
-# make lint       ruff, clang-format, mypy and pyright; make format mends what the first two find
+# make lint       ruff, clang-format, mypy, pyright, shellcheck and zizmor; make format mends what the
+#                 first two find
 # make docs       the documentation, into site/
 # make gpu        on a GPU machine: everything that needs one, with PYTHON's own packages; PARTS=right,
 #                 fast or tuned is one call of it, PARTS="smoke ncu" those parts; DEADLINE in seconds
@@ -48,6 +49,8 @@ lint: $(VENV)/stacks
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck --shell bash --severity warning .ci/run $(shell find benchmarks studies -name '*.sh')
+	$(VENV)/bin/zizmor --offline --no-progress --quiet .github
 	rm -rf $(TYPED)
 	$(VENV)/bin/python -c "import setuptools; setuptools.setup()" --quiet build_py --build-lib $(TYPED)
 	PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=$(TYPED) $(VENV)/bin/pyright \

@@ -14,7 +14,7 @@
 # Limits are about twice the estimate: bytes at 3 TB/s, compile times, and 6 s for each process that
 # imports torch. A part that fails or reaches its limit costs the others nothing but time.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/gpu}
 DEADLINE=${DEADLINE:-1800}
@@ -164,6 +164,7 @@ parts() {
 known="right fast tuned $(LISTING=1 && parts)"
 for pattern in "$@"; do
   for name in $known; do
+    # shellcheck disable=SC2053 # a pattern
     [[ $name == $pattern ]] && continue 2
   done
   echo "no part is called $pattern; there are:" $known >&2

@@ -37,6 +37,7 @@ chosen() {
   local pattern
   ((${#CHOSEN[@]})) || return 0
   for pattern in "${CHOSEN[@]}"; do
+    # shellcheck disable=SC2053 # patterns
     [[ $1 == $pattern || $GROUP == $pattern ]] && return 0
   done
   return 1

@@ -18,7 +18,7 @@
 # takes 1.5 ms of the GPU and 4 ms of the host, so that 4 processes fill the GPU. 15 epochs are 5,865
 # steps, 9 s of the whole GPU. A step of the GPT takes 7 ms of the GPU.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-studies/results/gpu}
 DEADLINE=${DEADLINE:-600}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,27 @@ def test_source_distribution_holds_all_files_but_those_of_git(unpacked):
     found = {str(path.relative_to(unpacked)) for path in paths}
     expected = {name for name in tracked_files() if not is_one_of(name, NOT_DISTRIBUTED)}
     assert {name for name in found if not is_one_of(name, GENERATED)} == expected
+
+
+def package_names(requirements):
+    """Return the names, without extras, versions and markers."""
+    return {re.match(r"[\w-]+", requirement).group() for requirement in requirements}
+
+
+def test_the_table_of_dependencies_names_each_and_an_extra_is_a_part_of_its_group():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = {
+        name: package_names(requirements)
+        for name, requirements in project["dependency-groups"].items()
+    }
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## What each dependency is for")[2]
+    named = set(re.findall(r"[\w-]+", table))
+    assert set().union(*groups.values()) <= named
+    extras = project["project"]["optional-dependencies"]
+    for name in ("bench", "docs", "test"):
+        own = package_names(extras[name]) - {"pdp_kernels"}
+        assert own <= groups[name] | groups["test"]
 
 
 @pytest.mark.slow
