@@ -13,6 +13,7 @@ from studies.methods.base import Budget
 from studies.training import Recipe, Task, train
 
 WARMUP, RAMP = 0.15, 0.4  # fractions of the training: 3 and 8 of 20 epochs
+GROUP_WARMUP, GROUP_RAMP = 0.35, 0.2  # the same for N:M patterns
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, sparsity: float) -> None:
@@ -83,8 +84,8 @@ def budget_of(
         sparsity: Fraction of the weights to prune; N:M patterns imply their own.
         pattern: "unstructured", "channel" or N:M.
         epochs: Length of the training.
-        warmup: Epochs before pruning; by default 15% of the training.
-        ramp: Epochs in which the sparsity grows; by default 40% of the training.
+        warmup: Epochs before pruning; by default 15% of the training, 35% for N:M.
+        ramp: Epochs in which the sparsity grows; by default 40% of the training, 20% for N:M.
         exclude: Globs of names of layers that stay dense.
         narrowed: Globs of names of the layers whose channels can be pruned.
 
@@ -102,8 +103,10 @@ def budget_of(
         raise ValueError(f"sparsity must be at least 0 and less than 1, got {sparsity}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    warmup = WARMUP * epochs if warmup is None else warmup
-    ramp = RAMP * epochs if ramp is None else ramp
+    is_group = pattern not in ("unstructured", "channel")
+    usual = (GROUP_WARMUP, GROUP_RAMP) if is_group else (WARMUP, RAMP)
+    warmup = usual[0] * epochs if warmup is None else warmup
+    ramp = usual[1] * epochs if ramp is None else ramp
     if warmup < 0 or ramp < 0 or warmup + ramp > epochs:
         raise ValueError(
             f"warmup and ramp must be at least 0 and fit into {epochs} epochs, "

@@ -10,8 +10,8 @@
 
 methods: every method at every sparsity. finetune: the same, from a trained dense network, in a
 fifth of its epochs. finetune-schedules: warm-ups, ramps and temperatures for that. nm: methods for
-N:M patterns. channels: methods that prune channels. tau: PDP's temperatures and ramps. allocation:
-how PDP's layers share the budget.
+N:M patterns. nm-settings: schedules and gradients of PDP for them. channels: methods that prune
+channels. tau: PDP's temperatures and ramps. allocation: how PDP's layers share the budget.
 
 Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, and a run that was
 stopped goes on after its last epoch: the same command continues where it was stopped. All rows
@@ -118,7 +118,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     if arguments.study in FINETUNING:
         recipe = recipe._replace(epochs=pretraining_epochs(arguments)).finetuning()
     epochs = arguments.epochs or recipe.epochs
-    if arguments.study == "nm":
+    if arguments.study in ("nm", "nm-settings"):
         columns = [(pattern, 0.0) for pattern in arguments.patterns]
     elif arguments.study == "channels":
         columns = [("channel", sparsity) for sparsity in arguments.sparsities]
@@ -208,8 +208,8 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
         job.sparsity,
         job.pattern,
         job.epochs,
-        warmup=job.setting.warmup * job.epochs,
-        ramp=job.setting.ramp * job.epochs,
+        warmup=in_epochs(job.setting.warmup, job.epochs),
+        ramp=in_epochs(job.setting.ramp, job.epochs),
         exclude=workload.exclude,
         narrowed=workload.narrowed,
     )
@@ -232,6 +232,10 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
         after_epoch=count_epoch,
     )
     return outcome, model
+
+
+def in_epochs(fraction: float | None, epochs: int) -> float | None:
+    return None if fraction is None else fraction * epochs
 
 
 def count_epoch() -> None:

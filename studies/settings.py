@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from studies.command_line import RAMP, WARMUP
 from studies.methods import CHANNEL_METHODS, NM_METHODS, UNSTRUCTURED_METHODS
 
 
@@ -12,8 +11,8 @@ class Setting(NamedTuple):
     name: str
     method: str
     options: dict[str, Any]
-    warmup: float = WARMUP  # fraction of the training
-    ramp: float = RAMP  # the same
+    warmup: float | None = None  # fraction of the training; None is that of the budget
+    ramp: float | None = None  # the same
 
 
 def method_settings() -> list[Setting]:
@@ -24,6 +23,25 @@ def method_settings() -> list[Setting]:
 def nm_settings() -> list[Setting]:
     """Return all methods for N:M patterns."""
     return [Setting(name, name, {}) for name in NM_METHODS]
+
+
+def group_settings() -> list[Setting]:
+    """Return settings of PDP for N:M: when groups are decided, and the gradient's temperature.
+
+    The row "pdp" is the recommended setting. The others differ from it in what they name.
+    """
+    sharp = {"gradient_tau": 0.0}
+    early = (0.15, 0.4)
+    return [
+        Setting("pdp", "pdp", {}),
+        Setting("pdp, gradient at 0.3 or more", "pdp", {"gradient_tau": 0.3}),
+        Setting("pdp, gradient at 4", "pdp", {"gradient_tau": 4.0}),
+        Setting("pdp, Eq. 2 of the mask", "pdp", sharp),
+        Setting("pdp, 15% + 40%", "pdp", {}, *early),
+        Setting("pdp, 15% + 40%, Eq. 2 of the mask", "pdp", sharp, *early),
+        Setting("pdp, 45% + 10%", "pdp", {}, 0.45, 0.1),
+        Setting("pdp, annealed by the end of the ramp", "pdp", {"anneal": None}),
+    ]
 
 
 def channel_settings() -> list[Setting]:
@@ -104,6 +122,7 @@ STUDIES = {
     "finetune": method_settings,
     "finetune-schedules": schedule_settings,
     "nm": nm_settings,
+    "nm-settings": group_settings,
     "channels": channel_settings,
     "tau": tau_settings,
     "allocation": allocation_settings,

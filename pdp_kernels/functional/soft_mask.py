@@ -28,6 +28,7 @@ def pdp_mask(
     threshold: Tensor | None = None,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[False] = False,
 ) -> Tensor: ...
@@ -41,6 +42,7 @@ def pdp_mask(
     threshold: Tensor | None = None,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -54,6 +56,7 @@ def pdp_mask(
     threshold: Tensor | None = None,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -66,6 +69,7 @@ def pdp_mask(
     threshold: Tensor | None = None,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -93,6 +97,8 @@ def pdp_mask(
             the paper.
         relative_tau: c, instead of tau: tau = c t^2, so that the mask depends on w / t alone and
             not on the scale of the layer. At t = 0 every w != 0 is kept. A number or a 0-d tensor.
+        gradient_tau: the temperature of Eq. 2, if the gradient is to be smoother than the mask;
+            relative to t^2 if that is the mask's. A number or a 0-d tensor. Default the mask's.
         out_dtype: the dtype of w_hat (and of the mask). The gradient has the weight's dtype.
             Default: the autocast dtype under autocast (not for float64 weights), else the weight's.
         return_mask: also return m.
@@ -124,13 +130,14 @@ def pdp_mask(
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     temperature, relative = temperature_of(weight, tau, relative_tau)
+    of_gradient = gradient_temperature_of(weight, gradient_tau, temperature)
     if sparsity is not None:
         threshold = threshold_of(weight, sparsity)
     else:
         check_threshold(threshold, temperature.dtype, weight.device)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
-    constants = (threshold, temperature, None, relative, out_dtype, return_mask)
+    constants = (threshold, temperature, of_gradient, None, relative, out_dtype, return_mask)
     w_hat, mask = masked_weight(weight, constants)
     return (w_hat, mask) if return_mask else w_hat
 
@@ -152,11 +159,24 @@ def temperature_of(
     name, value = ("relative_tau", relative_tau) if relative else ("tau", tau)
     if value is None:
         value = PAPER_TAU
+    return _as_temperature(name, value, weight), relative
+
+
+def gradient_temperature_of(
+    weight: Tensor, gradient_tau: float | Tensor | None, temperature: Tensor
+) -> Tensor:
+    """Return the temperature of the gradient as a checked 0-d tensor; by default the mask's."""
+    if gradient_tau is None:
+        return temperature
+    return _as_temperature("gradient_tau", gradient_tau, weight)
+
+
+def _as_temperature(name: str, value: float | Tensor, weight: Tensor) -> Tensor:
     dtype = threshold_dtype((weight,))
     check_temperature(name, value, dtype, weight.device)
     if isinstance(value, Tensor):
-        return value if value.dtype == dtype else value.to(dtype), relative
-    return torch.full((), value, dtype=dtype, device=weight.device), relative
+        return value if value.dtype == dtype else value.to(dtype)
+    return torch.full((), value, dtype=dtype, device=weight.device)
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:

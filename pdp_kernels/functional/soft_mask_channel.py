@@ -9,7 +9,11 @@ from torch import Tensor
 from pdp_kernels.distributed import sums
 from pdp_kernels.distributed.shards import is_distributed
 from pdp_kernels.functional.hard_mask import hard_mask
-from pdp_kernels.functional.soft_mask import autocast_dtype, temperature_of
+from pdp_kernels.functional.soft_mask import (
+    autocast_dtype,
+    gradient_temperature_of,
+    temperature_of,
+)
 from pdp_kernels.functional.threshold import threshold_of
 from pdp_kernels.functional.validation import (
     NORMS,
@@ -35,6 +39,7 @@ def pdp_mask_channel(
     dim: int = 0,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     norm: Norm = "l2",
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[False] = False,
@@ -50,6 +55,7 @@ def pdp_mask_channel(
     dim: int = 0,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     norm: Norm = "l2",
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[True],
@@ -65,6 +71,7 @@ def pdp_mask_channel(
     dim: int = 0,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     norm: Norm = "l2",
     out_dtype: torch.dtype | None = None,
     return_mask: bool,
@@ -79,6 +86,7 @@ def pdp_mask_channel(
     dim: int = 0,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     norm: Norm = "l2",
     out_dtype: torch.dtype | None = None,
     return_mask: bool = False,
@@ -110,6 +118,7 @@ def pdp_mask_channel(
             layers.
         tau: the temperature, as in `pdp_mask`, in units of the norm squared.
         relative_tau: the relative temperature, as in `pdp_mask`.
+        gradient_tau: the temperature of Eq. 2, as in `pdp_mask`.
         norm: "l2", or "rms", which is l2 / sqrt(fan-in), so that one tau suits layers of any size.
         out_dtype: the dtype of w_hat (and of the mask), as in `pdp_mask`.
         return_mask: also return m, (C,).
@@ -137,6 +146,7 @@ def pdp_mask_channel(
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     temperature, relative = temperature_of(weight, tau, relative_tau)
+    of_gradient = gradient_temperature_of(weight, gradient_tau, temperature)
     if sparsity is None:
         check_threshold(threshold, temperature.dtype, weight.device)
     dim, rms = dim % weight.dim(), norm == "rms"
@@ -146,7 +156,7 @@ def pdp_mask_channel(
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
     w_hat, mask = MaskedChannels.apply(
-        weight, norms, threshold, temperature, dim, relative, rms, out_dtype
+        weight, norms, threshold, temperature, of_gradient, dim, relative, rms, out_dtype
     )
     return (w_hat, mask) if return_mask else w_hat
 

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from pdp_kernels.distributed.shards import is_distributed, map_shards
-from pdp_kernels.functional.soft_mask import autocast_dtype, masked_weight, temperature_of
+from pdp_kernels.functional.soft_mask import (
+    autocast_dtype,
+    gradient_temperature_of,
+    masked_weight,
+    temperature_of,
+)
 from pdp_kernels.functional.validation import (
     check_divisible,
     check_out_dtype,
@@ -25,6 +30,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[False] = False,
@@ -40,6 +46,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: Literal[True],
@@ -55,6 +62,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: bool,
@@ -69,6 +77,7 @@ def pdp_mask_nm(
     dim: int = -1,
     tau: float | Tensor | None = None,
     relative_tau: float | Tensor | None = None,
+    gradient_tau: float | Tensor | None = None,
     pruned: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_mask: bool = False,
@@ -97,6 +106,8 @@ def pdp_mask_nm(
         dim: the dimension that is cut into groups.
         tau: the temperature, as in `pdp_mask`.
         relative_tau: the relative temperature, as in `pdp_mask`; it follows each group's own t.
+        gradient_tau: the temperature of Eq. 2, as in `pdp_mask`. Groups train better with one that
+            stays near 1 (relative) while the mask's falls: pruned weights go on learning.
         pruned: how many weights of a group are pruned now, 0 to m - n (default), so that a
             schedule can ramp up. 0 is the identity. An int, or an int64 tensor, (), on the weight's
             device. A tensor is read on the device alone (unchecked), so that a schedule needs
@@ -129,10 +140,12 @@ def pdp_mask_nm(
         pruned = m - n
     check_pruned(pruned, n, m, weight.device)
     temperature, relative = temperature_of(weight, tau, relative_tau)
+    of_gradient = gradient_temperature_of(weight, gradient_tau, temperature)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
     group = (m, dim % weight.dim())
-    constants = (_count(pruned, weight), temperature, group, relative, out_dtype, return_mask)
+    temperatures = (temperature, of_gradient)
+    constants = (_count(pruned, weight), *temperatures, group, relative, out_dtype, return_mask)
     w_hat, mask = masked_weight(weight, constants)
     return (w_hat, mask) if return_mask else w_hat
 

@@ -30,8 +30,9 @@ class Function(torch.autograd.Function):
 class MaskedWeight(Function):
     """Return (w_hat, mask) of a weight. Backward recomputes the mask from the weight and scalars.
 
-    boundary: the threshold; for N:M groups, which find their own, the number pruned in each. It and
-        tau are saved as they are: autograd refuses a backward after either was written in place.
+    boundary: the threshold; for N:M groups, which find their own, the number pruned in each.
+    gradient_tau: the temperature of Eq. 2. It and boundary are saved as they are: autograd refuses
+        a backward after either was written in place.
     group: None for one threshold, or (m, dim) for a threshold per N:M group.
     """
 
@@ -40,6 +41,7 @@ class MaskedWeight(Function):
         weight: Tensor,
         boundary: Tensor,
         tau: Tensor,
+        gradient_tau: Tensor,
         group: tuple[int, int] | None,
         relative: bool,
         out_dtype: torch.dtype | None,
@@ -53,7 +55,7 @@ class MaskedWeight(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, boundary, tau, ctx.group, ctx.relative, _, ctx.return_mask = inputs
+        weight, boundary, _, tau, ctx.group, ctx.relative, _, ctx.return_mask = inputs
         ctx.save_for_backward(weight, boundary, tau)
         ctx.set_materialize_grads(False)
 
@@ -64,7 +66,7 @@ class MaskedWeight(Function):
         if not ctx.return_mask:
             grad_mask = None  # a compiled backward passes zeros for the empty mask
         if grad_w_hat is None and grad_mask is None:
-            return (None,) * 7
+            return (None,) * 8
         weight, boundary, tau = ctx.saved_tensors
         grads = (grad_w_hat, grad_mask, weight)
         if ctx.group is None:
@@ -73,7 +75,7 @@ class MaskedWeight(Function):
             m, dim = ctx.group
             rest = (tau, m, boundary, dim, ctx.relative)
             grad = _backward(pdp.soft_mask_nm_backward.default, *grads, *rest)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -92,6 +94,7 @@ class MaskedChannels(Function):
         norms: Tensor,
         threshold: Tensor,
         tau: Tensor,
+        gradient_tau: Tensor,
         dim: int,
         relative: bool,
         rms: bool,
@@ -103,7 +106,7 @@ class MaskedChannels(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, norms, threshold, tau, ctx.dim, ctx.relative, ctx.rms, _ = inputs
+        weight, norms, threshold, _, tau, ctx.dim, ctx.relative, ctx.rms, _ = inputs
         ctx.save_for_backward(weight, norms, threshold, tau)
         ctx.set_materialize_grads(False)
 
@@ -112,7 +115,7 @@ class MaskedChannels(Function):
         ctx: Any, grad_w_hat: Tensor | None, grad_mask: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_w_hat is None and grad_mask is None:
-            return (None,) * 8
+            return (None,) * 9
         grad = _backward(
             pdp.soft_mask_channel_backward.default,
             grad_w_hat,
@@ -122,7 +125,7 @@ class MaskedChannels(Function):
             ctx.relative,
             ctx.rms,
         )
-        return grad, None, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -144,20 +147,21 @@ class MaskedWeights(torch.autograd.Function):
         on_backward: Callable[[], None],
         thresholds: Tensor,
         taus: Tensor,
+        gradient_taus: Tensor,
         relative: bool,
         out_dtype: torch.dtype | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.on_backward = on_backward
-        ctx.weights, ctx.thresholds, ctx.taus, ctx.relative = weights, thresholds, taus, relative
-        ctx.versions = [each._version for each in (*weights, thresholds, taus)]
+        ctx.weights, ctx.constants, ctx.relative = weights, (thresholds, gradient_taus), relative
+        ctx.versions = [each._version for each in (*weights, *ctx.constants)]
         return tuple(pdp.soft_mask_list.default(weights, thresholds, taus, relative, out_dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.on_backward()
-        weights, constants = ctx.weights, (ctx.thresholds, ctx.taus)
+        weights, constants = ctx.weights, ctx.constants
         is_used = [*(grad is not None for grad in grads), True, True]
         _check_versions((*weights, *constants), ctx.versions, is_used)
 
@@ -166,7 +170,7 @@ class MaskedWeights(torch.autograd.Function):
             return tuple(pdp.soft_mask_list_backward.default(*lists, *constants, ctx.relative))
 
         results = _backward(operator, *grads, *weights)
-        return (None,) * 5 + tuple(
+        return (None,) * 6 + tuple(
             None if grad is None else result for grad, result in zip(grads, results, strict=True)
         )
 

@@ -65,6 +65,7 @@ class Bucket:
         self._relative = self.uses[0].mask.relative
         self._thresholds = _Vector([use.mask.threshold for use in self.uses])
         self._taus = _Vector([use.mask.tau for use in self.uses])
+        self._gradient_taus = _Vector([use.mask.gradient_tau for use in self.uses])
 
     def fits(self) -> bool:
         """Whether it may still be computed at once. Masks get all their constants together."""
@@ -84,6 +85,7 @@ class Bucket:
             call.note_backward,
             self._thresholds.tensor(),
             self._taus.tensor(),
+            self._gradient_taus.tensor(),
             self._relative,
             autocast_dtype(self._weights[0]),
             *self._weights,

@@ -19,13 +19,18 @@ from pdp_kernels.functional.validation import (
     check_ratio,
     check_temperature,
 )
-from pdp_kernels.pruning.patterns import Pattern, parse_pattern
+from pdp_kernels.pruning.patterns import GroupPattern, Pattern, parse_pattern
 
 PAPER_WARMUP = 16.0  # epochs; s of arXiv 2305.11203, Algorithm 1
 PAPER_EPSILON = 0.015  # fraction of the ramp per epoch
 RECOMMENDED_RELATIVE_TAU = (1.0, 0.02)
+RECOMMENDED_GROUP_GRADIENT_TAU = 1.0  # of N:M groups, relative
+# Warm-up and ramp as fractions of the training. Groups are better decided late: half of the weights
+# of each lie next to its threshold, and few of those that are pruned early come back.
+RECOMMENDED_TIMES = (0.15, 0.4)
+RECOMMENDED_GROUP_TIMES = (0.35, 0.2)
 
-_OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau")
+_OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau", "gradient_tau")
 
 Temperature = float | tuple[float, float] | list[float]
 Scope = Literal["global", "layer"]
@@ -41,18 +46,21 @@ class LayerPlan(NamedTuple):
         sparsity: the fraction of the weight's units to prune; None if the global budget decides.
         relative: whether the temperatures are relative to the squared threshold.
         temperatures: at the end of the warm-up, and at the end of the annealing.
+        gradient_tau: the least temperature of the gradient.
     """
 
     pattern: Pattern
     sparsity: float | None
     relative: bool
     temperatures: tuple[float, float]
+    gradient_tau: float
 
 
 # The fields that say when and how softly weights are pruned, but not which or how many.
 SCHEDULE_FIELDS = (
     "tau",
     "relative_tau",
+    "gradient_tau",
     "anneal",
     "warmup",
     "ramp",
@@ -86,6 +94,10 @@ class PDPConfig:
         tau: the temperature as in `pdp_mask`, a number or (start, end).
         relative_tau: the same, relative to the squared threshold. If neither is given, the
             recommended (1.0, 0.02).
+        gradient_tau: the least temperature of the gradient: Eq. 2 takes max(temperature,
+            gradient_tau), in the same units, and the mask the temperature alone. 0 is Eq. 2 of the
+            mask itself. Default 0, but 1.0 for N:M patterns with a relative temperature: there
+            half of all weights lie next to a threshold, and pruned ones must go on learning.
         anneal: how long a temperature takes from start to end; default the ramp. It is better to
             anneal until the end of the training: see `for_epochs`.
         warmup: epochs before pruning starts; s in the paper.
@@ -109,9 +121,9 @@ class PDPConfig:
             of a type, or a glob for the name of a layer or weight. It means PEFT's adapters only if
             it does not match the layer that they adapt, as ``"*lora_A*"``.
         exclude: what to leave alone; entries as in include.
-        overrides: for an entry (a string), a mapping with another "sparsity", "pattern", "tau" or
-            "relative_tau", or None to leave the layer alone. The first that matches counts. A layer
-            with its own sparsity is not part of the global budget.
+        overrides: for an entry (a string), a mapping with another "sparsity", "pattern", "tau",
+            "relative_tau" or "gradient_tau", or None to leave the layer alone. The first that
+            matches counts. A layer with its own sparsity is not part of the global budget.
 
     Raises:
         TypeError: a field of another type; the error names the field, its value and what it
@@ -129,6 +141,7 @@ class PDPConfig:
     pattern: str = "unstructured"
     tau: Temperature | None = None
     relative_tau: Temperature | None = None
+    gradient_tau: float | None = None
     anneal: float | None = None
     warmup: float = PAPER_WARMUP
     ramp: float | None = None
@@ -158,12 +171,16 @@ class PDPConfig:
         check_one_of("channel_norm", self.channel_norm, NORMS)
         _check_sparsity(self.sparsity, self.scope, self._parsed("pattern", self.pattern))
         _check_temperatures("", self.tau, self.relative_tau)
+        if self.gradient_tau is not None:
+            check_non_negative("gradient_tau", self.gradient_tau)
         _check_times(self)
         if self.max_layer_sparsity is not None:
             check_ratio("max_layer_sparsity", self.max_layer_sparsity)
-        if self.include is not None:
-            _check_entries("include", self.include)
-        _check_entries("exclude", self.exclude)
+        for name in ("include", "exclude"):
+            entries = getattr(self, name)
+            if name == "exclude" or entries is not None:
+                _check_entries(name, entries)
+                object.__setattr__(self, name, tuple(entries))
         self._check_overrides()
 
     @classmethod
@@ -200,9 +217,9 @@ class PDPConfig:
     ) -> "PDPConfig":
         """Return the recommended setting for a training of this many epochs.
 
-        The warm-up takes 15% of them and the ramp 40%; the rest trains at the full sparsity. The
-        temperature falls until the end, when the soft network has become the hard one. A global
-        budget is allocated again after each twentieth of the training.
+        The warm-up takes 15% of them and the ramp 40% (N:M patterns: 35% and 20%); the rest trains
+        at the full sparsity. The temperature falls until the end, when the soft network has become
+        the hard one. A global budget is allocated again after each twentieth of the training.
 
         Args:
             sparsity: as in `PDPConfig`; None with an N:M pattern.
@@ -222,7 +239,9 @@ class PDPConfig:
             (3.0, 11.0)
         """
         check_positive("epochs", epochs)
-        warmup = changes.get("warmup", 0.15 * epochs)
+        is_group = isinstance(changes.get("pattern"), str) and ":" in changes["pattern"]
+        before, ramp = RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
+        warmup = changes.get("warmup", before * epochs)
         check_number("warmup", warmup)
         values: dict[str, Any] = {
             "sparsity": sparsity,
@@ -231,7 +250,7 @@ class PDPConfig:
             "reallocate": 0.05 * epochs,
         }
         if "epsilon" not in changes:
-            values["ramp"] = 0.4 * epochs
+            values["ramp"] = ramp * epochs
         return cls(**(values | changes))
 
     @classmethod
@@ -338,7 +357,7 @@ class PDPConfig:
 
         Returns:
             The pattern, the sparsity (None if the global budget decides), whether temperatures are
-            relative, and the temperatures (start, end).
+            relative, the temperatures (start, end), and the least one of the gradient.
         """
         changes = override or {}
         pattern = self._parsed("pattern", changes.get("pattern", self.pattern))
@@ -350,11 +369,14 @@ class PDPConfig:
         tau, relative_tau = self.tau, self.relative_tau
         if changes.get("tau") is not None or changes.get("relative_tau") is not None:
             tau, relative_tau = changes.get("tau"), changes.get("relative_tau")
+        least = changes.get("gradient_tau", self.gradient_tau)
         if tau is not None:
-            return LayerPlan(pattern, sparsity, False, _start_and_end(tau))
+            return LayerPlan(pattern, sparsity, False, _start_and_end(tau), least or 0.0)
         if relative_tau is None:
             relative_tau = RECOMMENDED_RELATIVE_TAU
-        return LayerPlan(pattern, sparsity, True, _start_and_end(relative_tau))
+        if least is None:
+            least = RECOMMENDED_GROUP_GRADIENT_TAU if isinstance(pattern, GroupPattern) else 0.0
+        return LayerPlan(pattern, sparsity, True, _start_and_end(relative_tau), float(least))
 
     def _parsed(self, name: str, pattern: str) -> Pattern:
         return parse_pattern(name, pattern, self.channel_dim, self.channel_norm)
@@ -377,6 +399,8 @@ class PDPConfig:
         if unknown:
             raise ValueError(f"{name} must have keys among {list(_OVERRIDABLE)}, got {unknown}")
         _check_temperatures(f"{name}: ", changes.get("tau"), changes.get("relative_tau"))
+        if changes.get("gradient_tau") is not None:
+            check_non_negative(f"{name}: gradient_tau", changes["gradient_tau"])
         pattern = self._parsed(f"{name}: pattern", changes.get("pattern", self.pattern))
         sparsity = changes.get("sparsity")
         if sparsity is not None:

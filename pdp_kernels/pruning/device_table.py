@@ -11,12 +11,13 @@ from torch import Tensor
 
 from pdp_kernels.functional.threshold import find_thresholds
 from pdp_kernels.ops.reference import threshold_dtype
-from pdp_kernels.pruning.config import PDPConfig
+from pdp_kernels.pruning.config import LayerPlan, PDPConfig
 from pdp_kernels.pruning.layers import parameter_of
 from pdp_kernels.pruning.masks import GroupMask, SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.targets import Target
 
 _Place = tuple[torch.device, torch.dtype]
+_Schedule = tuple[tuple[float, float], float]  # (start, end), and the least of the gradient
 
 # Constants are this many bytes apart. For an address that 16 does not divide Triton compiles a
 # kernel again, and inductor takes the tensor for unaligned.
@@ -137,8 +138,9 @@ class DeviceTable:
         targets: those here.
         masks: the mask of each target.
         thresholds: (S,), those of the first S masks; 16 bytes apart.
-        taus: (M,), the temperatures of all M masks; 16 bytes apart. Masks whose schedules have the
-            same (start, end) hold the first one of theirs as tau.
+        taus: (M,), the temperatures of all M masks; 16 bytes apart. Masks with one schedule hold
+            the first one of theirs as tau.
+        gradient_taus: the same for gradients; the same tensor if none has a temperature of its own.
     """
 
     def __init__(
@@ -150,11 +152,11 @@ class DeviceTable:
     ) -> None:
         device, dtype = place
 
-        def kind(index: int) -> tuple[bool, str, bool, tuple[float, float]]:
+        def kind(index: int) -> tuple[bool, str, bool, _Schedule]:
             mask = masks[index]
             has_threshold = isinstance(mask, SelectedMask)
             plan = targets[index].plan
-            return not has_threshold, type(mask).__name__, mask.relative, plan.temperatures
+            return not has_threshold, type(mask).__name__, mask.relative, _schedule(plan)
 
         self.positions: list[int] = sorted(members, key=kind)
         self.targets: list[Target] = [targets[index] for index in self.positions]
@@ -174,22 +176,31 @@ class DeviceTable:
                 count = torch.zeros((), dtype=torch.int64, device=device)
                 mask.hold(self._group_counts.setdefault(mask.prunable, count))
         self.taus: Tensor = _spaced(len(members), math.nan, dtype, device)
-        # Runs of taus with one (start, end): one operation writes each.
-        self._runs: list[tuple[tuple[float, float], Tensor]] = []
+        schedules = [_schedule(target.plan) for target in self.targets]
+        self.gradient_taus: Tensor = self.taus
+        if any(least for _, least in schedules):
+            self.gradient_taus = _spaced(len(members), math.nan, dtype, device)
+        # Runs of taus with one schedule: one operation writes each.
+        self._runs: list[tuple[_Schedule, Tensor, Tensor]] = []
         begin = 0
-        for temperatures, run in groupby(target.plan.temperatures for target in self.targets):
-            end = begin + len(list(run))
-            self._runs.append((temperatures, self.taus[begin:end]))
-            begin = end
-        held: dict[tuple[float, float], Tensor] = {}
-        for temperatures, taus in self._runs:
-            held.setdefault(temperatures, taus[0])
-        for target, mask in zip(self.targets, self.masks, strict=True):
-            mask.tau = held[target.plan.temperatures]
+        for schedule, run in groupby(schedules):
+            here = slice(begin, begin + len(list(run)))
+            self._runs.append((schedule, self.taus[here], self.gradient_taus[here]))
+            begin = here.stop
+        held: dict[_Schedule, tuple[Tensor, Tensor]] = {}
+        for schedule, taus, gradient_taus in self._runs:
+            tau = taus[0]
+            are_one = self.gradient_taus is self.taus
+            held.setdefault(schedule, (tau, tau if are_one else gradient_taus[0]))
+        for schedule, mask in zip(schedules, self.masks, strict=True):
+            mask.tau, mask.gradient_tau = held[schedule]
 
     def set_temperatures(self, config: PDPConfig, progress: float) -> None:
-        for temperatures, taus in self._runs:
-            taus.fill_(config.temperature_at(temperatures, progress))
+        for (temperatures, least), taus, gradient_taus in self._runs:
+            tau = config.temperature_at(temperatures, progress)
+            taus.fill_(tau)
+            if self.gradient_taus is not self.taus:
+                gradient_taus.fill_(max(tau, least))
 
     def set_group_counts(self, ramp: float) -> None:
         """Prune round(ramp * (M - N)) weights of each N:M group."""
@@ -219,6 +230,10 @@ class DeviceTable:
             own = [weights[index] for index in self.positions[: len(self._selected)]]
             values = selection_values(self._selected, own)
             self.thresholds.copy_(find_thresholds(values, self._prune_counts))
+
+
+def _schedule(plan: LayerPlan) -> _Schedule:
+    return plan.temperatures, plan.gradient_tau
 
 
 def _spaced(size: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -41,10 +41,12 @@ class WeightMask(ABC):
     Attributes:
         relative: whether tau is relative to the squared threshold.
         tau: the temperature, ().
+        gradient_tau: that of the gradient, (); the same tensor if they do not differ.
         weight_loaded: whether the weight has come from a state_dict since the last step.
     """
 
     tau: Tensor
+    gradient_tau: Tensor
 
     def __init__(self, relative: bool) -> None:
         self.relative = relative
@@ -75,7 +77,10 @@ class WeightMask(ABC):
 
     def to(self, weight: Tensor) -> None:
         """Move the constants to the weight's device and threshold dtype."""
-        self.tau = _moved(self.tau, weight.device, threshold_dtype([weight]), 1.0)
+        place = weight.device, threshold_dtype([weight]), 1.0
+        are_one = self.gradient_tau is self.tau
+        self.tau = _moved(self.tau, *place)
+        self.gradient_tau = self.tau if are_one else _moved(self.gradient_tau, *place)
 
 
 class SelectedMask(WeightMask):
@@ -111,8 +116,9 @@ class UnstructuredMask(SelectedMask):
     """A mask with one value for each weight."""
 
     def soft(self, weight: Tensor) -> Tensor:
-        constants = (self.threshold, self.tau, None, self.relative, autocast_dtype(weight), False)
-        return masked_weight(weight, constants)[0]
+        temperatures = (self.tau, self.gradient_tau)
+        rest = (None, self.relative, autocast_dtype(weight), False)
+        return masked_weight(weight, (self.threshold, *temperatures, *rest))[0]
 
     def values(self, weight: Tensor) -> Tensor:
         return self._soft_mask(local_shard(weight))
@@ -134,9 +140,9 @@ class ChannelMask(SelectedMask):
 
         def masked(shard: Tensor) -> Tensor:
             norms = torch.ops.pdp.channel_norms(shard.detach(), self.dim, self.rms)
-            return MaskedChannels.apply(
-                shard, norms, self.threshold, self.tau, self.dim, self.relative, self.rms, out_dtype
-            )[0]
+            constants = (self.threshold, self.tau, self.gradient_tau)
+            rest = (self.dim, self.relative, self.rms, out_dtype)
+            return MaskedChannels.apply(shard, norms, *constants, *rest)[0]
 
         if not is_distributed(weight):
             return masked(weight)
@@ -192,9 +198,9 @@ class GroupMask(WeightMask):
 
     def soft(self, weight: Tensor) -> Tensor:
         self._check_groups(weight)
-        group = (self.m, self.dim)
-        constants = (self.pruned, self.tau, group, self.relative, autocast_dtype(weight), False)
-        return masked_weight(weight, constants)[0]
+        temperatures = (self.tau, self.gradient_tau)
+        rest = ((self.m, self.dim), self.relative, autocast_dtype(weight), False)
+        return masked_weight(weight, (self.pruned, *temperatures, *rest))[0]
 
     def values(self, weight: Tensor) -> Tensor:
         self._check_groups(weight)

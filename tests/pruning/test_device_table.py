@@ -94,9 +94,10 @@ COUNT = ["mul.out", "add_.Tensor", "copy_.default"]
     [
         ({}, FILL + COUNT + SELECT),
         ({"1": {"relative_tau": 0.5}, "7": {"relative_tau": 0.5}}, 2 * FILL + COUNT + SELECT),
-        ({"*": {"pattern": "2:4"}}, 2 * FILL),
+        ({"*": {"pattern": "2:4"}}, 3 * FILL),
+        ({"*": {"pattern": "2:4", "gradient_tau": 0}}, 2 * FILL),
     ],
-    ids=["one temperature", "two temperatures", "N:M"],
+    ids=["one temperature", "two temperatures", "N:M", "N:M, Eq. 2 of the mask"],
 )
 def test_the_operations_of_a_step(overrides, expected):
     pruner = PDPPruner(layers(30), PDPConfig(0.5, warmup=0, ramp=4, overrides=overrides))

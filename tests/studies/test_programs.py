@@ -139,7 +139,8 @@ def test_grid_runs_on_several_workers(grid_folder):
 
 @pytest.mark.parametrize("name", sorted(settings.STUDIES))
 def test_settings_of_studies_are_valid(name, tmp_path):
-    pattern = {"nm": "2:4", "channels": "channel"}.get(name, "unstructured")
+    patterns = {"nm": "2:4", "nm-settings": "2:4", "channels": "channel"}
+    pattern = patterns.get(name, "unstructured")
     for setting in settings.STUDIES[name]():
         budget = budget_of(0.5, pattern, 20, narrowed=("*.conv1",))
         model = small_residual_network() if name == "channels" else digits_mlp()
