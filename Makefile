@@ -95,6 +95,6 @@ $(CPU_VENV)/tools: pyproject.toml Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CPU_VENV) build dist site *.egg-info pdp_kernels/*.so
+	rm -rf $(VENV) $(CPU_VENV) build dist site *.egg-info pdp_kernels/*.so pdp_kernels/_build_record.json
 
 .PHONY: bench test test-full coverage lint format docs gpu clean

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 
 # What only a git checkout needs.
-NOT_DISTRIBUTED = {".github", ".gitignore", ".pre-commit-config.yaml"}
+NOT_DISTRIBUTED = {".gitignore", ".pre-commit-config.yaml"}
 # What the build backend adds.
 GENERATED = {"PKG-INFO", "setup.cfg", "pdp_kernels.egg-info"}
 
@@ -86,6 +86,15 @@ def test_source_distribution_holds_all_files_but_those_of_git(unpacked):
     found = {str(path.relative_to(unpacked)) for path in paths}
     expected = {name for name in tracked_files() if not is_one_of(name, NOT_DISTRIBUTED)}
     assert {name for name in found if not is_one_of(name, GENERATED)} == expected
+
+
+def test_the_citation_and_the_changelog_have_the_version_and_its_date():
+    namespace = {}
+    exec((ROOT / "pdp_kernels/_version.py").read_text(), namespace)
+    citation = dict(re.findall(r"(?m)^([\w-]+): (\S+)$", (ROOT / "CITATION.cff").read_text()))
+    assert citation["version"] == namespace["__version__"]
+    heading = f"## [{citation['version']}] - {citation['date-released']}"
+    assert heading in (ROOT / "CHANGELOG.md").read_text().splitlines()
 
 
 def package_names(requirements):
