@@ -76,6 +76,9 @@ def tau_settings() -> list[Setting]:
         "relative 1 to 0.02, linear": {"ramp_shape": "linear"},
         "relative 1 to 0.02, annealed by the end of the ramp": {"anneal": None},
         "relative 1 to 0.02, allocated once": once,
+        "relative 1 to 0.02, gradient at 0.1 or more": {"gradient_tau": 0.1},
+        "relative 1 to 0.02, gradient at 0.3 or more": {"gradient_tau": 0.3},
+        "relative 1 to 0.02, gradient at 1": {"gradient_tau": 1.0},
         "relative 1 to 0.02": {},
     }
     return settings + [Setting(name, "pdp", options) for name, options in others.items()]
@@ -106,6 +109,8 @@ def schedule_settings() -> list[Setting]:
         "pdp, relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
         "pdp, relative 1 to 0.1": {"relative_tau": (1.0, 0.1)},
         "pdp, annealed by the end of the ramp": {"anneal": None},
+        "pdp, gradient at 0.1 or more": {"gradient_tau": 0.1},
+        "pdp, gradient at 0.3 or more": {"gradient_tau": 0.3},
         "pdp, at most 95% of a layer": {"max_layer_sparsity": 0.95},
         "pdp, lamp": {"allocation": "lamp"},
     }

@@ -29,6 +29,7 @@ RECOMMENDED_GROUP_GRADIENT_TAU = 1.0  # of N:M groups, relative
 # of each lie next to its threshold, and few of those that are pruned early come back.
 RECOMMENDED_TIMES = (0.15, 0.4)
 RECOMMENDED_GROUP_TIMES = (0.35, 0.2)
+FINETUNING_TIMES = (0.0, 0.6)  # of a trained network
 
 _OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau", "gradient_tau")
 
@@ -99,7 +100,7 @@ class PDPConfig:
             mask itself. Default 0, but 1.0 for N:M patterns with a relative temperature: there
             half of all weights lie next to a threshold, and pruned ones must go on learning.
         anneal: how long a temperature takes from start to end; default the ramp. It is better to
-            anneal until the end of the training: see `for_epochs`.
+            anneal until the end of the training: see `for_epochs` and `for_finetuning`.
         warmup: epochs before pruning starts; s in the paper.
         ramp: how long the sparsity grows. Default 1 / epsilon.
         epsilon: the growth per epoch, instead of ramp. Default 0.015, the paper's.
@@ -238,10 +239,44 @@ class PDPConfig:
             >>> config.warmup, config.ramp_end
             (3.0, 11.0)
         """
-        check_positive("epochs", epochs)
         is_group = isinstance(changes.get("pattern"), str) and ":" in changes["pattern"]
-        before, ramp = RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
-        warmup = changes.get("warmup", before * epochs)
+        times = RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
+        return cls._for_training(sparsity, epochs, times, changes)
+
+    @classmethod
+    def for_finetuning(
+        cls, sparsity: float | Mapping[str, float] | None, epochs: float, **changes: Any
+    ) -> "PDPConfig":
+        """Return the recommended setting for these further epochs of a trained network.
+
+        As `for_epochs`, but pruning starts at once, and the ramp takes 60% of the epochs: the
+        scales of the layers have settled, and the time is short.
+
+        Args:
+            sparsity: as in `PDPConfig`; None with an N:M pattern.
+            epochs: the length of the fine-tuning.
+            **changes: other fields.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            TypeError: as `PDPConfig`; epochs is no number.
+            ValueError: as `PDPConfig`; epochs is not positive and finite.
+
+        Examples:
+            >>> config = PDPConfig.for_finetuning(0.9, epochs=5)
+            >>> config.warmup, config.ramp_end
+            (0.0, 3.0)
+        """
+        return cls._for_training(sparsity, epochs, FINETUNING_TIMES, changes)
+
+    @classmethod
+    def _for_training(
+        cls, sparsity: Any, epochs: float, times: tuple[float, float], changes: dict[str, Any]
+    ) -> "PDPConfig":
+        check_positive("epochs", epochs)
+        warmup = changes.get("warmup", times[0] * epochs)
         check_number("warmup", warmup)
         values: dict[str, Any] = {
             "sparsity": sparsity,
@@ -250,7 +285,7 @@ class PDPConfig:
             "reallocate": 0.05 * epochs,
         }
         if "epsilon" not in changes:
-            values["ramp"] = ramp * epochs
+            values["ramp"] = times[1] * epochs
         return cls(**(values | changes))
 
     @classmethod

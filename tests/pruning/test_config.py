@@ -170,6 +170,22 @@ def test_from_dict_takes_known_keys_only():
         PDPConfig.from_dict([("sparsity", 0.9)])
 
 
+def test_groups_are_decided_later():
+    config = PDPConfig.for_epochs(None, 20, pattern="2:4")
+    assert (config.warmup, config.ramp_end) == (7.0, 11.0)
+    assert PDPConfig.for_epochs(None, 20, pattern="2:4", warmup=1, ramp=2).ramp_end == 3.0
+
+
+def test_finetuning_prunes_at_once_and_anneals_until_the_end():
+    config = PDPConfig.for_finetuning(0.9, 5)
+    assert (config.warmup, config.ramp_end, config.anneal) == (0.0, 3.0, 5.0)
+    assert config.temperature_at((1.0, 0.02), 5.0) == pytest.approx(0.02)
+    assert PDPConfig.for_finetuning(0.9, 5, warmup=1).anneal == 4.0
+    assert PDPConfig.for_finetuning(None, 5, pattern="2:4").warmup == 0.0
+    with pytest.raises(ValueError, match="epochs must be positive"):
+        PDPConfig.for_finetuning(0.9, 0)
+
+
 def test_for_epochs_takes_a_positive_number():
     with pytest.raises(ValueError, match="epochs must be positive and finite, got 0"):
         PDPConfig.for_epochs(0.9, 0)
