@@ -45,7 +45,8 @@ def test_a_layer_that_a_global_budget_empties_is_named_once():
     pruner = PDPPruner(with_a_small_head(), config)
     with pytest.warns(UserWarning, match=r"budget of 80% prunes 100\.0% of 2\.weight, whose"):
         pruner.step(1.0)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         pruner.step(2.0)  # allocates again
     pruner.step(5.0)
     assert "more than 99% pruned: 2.weight" in str(pruner.report())

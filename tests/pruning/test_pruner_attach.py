@@ -92,7 +92,8 @@ def test_a_schedule_longer_than_the_training_warns():
         UserWarning, match="of 5 epochs ends before the ramp.*with 0% of the sparsity"
     ):
         pruner.attach(optimizer, 10, epochs=5).remove()
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         pruner.attach(optimizer, 10, epochs=100)
 
 

@@ -51,7 +51,8 @@ def frozen_without_zeros():
     ],
 )
 def test_the_place_of_a_warning_is_the_user_s_line(cause):
-    with warnings.catch_warnings(record=True, action="always") as told:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         cause()
     assert [each.filename for each in told] == [__file__]
     code = cause.__code__

@@ -36,7 +36,8 @@ def test_the_saved_model_has_exact_zeros_and_the_checkpoints_dense_weights(tmp_p
     callback = PDPCallback(0.8)
     trainer = new_trainer(tmp_path, callback, save_strategy="epoch")
     before = {name: type(module) for name, module in trainer.model.named_modules()}
-    with warnings.catch_warnings(action="error", category=UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         trainer.train()
     assert {name: type(module) for name, module in trainer.model.named_modules()} == before
 

@@ -136,7 +136,8 @@ def test_the_best_model_is_one_from_after_the_ramp(tmp_path, ramp, best_epoch, l
     trainer = new_trainer(
         tmp_path, callback, compute_metrics=BestEarly(), **BEST, save_total_limit=limit
     )
-    with warnings.catch_warnings(action="error", category=UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         trainer.train()
     best = tmp_path / f"checkpoint-{best_epoch * BATCHES}"
     assert trainer.state.best_model_checkpoint == str(best)
@@ -178,7 +179,8 @@ def test_early_stopping_waits_for_the_end_of_the_ramp(tmp_path):
     callback = PDPCallback(CONFIG)
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
     trainer = new_trainer(tmp_path, callback, stopping, compute_metrics=BestEarly(), **BEST)
-    with warnings.catch_warnings(action="error", category=UserWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         trainer.train()
     assert trainer.state.global_step == 7 * BATCHES  # best at 5, no better at 6 and 7
     assert trainer.state.best_global_step == 5 * BATCHES
