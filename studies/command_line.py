@@ -14,6 +14,7 @@ from studies.training import Recipe, Task, train
 
 WARMUP, RAMP = 0.15, 0.4  # fractions of the training: 3 and 8 of 20 epochs
 GROUP_WARMUP, GROUP_RAMP = 0.35, 0.2  # the same for N:M patterns
+FINETUNING_WARMUP, FINETUNING_RAMP = 0.0, 0.6  # and from a trained network
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, sparsity: float) -> None:

@@ -42,7 +42,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from studies.command_line import budget_of
+from studies.command_line import FINETUNING_RAMP, FINETUNING_WARMUP, budget_of
 from studies.methods import make_method
 from studies.provenance import checkout_commit
 from studies.settings import STUDIES, Setting
@@ -208,8 +208,8 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
         job.sparsity,
         job.pattern,
         job.epochs,
-        warmup=in_epochs(job.setting.warmup, job.epochs),
-        ramp=in_epochs(job.setting.ramp, job.epochs),
+        warmup=in_epochs(job, job.setting.warmup, FINETUNING_WARMUP),
+        ramp=in_epochs(job, job.setting.ramp, FINETUNING_RAMP),
         exclude=workload.exclude,
         narrowed=workload.narrowed,
     )
@@ -234,8 +234,11 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
     return outcome, model
 
 
-def in_epochs(fraction: float | None, epochs: int) -> float | None:
-    return None if fraction is None else fraction * epochs
+def in_epochs(job: Job, fraction: float | None, of_finetuning: float) -> float | None:
+    """Return a fraction of the training in epochs; None where it is the usual one from scratch."""
+    if fraction is None and job.trained is not None:
+        fraction = of_finetuning
+    return None if fraction is None else fraction * job.epochs
 
 
 def count_epoch() -> None:

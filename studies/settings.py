@@ -98,27 +98,32 @@ def allocation_settings() -> list[Setting]:
 def schedule_settings() -> list[Setting]:
     """Return when PDP and global GMP prune, and how softly and how far PDP prunes each layer.
 
-    The row "pdp" is the recommended setting. The others differ from it in what they name.
+    The row "pdp" is the recommended setting for fine-tuning. The others differ from it in what they
+    name: warm-up and ramp, and what is varied beside that of a training from scratch.
     """
+    scratch = (0.15, 0.4)
     schedules = [
         Setting(f"{method}, {warmup:.0%} + {ramp:.0%}", method, {}, warmup, ramp)
         for method in ("pdp", "gmp-global")
-        for warmup, ramp in ((0.0, 0.4), (0.0, 0.6), (0.05, 0.6), (0.05, 0.8), (0.15, 0.6))
+        for warmup, ramp in (scratch, (0.0, 0.4), (0.05, 0.6), (0.05, 0.8), (0.15, 0.6))
     ]
     options = {
-        "pdp, relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
-        "pdp, relative 1 to 0.1": {"relative_tau": (1.0, 0.1)},
-        "pdp, annealed by the end of the ramp": {"anneal": None},
-        "pdp, gradient at 0.1 or more": {"gradient_tau": 0.1},
-        "pdp, gradient at 0.3 or more": {"gradient_tau": 0.3},
-        "pdp, at most 95% of a layer": {"max_layer_sparsity": 0.95},
-        "pdp, lamp": {"allocation": "lamp"},
+        "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
+        "relative 1 to 0.1": {"relative_tau": (1.0, 0.1)},
+        "annealed by the end of the ramp": {"anneal": None},
+        "gradient at 0.1 or more": {"gradient_tau": 0.1},
+        "gradient at 0.3 or more": {"gradient_tau": 0.3},
+        "at most 95% of a layer": {"max_layer_sparsity": 0.95},
+        "lamp": {"allocation": "lamp"},
     }
     return [
         Setting("pdp", "pdp", {}),
         Setting("gmp-global", "gmp-global", {}),
         *schedules,
-        *(Setting(name, "pdp", changes) for name, changes in options.items()),
+        *(
+            Setting(f"pdp, 15% + 40%, {name}", "pdp", changes, *scratch)
+            for name, changes in options.items()
+        ),
     ]
 
 

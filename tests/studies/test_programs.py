@@ -29,11 +29,16 @@ def test_settings_may_have_their_own_schedule(call_main, monkeypatch, tmp_path):
 
     monkeypatch.setattr(grid, "make_method", capture)
     monkeypatch.setattr(grid, "_task", train_image.make_task("mlp", None, 128, "cpu"))
-    for setting in settings.schedule_settings()[:3]:
-        job = grid.Job("mlp", setting, "unstructured", 0.9, 0, 20, "cpu")
+    trained = tmp_path / "trained.pt"
+    torch.save(digits_mlp().state_dict(), trained)
+    gmp, scratch = settings.schedule_settings()[1:3]
+    for setting, start in ((gmp, None), (gmp, trained), (scratch._replace(warmup=0.1), trained)):
+        job = grid.Job("mlp", setting, "unstructured", 0.9, 0, 20, "cpu", trained=start)
         with pytest.raises(RuntimeError, match="not trained"):
             grid.train_job(job, tmp_path)
-    assert budgets == {(3.0, 8.0): "gmp-global", (0.0, 8.0): "pdp"}
+    assert budgets == {
+        (3.0, 8.0): "gmp-global", (0.0, 12.0): "gmp-global", (2.0, 8.0): "pdp"
+    }  # fmt: skip
 
 
 @pytest.fixture
