@@ -120,6 +120,8 @@ def schedule_settings() -> list[Setting]:
         Setting("pdp", "pdp", {}),
         Setting("gmp-global", "gmp-global", {}),
         *schedules,
+        Setting("pdp, a quarter of the density in each layer", "pdp", {"least_density": 0.25}),
+        Setting("pdp, half of the density in each layer", "pdp", {"least_density": 0.5}),
         *(
             Setting(f"pdp, 15% + 40%, {name}", "pdp", changes, *scratch)
             for name, changes in options.items()

@@ -19,6 +19,8 @@ class PDP(Method):
         model: The network to prune.
         budget: What is pruned and when.
         update_interval: Epochs between two calls of the pruner; 0 is every optimizer step.
+        least_density: The least density of a layer, as a fraction of the average one. Default the
+            pruner's, a tenth.
         paper: Whether to take the paper's setting, with warm-up and ramp of the budget.
         options: Settings of PDPConfig that replace those of the budget.
     """
@@ -31,6 +33,7 @@ class PDP(Method):
         budget: Budget,
         *,
         update_interval: float = 0.0,
+        least_density: float | None = None,
         paper: bool = False,
         **options: Any,
     ):
@@ -40,6 +43,8 @@ class PDP(Method):
         self.update_interval = update_interval
         sparsity = budget.sparsity if ":" not in budget.pattern else None
         times = {"warmup": budget.warmup, "ramp": budget.ramp}
+        if least_density is not None:
+            options["max_layer_sparsity"] = 1 - least_density * (1 - budget.sparsity)
         options = times | {"pattern": budget.pattern, "include": self.names} | options
         if paper:
             config = PDPConfig.paper(sparsity, **options)
