@@ -217,7 +217,10 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
     model = workload.make_network(_task)
     if job.trained is not None:
         model.load_state_dict(torch.load(job.trained, map_location="cpu", weights_only=True))
-    method = make_method(job.setting.method, model, budget, **job.setting.options)
+    options = dict(job.setting.options)
+    if job.trained is not None and job.setting.method == "pdp":
+        options["finetuning"] = True
+    method = make_method(job.setting.method, model, budget, **options)
     folder = out / SCRATCH / job.folder
     outcome = train(
         _task,

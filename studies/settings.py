@@ -99,12 +99,17 @@ def schedule_settings() -> list[Setting]:
     """Return when PDP and global GMP prune, and how softly and how far PDP prunes each layer.
 
     The row "pdp" is the recommended setting for fine-tuning. The others differ from it in what they
-    name: warm-up and ramp, and what is varied beside that of a training from scratch.
+    name: the least density of a layer as a fraction of the average one, warm-up and ramp, and what
+    is varied beside those of a training from scratch.
     """
     scratch = (0.15, 0.4)
+    tenth = {"least_density": 0.1}  # as from scratch
     schedules = [
-        Setting(f"{method}, {warmup:.0%} + {ramp:.0%}", method, {}, warmup, ramp)
-        for method in ("pdp", "gmp-global")
+        Setting(f"{name}, {warmup:.0%} + {ramp:.0%}", method, options, warmup, ramp)
+        for name, method, options in (
+            ("pdp, a tenth", "pdp", tenth),
+            ("gmp-global", "gmp-global", {}),
+        )
         for warmup, ramp in (scratch, (0.0, 0.4), (0.05, 0.6), (0.05, 0.8), (0.15, 0.6))
     ]
     options = {
@@ -113,17 +118,18 @@ def schedule_settings() -> list[Setting]:
         "annealed by the end of the ramp": {"anneal": None},
         "gradient at 0.1 or more": {"gradient_tau": 0.1},
         "gradient at 0.3 or more": {"gradient_tau": 0.3},
-        "at most 95% of a layer": {"max_layer_sparsity": 0.95},
         "lamp": {"allocation": "lamp"},
     }
     return [
         Setting("pdp", "pdp", {}),
         Setting("gmp-global", "gmp-global", {}),
         *schedules,
-        Setting("pdp, a quarter of the density in each layer", "pdp", {"least_density": 0.25}),
-        Setting("pdp, half of the density in each layer", "pdp", {"least_density": 0.5}),
+        Setting("pdp, 15% + 40%", "pdp", {}, *scratch),
+        Setting("pdp, a tenth", "pdp", tenth),
+        Setting("pdp, a quarter", "pdp", {"least_density": 0.25}),
+        Setting("pdp, three quarters", "pdp", {"least_density": 0.75}),
         *(
-            Setting(f"pdp, 15% + 40%, {name}", "pdp", changes, *scratch)
+            Setting(f"pdp, a tenth, 15% + 40%, {name}", "pdp", tenth | changes, *scratch)
             for name, changes in options.items()
         ),
     ]

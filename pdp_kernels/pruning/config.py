@@ -30,6 +30,7 @@ RECOMMENDED_GROUP_GRADIENT_TAU = 1.0  # of N:M groups, relative
 RECOMMENDED_TIMES = (0.15, 0.4)
 RECOMMENDED_GROUP_TIMES = (0.35, 0.2)
 FINETUNING_TIMES = (0.0, 0.6)  # of a trained network
+FINETUNING_LEAST_DENSITY = 0.5  # of a layer, as a fraction of the average density
 
 _OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau", "gradient_tau")
 
@@ -249,8 +250,10 @@ class PDPConfig:
     ) -> "PDPConfig":
         """Return the recommended setting for these further epochs of a trained network.
 
-        As `for_epochs`, but pruning starts at once, and the ramp takes 60% of the epochs: the
-        scales of the layers have settled, and the time is short.
+        As `for_epochs`, but pruning starts at once, the ramp takes 60% of the epochs, and each
+        layer keeps at least half of the average density under a global budget, so that
+        max_layer_sparsity is 1 - (1 - sparsity) / 2: the scales of the layers have settled, and
+        the time is too short for a layer that loses most of its weights.
 
         Args:
             sparsity: as in `PDPConfig`; None with an N:M pattern.
@@ -266,9 +269,13 @@ class PDPConfig:
 
         Examples:
             >>> config = PDPConfig.for_finetuning(0.9, epochs=5)
-            >>> config.warmup, config.ramp_end
-            (0.0, 3.0)
+            >>> config.warmup, config.ramp_end, config.max_layer_sparsity
+            (0.0, 3.0, 0.95)
         """
+        if sparsity is not None and not isinstance(sparsity, Mapping):
+            check_ratio("sparsity", sparsity)
+            cap = 1 - FINETUNING_LEAST_DENSITY * (1 - sparsity)
+            changes = {"max_layer_sparsity": cap} | changes
         return cls._for_training(sparsity, epochs, FINETUNING_TIMES, changes)
 
     @classmethod

@@ -19,8 +19,9 @@ class PDP(Method):
         model: The network to prune.
         budget: What is pruned and when.
         update_interval: Epochs between two calls of the pruner; 0 is every optimizer step.
-        least_density: The least density of a layer, as a fraction of the average one. Default the
-            pruner's, a tenth.
+        finetuning: Whether the network is trained already: the recommended setting for that.
+        least_density: The least density of a layer, as a fraction of the average one, if not that
+            of the setting: a tenth from scratch, half in fine-tuning.
         paper: Whether to take the paper's setting, with warm-up and ramp of the budget.
         options: Settings of PDPConfig that replace those of the budget.
     """
@@ -33,6 +34,7 @@ class PDP(Method):
         budget: Budget,
         *,
         update_interval: float = 0.0,
+        finetuning: bool = False,
         least_density: float | None = None,
         paper: bool = False,
         **options: Any,
@@ -49,7 +51,8 @@ class PDP(Method):
         if paper:
             config = PDPConfig.paper(sparsity, **options)
         else:
-            config = PDPConfig.for_epochs(sparsity, budget.epochs, **options)
+            make = PDPConfig.for_finetuning if finetuning else PDPConfig.for_epochs
+            config = make(sparsity, budget.epochs, **options)
         self.pruner = PDPPruner(model, config)
 
     def step(self, progress: float) -> None:

@@ -179,11 +179,17 @@ def test_groups_are_decided_later():
 def test_finetuning_prunes_at_once_and_anneals_until_the_end():
     config = PDPConfig.for_finetuning(0.9, 5)
     assert (config.warmup, config.ramp_end, config.anneal) == (0.0, 3.0, 5.0)
+    assert config.max_layer_sparsity == 0.95  # half of the average density stays in each layer
+    assert PDPConfig.for_finetuning(0.9, 5, max_layer_sparsity=1.0).max_layer_sparsity == 1.0
     assert config.temperature_at((1.0, 0.02), 5.0) == pytest.approx(0.02)
     assert PDPConfig.for_finetuning(0.9, 5, warmup=1).anneal == 4.0
     assert PDPConfig.for_finetuning(None, 5, pattern="2:4").warmup == 0.0
+    fractions = PDPConfig.for_finetuning({"0": 0.5}, 5, scope="layer")
+    assert fractions.max_layer_sparsity is None
     with pytest.raises(ValueError, match="epochs must be positive"):
         PDPConfig.for_finetuning(0.9, 0)
+    with pytest.raises(TypeError, match="sparsity must be a number"):
+        PDPConfig.for_finetuning("0.9", 5)
 
 
 def test_for_epochs_takes_a_positive_number():
