@@ -134,11 +134,15 @@ def write_table(rows: list[Row], path: Path, command: str) -> None:
     columns = columns_of(rows)
     settings = list(dict.fromkeys(row.setting for row in rows))
     seeds = len({row.seed for row in rows})
+    counts = {len(group_of(rows, setting, column)) for setting in settings for column in columns}
+    of_seeds = f"{seeds} seeds"
+    if len(counts - {0}) > 1:
+        of_seeds = f"up to {seeds} seeds (one where no deviation stands)"
     device = rows[0].device
     how = "with one thread" if device == "cpu" else f"beside others on one {device}"
     lines = [
-        f"Test {score.description}, mean ± standard deviation of {seeds} seeds: of the finished "
-        f"network, then with soft masks (soft). Time per run {how}.",
+        f"Test {score.description}, mean ± standard deviation of {of_seeds}: of the "
+        f"finished network, then with soft masks (soft). Time per run {how}.",
         "",
         f"    {command}",
         "",
