@@ -135,7 +135,7 @@ def write_table(rows: list[Row], path: Path, command: str) -> None:
     settings = list(dict.fromkeys(row.setting for row in rows))
     seeds = len({row.seed for row in rows})
     counts = {len(group_of(rows, setting, column)) for setting in settings for column in columns}
-    of_seeds = f"{seeds} seeds"
+    of_seeds = "one seed" if seeds == 1 else f"{seeds} seeds"
     if len(counts - {0}) > 1:
         of_seeds = f"up to {seeds} seeds (one where no deviation stands)"
     device = rows[0].device

@@ -107,14 +107,39 @@ def test_bytes_and_times_of_several_devices():
 def test_accuracies_of_n_of_m():
     (results,) = (
         table
-        for table in tables("studies/results/pruning_mnist/nm.md")
+        for table in tables("studies/results/pruning_shakespeare_tiny/nm.md")
         if "sr-ste" in table and "time" in table.get("", ())
     )
     (page,) = (table for table in tables("docs/guides/nm.md") if "SR-STE" in table)
     assert page["dense"][0] == results["dense"][0]
-    assert page["PDP, recommended"] == results["pdp"][:2]
-    assert page["PDP as printed (tau = 1e-4)"][0] == results["pdp-paper"][0]
-    assert [cell.strip("*") for cell in page["SR-STE"]] == results["sr-ste"][:2]
+    rows = {"PDP, recommended": "pdp", "pruned once, then trained": "one-shot", "SR-STE": "sr-ste"}
+    for name, setting in rows.items():
+        assert [cell.strip("*") for cell in page[name]] == results[setting][:2]
+
+
+def test_scores_of_finetuning():
+    def results(name):
+        (found,) = (
+            table for table in tables(f"studies/results/{name}.md") if "time" in table.get("", ())
+        )
+        return found
+
+    gpt, mlp = results("finetune_shakespeare_tiny/finetune"), results("finetune_mnist/finetune")
+    schedules = results("finetune_shakespeare_tiny/finetune-schedules")
+    pages = [
+        table for table in tables("docs/guides/finetuning.md") if "zeros" in str(table.get(""))
+    ]
+    rows = {
+        "PDP, `for_finetuning`": "pdp",
+        "GMP, the same sparsity in each layer": "gmp",
+        "GMP, one threshold for all": "gmp-global",
+    }
+    for page, scores in zip(pages, (gpt, mlp), strict=True):
+        (dense,) = (cells[0] for name, cells in page.items() if name.startswith("dense"))
+        assert dense == scores["dense"][0]
+        for name, setting in rows.items():
+            assert [cell.strip("*") for cell in page[name]] == scores[setting][:2]
+    assert pages[0]["PDP, `for_epochs`"] == schedules["pdp, a tenth, 15% + 40%"][:2]
 
 
 def test_accuracies_of_the_readme():
