@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
-
 from pdp_kernels.functional.allocation import Allocation
 from pdp_kernels.functional.soft_mask import PAPER_TAU
 from pdp_kernels.functional.soft_mask_channel import Norm
@@ -17,7 +15,12 @@ from pdp_kernels.functional.validation import (
     check_one_of,
     check_positive,
     check_ratio,
-    check_temperature,
+)
+from pdp_kernels.pruning.config_checks import (
+    check_entries,
+    check_sparsity,
+    check_temperatures,
+    check_times,
 )
 from pdp_kernels.pruning.patterns import GroupPattern, Pattern, parse_pattern
 
@@ -171,17 +174,17 @@ class PDPConfig:
             )
         check_one_of("channel_dim", self.channel_dim, get_args(Channels))
         check_one_of("channel_norm", self.channel_norm, NORMS)
-        _check_sparsity(self.sparsity, self.scope, self._parsed("pattern", self.pattern))
-        _check_temperatures("", self.tau, self.relative_tau)
+        check_sparsity(self.sparsity, self.scope, self._parsed("pattern", self.pattern))
+        check_temperatures("", self.tau, self.relative_tau)
         if self.gradient_tau is not None:
             check_non_negative("gradient_tau", self.gradient_tau)
-        _check_times(self)
+        check_times(self.warmup, self.ramp, self.epsilon, self.anneal, self.reallocate)
         if self.max_layer_sparsity is not None:
             check_ratio("max_layer_sparsity", self.max_layer_sparsity)
         for name in ("include", "exclude"):
             entries = getattr(self, name)
             if name == "exclude" or entries is not None:
-                _check_entries(name, entries)
+                check_entries(name, entries)
                 object.__setattr__(self, name, tuple(entries))
         self._check_overrides()
 
@@ -440,7 +443,7 @@ class PDPConfig:
         unknown = [key for key in changes if key not in _OVERRIDABLE]
         if unknown:
             raise ValueError(f"{name} must have keys among {list(_OVERRIDABLE)}, got {unknown}")
-        _check_temperatures(f"{name}: ", changes.get("tau"), changes.get("relative_tau"))
+        check_temperatures(f"{name}: ", changes.get("tau"), changes.get("relative_tau"))
         if changes.get("gradient_tau") is not None:
             check_non_negative(f"{name}: gradient_tau", changes["gradient_tau"])
         pattern = self._parsed(f"{name}: pattern", changes.get("pattern", self.pattern))
@@ -467,69 +470,6 @@ def _start_and_end(temperature: Temperature) -> tuple[float, float]:
         start, end = temperature
         return float(start), float(end)
     return float(temperature), float(temperature)
-
-
-def _check_sparsity(sparsity: Any, scope: str, pattern: Pattern) -> None:
-    if isinstance(sparsity, Mapping):
-        _check_fractions(sparsity, scope)
-    elif sparsity is not None:
-        check_ratio("sparsity", sparsity)
-    fixed = pattern.fixed_sparsity
-    if fixed is None:
-        if sparsity is None:
-            raise ValueError(f"sparsity must be given with pattern {str(pattern)!r}, got None")
-    elif sparsity is not None and sparsity != fixed:
-        raise ValueError(
-            f"sparsity must be left out with pattern {pattern}, whose sparsity is {fixed}, "
-            f"got {sparsity}"
-        )
-
-
-def _check_fractions(fractions: Mapping[Any, Any], scope: str) -> None:
-    if scope != "layer":
-        raise ValueError(
-            f'scope must be "layer" where sparsity gives fractions by layer, got {scope!r}'
-        )
-    if not fractions:
-        raise ValueError("sparsity must hold at least one fraction, got an empty mapping")
-    for key, fraction in fractions.items():
-        check_ratio(f"sparsity[{key!r}]", fraction)
-
-
-def _check_temperatures(prefix: str, tau: Any, relative_tau: Any) -> None:
-    if tau is not None and relative_tau is not None:
-        raise ValueError(f"at most one of {prefix}tau and {prefix}relative_tau, got both")
-    for name, value in ((f"{prefix}tau", tau), (f"{prefix}relative_tau", relative_tau)):
-        if value is None:
-            continue
-        ends = value if isinstance(value, (tuple, list)) else (value,)
-        if isinstance(value, (tuple, list)) and len(value) != 2:
-            raise ValueError(f"{name} must be a number or (start, end), got {value}")
-        for end in ends:
-            check_number(name, end)
-            check_temperature(name, end, torch.float32, torch.device("cpu"))
-
-
-def _check_times(config: PDPConfig) -> None:
-    if config.ramp is not None and config.epsilon is not None:
-        raise ValueError("at most one of ramp and epsilon must be given, got both")
-    for name, value in (("epsilon", config.epsilon), ("reallocate", config.reallocate)):
-        if value is not None:
-            check_positive(name, value)
-    check_non_negative("warmup", config.warmup)
-    for name, value in (("ramp", config.ramp), ("anneal", config.anneal)):
-        if value is not None:
-            check_non_negative(name, value)
-
-
-def _check_entries(name: str, entries: Any) -> None:
-    if isinstance(entries, (str, type)) or not isinstance(entries, Sequence):
-        raise TypeError(f"{name} must be a sequence of globs and types, got {entries!r}")
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, (str, type)):
-            raise TypeError(
-                f"{name}[{index}] must be a glob or a layer type, got {type(entry).__name__}"
-            )
 
 
 def _to_plain(value: Any) -> Any:

@@ -1,0 +1,82 @@
+"""Checks of a configuration's fields. Each error names the field, its value and what it accepts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pdp_kernels.functional.validation import (
+    check_non_negative,
+    check_number,
+    check_positive,
+    check_ratio,
+    check_temperature,
+)
+from pdp_kernels.pruning.patterns import Pattern
+
+
+def check_sparsity(sparsity: Any, scope: str, pattern: Pattern) -> None:
+    """Accept a fraction, or for each layer one, that the pattern leaves open."""
+    if isinstance(sparsity, Mapping):
+        _check_fractions(sparsity, scope)
+    elif sparsity is not None:
+        check_ratio("sparsity", sparsity)
+    fixed = pattern.fixed_sparsity
+    if fixed is None:
+        if sparsity is None:
+            raise ValueError(f"sparsity must be given with pattern {str(pattern)!r}, got None")
+    elif sparsity is not None and sparsity != fixed:
+        raise ValueError(
+            f"sparsity must be left out with pattern {pattern}, whose sparsity is {fixed}, "
+            f"got {sparsity}"
+        )
+
+
+def _check_fractions(fractions: Mapping[Any, Any], scope: str) -> None:
+    if scope != "layer":
+        raise ValueError(
+            f'scope must be "layer" where sparsity gives fractions by layer, got {scope!r}'
+        )
+    if not fractions:
+        raise ValueError("sparsity must hold at least one fraction, got an empty mapping")
+    for key, fraction in fractions.items():
+        check_ratio(f"sparsity[{key!r}]", fraction)
+
+
+def check_temperatures(prefix: str, tau: Any, relative_tau: Any) -> None:
+    """Accept at most one temperature: a number or (start, end)."""
+    if tau is not None and relative_tau is not None:
+        raise ValueError(f"at most one of {prefix}tau and {prefix}relative_tau, got both")
+    for name, value in ((f"{prefix}tau", tau), (f"{prefix}relative_tau", relative_tau)):
+        if value is None:
+            continue
+        ends = value if isinstance(value, (tuple, list)) else (value,)
+        if isinstance(value, (tuple, list)) and len(value) != 2:
+            raise ValueError(f"{name} must be a number or (start, end), got {value}")
+        for end in ends:
+            check_number(name, end)
+            check_temperature(name, end, torch.float32, torch.device("cpu"))
+
+
+def check_times(warmup: Any, ramp: Any, epsilon: Any, anneal: Any, reallocate: Any) -> None:
+    """Accept lengths of the schedule; ramp and epsilon are two ways to say the same."""
+    if ramp is not None and epsilon is not None:
+        raise ValueError("at most one of ramp and epsilon must be given, got both")
+    for name, value in (("epsilon", epsilon), ("reallocate", reallocate)):
+        if value is not None:
+            check_positive(name, value)
+    check_non_negative("warmup", warmup)
+    for name, value in (("ramp", ramp), ("anneal", anneal)):
+        if value is not None:
+            check_non_negative(name, value)
+
+
+def check_entries(name: str, entries: Any) -> None:
+    """Accept a sequence of globs and layer types."""
+    if isinstance(entries, (str, type)) or not isinstance(entries, Sequence):
+        raise TypeError(f"{name} must be a sequence of globs and types, got {entries!r}")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, (str, type)):
+            raise TypeError(
+                f"{name}[{index}] must be a glob or a layer type, got {type(entry).__name__}"
+            )
