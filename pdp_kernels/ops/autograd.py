@@ -31,8 +31,9 @@ class MaskedWeight(Function):
     """Return (w_hat, mask) of a weight. Backward recomputes the mask from the weight and scalars.
 
     boundary: the threshold; for N:M groups, which find their own, the number pruned in each.
-    gradient_tau: the temperature of Eq. 2. It and boundary are saved as they are: autograd refuses
-        a backward after either was written in place.
+    gradient_tau: the temperature of Eq. 2; None for tau. (The same tensor twice is more than
+        torch.compile traces.) It and boundary are saved as they are: autograd refuses a backward
+        after either was written in place.
     group: None for one threshold, or (m, dim) for a threshold per N:M group.
     """
 
@@ -41,7 +42,7 @@ class MaskedWeight(Function):
         weight: Tensor,
         boundary: Tensor,
         tau: Tensor,
-        gradient_tau: Tensor,
+        gradient_tau: Tensor | None,
         group: tuple[int, int] | None,
         relative: bool,
         out_dtype: torch.dtype | None,
@@ -55,8 +56,8 @@ class MaskedWeight(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, boundary, _, tau, ctx.group, ctx.relative, _, ctx.return_mask = inputs
-        ctx.save_for_backward(weight, boundary, tau)
+        weight, boundary, tau, gradient_tau, ctx.group, ctx.relative, _, ctx.return_mask = inputs
+        ctx.save_for_backward(weight, boundary, tau if gradient_tau is None else gradient_tau)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -94,7 +95,7 @@ class MaskedChannels(Function):
         norms: Tensor,
         threshold: Tensor,
         tau: Tensor,
-        gradient_tau: Tensor,
+        gradient_tau: Tensor | None,
         dim: int,
         relative: bool,
         rms: bool,
@@ -106,7 +107,8 @@ class MaskedChannels(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, norms, threshold, _, tau, ctx.dim, ctx.relative, ctx.rms, _ = inputs
+        weight, norms, threshold, tau, gradient_tau, ctx.dim, ctx.relative, ctx.rms, _ = inputs
+        tau = tau if gradient_tau is None else gradient_tau
         ctx.save_for_backward(weight, norms, threshold, tau)
         ctx.set_materialize_grads(False)
 
@@ -147,14 +149,15 @@ class MaskedWeights(torch.autograd.Function):
         on_backward: Callable[[], None],
         thresholds: Tensor,
         taus: Tensor,
-        gradient_taus: Tensor,
+        gradient_taus: Tensor | None,
         relative: bool,
         out_dtype: torch.dtype | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.on_backward = on_backward
-        ctx.weights, ctx.constants, ctx.relative = weights, (thresholds, gradient_taus), relative
+        ctx.weights, ctx.relative = weights, relative
+        ctx.constants = (thresholds, taus if gradient_taus is None else gradient_taus)
         ctx.versions = [each._version for each in (*weights, *ctx.constants)]
         return tuple(pdp.soft_mask_list.default(weights, thresholds, taus, relative, out_dtype))
 

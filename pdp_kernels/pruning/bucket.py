@@ -65,7 +65,9 @@ class Bucket:
         self._relative = self.uses[0].mask.relative
         self._thresholds = _Vector([use.mask.threshold for use in self.uses])
         self._taus = _Vector([use.mask.tau for use in self.uses])
-        self._gradient_taus = _Vector([use.mask.gradient_tau for use in self.uses])
+        self._gradient_taus = None
+        if any(use.mask.gradient_tau is not None for use in self.uses):
+            self._gradient_taus = _Vector([_gradient_tau(use.mask) for use in self.uses])
 
     def fits(self) -> bool:
         """Whether it may still be computed at once. Masks get all their constants together."""
@@ -85,7 +87,7 @@ class Bucket:
             call.note_backward,
             self._thresholds.tensor(),
             self._taus.tensor(),
-            self._gradient_taus.tensor(),
+            None if self._gradient_taus is None else self._gradient_taus.tensor(),
             self._relative,
             autocast_dtype(self._weights[0]),
             *self._weights,
@@ -175,6 +177,10 @@ def fill_buckets(uses: Sequence[Use]) -> list[Bucket]:
             full.append(filling.pop(kind))
             del free[kind]
     return [Bucket(together) for together in (*full, *filling.values())]
+
+
+def _gradient_tau(mask: UnstructuredMask) -> Tensor:
+    return mask.tau if mask.gradient_tau is None else mask.gradient_tau
 
 
 def _autocast(device_type: str) -> torch.dtype | None:

@@ -140,7 +140,7 @@ class DeviceTable:
         thresholds: (S,), those of the first S masks; 16 bytes apart.
         taus: (M,), the temperatures of all M masks; 16 bytes apart. Masks with one schedule hold
             the first one of theirs as tau.
-        gradient_taus: the same for gradients; the same tensor if none has a temperature of its own.
+        gradient_taus: the same for gradients; None if none has a temperature of its own.
     """
 
     def __init__(
@@ -177,30 +177,30 @@ class DeviceTable:
                 mask.hold(self._group_counts.setdefault(mask.prunable, count))
         self.taus: Tensor = _spaced(len(members), math.nan, dtype, device)
         schedules = [_schedule(target.plan) for target in self.targets]
-        self.gradient_taus: Tensor = self.taus
+        self.gradient_taus: Tensor | None = None
         if any(least for _, least in schedules):
             self.gradient_taus = _spaced(len(members), math.nan, dtype, device)
         # Runs of taus with one schedule: one operation writes each.
-        self._runs: list[tuple[_Schedule, Tensor, Tensor]] = []
+        self._runs: list[tuple[_Schedule, Tensor, Tensor | None]] = []
         begin = 0
         for schedule, run in groupby(schedules):
             here = slice(begin, begin + len(list(run)))
-            self._runs.append((schedule, self.taus[here], self.gradient_taus[here]))
+            of_gradient = None if self.gradient_taus is None else self.gradient_taus[here]
+            self._runs.append((schedule, self.taus[here], of_gradient))
             begin = here.stop
-        held: dict[_Schedule, tuple[Tensor, Tensor]] = {}
-        for schedule, taus, gradient_taus in self._runs:
-            tau = taus[0]
-            are_one = self.gradient_taus is self.taus
-            held.setdefault(schedule, (tau, tau if are_one else gradient_taus[0]))
+        held: dict[_Schedule, tuple[Tensor, Tensor | None]] = {}
+        for schedule, taus, of_gradient in self._runs:
+            first = None if of_gradient is None else of_gradient[0]
+            held.setdefault(schedule, (taus[0], first))
         for schedule, mask in zip(schedules, self.masks, strict=True):
             mask.tau, mask.gradient_tau = held[schedule]
 
     def set_temperatures(self, config: PDPConfig, progress: float) -> None:
-        for (temperatures, least), taus, gradient_taus in self._runs:
+        for (temperatures, least), taus, of_gradient in self._runs:
             tau = config.temperature_at(temperatures, progress)
             taus.fill_(tau)
-            if self.gradient_taus is not self.taus:
-                gradient_taus.fill_(max(tau, least))
+            if of_gradient is not None:
+                of_gradient.fill_(max(tau, least))
 
     def set_group_counts(self, ramp: float) -> None:
         """Prune round(ramp * (M - N)) weights of each N:M group."""

@@ -41,12 +41,12 @@ class WeightMask(ABC):
     Attributes:
         relative: whether tau is relative to the squared threshold.
         tau: the temperature, ().
-        gradient_tau: that of the gradient, (); the same tensor if they do not differ.
+        gradient_tau: that of the gradient, (); None if it is tau.
         weight_loaded: whether the weight has come from a state_dict since the last step.
     """
 
     tau: Tensor
-    gradient_tau: Tensor
+    gradient_tau: Tensor | None
 
     def __init__(self, relative: bool) -> None:
         self.relative = relative
@@ -78,9 +78,9 @@ class WeightMask(ABC):
     def to(self, weight: Tensor) -> None:
         """Move the constants to the weight's device and threshold dtype."""
         place = weight.device, threshold_dtype([weight]), 1.0
-        are_one = self.gradient_tau is self.tau
         self.tau = _moved(self.tau, *place)
-        self.gradient_tau = self.tau if are_one else _moved(self.gradient_tau, *place)
+        if self.gradient_tau is not None:
+            self.gradient_tau = _moved(self.gradient_tau, *place)
 
 
 class SelectedMask(WeightMask):
