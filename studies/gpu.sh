@@ -9,6 +9,8 @@
 # pattern. Results: $OUT/gpu.tar.gz (for each part STUDY.csv, .md, .png and a log with the
 # progress), $OUT/summary.csv (how each part ended) and $OUT/table.txt (all tables).
 #
+# Without git PDP_COMMIT names the commit that the rows state.
+#
 # EPOCHS, SEEDS and WORKERS change the trainings of ResNet-20. With MPS=1 kernels of several
 # processes run at the same time, by NVIDIA's multi-process service; without it the processes take
 # turns.
