@@ -130,7 +130,7 @@ def pdp_mask(
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     temperature, relative = temperature_of(weight, tau, relative_tau)
-    of_gradient = gradient_temperature_of(weight, gradient_tau)
+    of_gradient = gradient_temperature_of(weight, gradient_tau, temperature)
     if sparsity is not None:
         threshold = threshold_of(weight, sparsity)
     else:
@@ -162,9 +162,13 @@ def temperature_of(
     return _as_temperature(name, value, weight), relative
 
 
-def gradient_temperature_of(weight: Tensor, gradient_tau: float | Tensor | None) -> Tensor | None:
+def gradient_temperature_of(
+    weight: Tensor, gradient_tau: float | Tensor | None, temperature: Tensor
+) -> Tensor | None:
     """Return the temperature of the gradient as a checked 0-d tensor; None for the mask's."""
-    return None if gradient_tau is None else _as_temperature("gradient_tau", gradient_tau, weight)
+    if gradient_tau is None or gradient_tau is temperature:
+        return None
+    return _as_temperature("gradient_tau", gradient_tau, weight)
 
 
 def _as_temperature(name: str, value: float | Tensor, weight: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def pdp_mask_channel(
     check_out_dtype(out_dtype)
     check_one_given(sparsity, threshold)
     temperature, relative = temperature_of(weight, tau, relative_tau)
-    of_gradient = gradient_temperature_of(weight, gradient_tau)
+    of_gradient = gradient_temperature_of(weight, gradient_tau, temperature)
     if sparsity is None:
         check_threshold(threshold, temperature.dtype, weight.device)
     dim, rms = dim % weight.dim(), norm == "rms"

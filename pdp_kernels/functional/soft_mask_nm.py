@@ -140,7 +140,7 @@ def pdp_mask_nm(
         pruned = m - n
     check_pruned(pruned, n, m, weight.device)
     temperature, relative = temperature_of(weight, tau, relative_tau)
-    of_gradient = gradient_temperature_of(weight, gradient_tau)
+    of_gradient = gradient_temperature_of(weight, gradient_tau, temperature)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
     group = (m, dim % weight.dim())

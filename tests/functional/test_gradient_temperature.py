@@ -36,9 +36,10 @@ def test_gradient_has_its_own_temperature(masked, dtype, name, as_tensor):
 
 
 @by_mask
-def test_compiled_gradient_has_its_own_temperature(masked):
-    weight = torch.randn(8, 16)
-    temperatures = {"relative_tau": torch.tensor(0.02), "gradient_tau": torch.tensor(0.5)}
+@pytest.mark.parametrize("same", [False, True], ids=["own", "one tensor for both"])
+def test_compiled_gradient_has_its_own_temperature(masked, same):
+    weight, tau = torch.randn(8, 16), torch.tensor(0.02)
+    temperatures = {"relative_tau": tau, "gradient_tau": tau if same else torch.tensor(0.5)}
     compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
     expected = result_and_gradient(masked, weight, **temperatures)
     for got, wanted in zip(
