@@ -105,7 +105,7 @@ class Score(NamedTuple):
 
         Networks that collapsed are left out, so that the others stay distinguishable.
         """
-        width *= 10 if self.is_loss else 1
+        width *= 16 if self.is_loss else 1
         margin = 0.05 * width
         if self.is_loss:
             return min(scores) - margin, min(max(scores), min(scores) + width) + margin
@@ -229,7 +229,8 @@ def plot_by_sparsity(rows: list[Row], path: Path) -> None:
     score.format_axis(axes.yaxis)
     axes.set_ylim(*score.best_range([row.score for row in rows], 0.025))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", ncols=2, fontsize="small")
+    corner = "upper left" if score.is_loss else "lower left"
+    axes.legend(loc=corner, ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
