@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pdp_kernels.pruning.config import RECOMMENDED_GROUP_TIMES, RECOMMENDED_TIMES
 from studies.methods import METHODS, make_method
 from studies.methods.base import Budget
 from studies.training import Recipe, Task, train
-
-WARMUP, RAMP = 0.15, 0.4  # fractions of the training: 3 and 8 of 20 epochs
-GROUP_WARMUP, GROUP_RAMP = 0.35, 0.2  # the same for N:M patterns
-FINETUNING_WARMUP, FINETUNING_RAMP = 0.0, 0.6  # and from a trained network
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, sparsity: float) -> None:
@@ -105,7 +102,7 @@ def budget_of(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     is_group = pattern not in ("unstructured", "channel")
-    usual = (GROUP_WARMUP, GROUP_RAMP) if is_group else (WARMUP, RAMP)
+    usual = RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
     warmup = usual[0] * epochs if warmup is None else warmup
     ramp = usual[1] * epochs if ramp is None else ramp
     if warmup < 0 or ramp < 0 or warmup + ramp > epochs:

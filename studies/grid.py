@@ -42,7 +42,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from studies.command_line import FINETUNING_RAMP, FINETUNING_WARMUP, budget_of
+from pdp_kernels.pruning.config import FINETUNING_TIMES
+from studies.command_line import budget_of
 from studies.methods import make_method
 from studies.provenance import checkout_commit
 from studies.settings import STUDIES, Setting
@@ -208,8 +209,8 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
         job.sparsity,
         job.pattern,
         job.epochs,
-        warmup=in_epochs(job, job.setting.warmup, FINETUNING_WARMUP),
-        ramp=in_epochs(job, job.setting.ramp, FINETUNING_RAMP),
+        warmup=in_epochs(job, job.setting.warmup, FINETUNING_TIMES[0]),
+        ramp=in_epochs(job, job.setting.ramp, FINETUNING_TIMES[1]),
         exclude=workload.exclude,
         narrowed=workload.narrowed,
     )
