@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pdp_kernels.pruning.config import RECOMMENDED_GROUP_TIMES, RECOMMENDED_TIMES
+from pdp_kernels.pruning.config import recommended_times
 from studies.methods import METHODS, make_method
 from studies.methods.base import Budget
 from studies.training import Recipe, Task, train
@@ -75,6 +75,7 @@ def budget_of(
     ramp: float | None = None,
     exclude: tuple[str, ...] = (),
     narrowed: tuple[str, ...] = (),
+    finetuning: bool = False,
 ) -> Budget:
     """Return the budget of a run.
 
@@ -82,10 +83,11 @@ def budget_of(
         sparsity: Fraction of the weights to prune; N:M patterns imply their own.
         pattern: "unstructured", "channel" or N:M.
         epochs: Length of the training.
-        warmup: Epochs before pruning; by default 15% of the training, 35% for N:M.
-        ramp: Epochs in which the sparsity grows; by default 40% of the training, 20% for N:M.
+        warmup: Epochs before pruning; by default that of the recommended setting.
+        ramp: Epochs in which the sparsity grows; by default that of the recommended setting.
         exclude: Globs of names of layers that stay dense.
         narrowed: Globs of names of the layers whose channels can be pruned.
+        finetuning: Whether the training starts from a trained network.
 
     Raises:
         ValueError: An argument is out of range.
@@ -101,8 +103,7 @@ def budget_of(
         raise ValueError(f"sparsity must be at least 0 and less than 1, got {sparsity}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    is_group = pattern not in ("unstructured", "channel")
-    usual = RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
+    usual = recommended_times(pattern, finetuning)
     warmup = usual[0] * epochs if warmup is None else warmup
     ramp = usual[1] * epochs if ramp is None else ramp
     if warmup < 0 or ramp < 0 or warmup + ramp > epochs:

@@ -4,14 +4,16 @@
     python -m studies.grid finetune --network gpt-tiny --data-dir DIR --workers 2 --out OUT
     python -m studies.grid finetune-schedules --network mlp --data-dir DIR --workers 2 --out OUT
     python -m studies.grid nm --data-dir DIR --workers 2 --out OUT
+    python -m studies.grid finetune-nm --data-dir DIR --workers 2 --out OUT
     python -m studies.grid channels --network resnet20 --data-dir DIR --workers 2 --out OUT
     python -m studies.grid tau --data-dir DIR --workers 2 --out OUT
     python -m studies.grid allocation --network mlp-small-head --data-dir DIR --out OUT
 
-methods: every method at every sparsity. finetune: the same, from a trained dense network, in a
-fifth of its epochs. finetune-schedules: warm-ups, ramps and temperatures for that. nm: methods for
-N:M patterns. nm-settings: schedules and gradients of PDP for them. channels: methods that prune
-channels. tau: PDP's temperatures and ramps. allocation: how PDP's layers share the budget.
+methods: every method at every sparsity. nm: methods for N:M patterns. nm-settings: schedules and
+gradients of PDP for them. channels: methods that prune channels. tau: PDP's temperatures and ramps.
+allocation: how PDP's layers share the budget. finetune, finetune-nm, finetune-nm-settings,
+finetune-channels and finetune-allocation: the same from a trained dense network, in a fifth of its
+epochs. finetune-schedules: warm-ups, ramps and temperatures for that.
 
 Each run adds a row to OUT/<study>.csv. Rows that exist are not run again, and a run that was
 stopped goes on after its last epoch: the same command continues where it was stopped. All rows
@@ -25,7 +27,6 @@ import argparse
 import csv
 import math
 import multiprocessing
-import re
 import shlex
 import shutil
 import sys
@@ -33,141 +34,24 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from fnmatch import fnmatchcase
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from pdp_kernels.pruning.config import FINETUNING_TIMES
-from studies.command_line import budget_of
+from studies.jobs import Job, make_jobs, make_pretrainings, pretraining_epochs
 from studies.methods import make_method
-from studies.provenance import checkout_commit
-from studies.settings import STUDIES, Setting
+from studies.settings import STUDIES
 from studies.tables import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
-from studies.training import Outcome, Recipe, Task, train
+from studies.training import Outcome, Task, train
 from studies.workloads import WORKLOADS
 
 Result = TypeVar("Result")
-
-
-class Job(NamedTuple):
-    """One training of the grid."""
-
-    network: str
-    setting: Setting
-    pattern: str
-    sparsity: float
-    seed: int
-    epochs: int
-    device: str
-    commit: str = "unknown"  # of the code
-    trained: Path | None = None  # where the weights are that the network starts from
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """The cells of the CSV file that identify the training."""
-        name = self.setting.name
-        return (
-            self.network,
-            name,
-            self.pattern,
-            f"{self.sparsity:g}",
-            str(self.seed),
-            str(self.epochs),
-            device_name(self.device),
-        )
-
-    @property
-    def folder(self) -> str:
-        """The name of the folder of its checkpoint."""
-        return re.sub(r"[ :/]", "-", "_".join(self.key)).replace(",", "")
-
-    @property
-    def recipe(self) -> Recipe:
-        recipe = WORKLOADS[self.network].recipe
-        recipe = recipe if self.trained is None else recipe.finetuning()
-        return recipe._replace(epochs=self.epochs)
-
-
-def device_name(device: str) -> str:
-    """Return the name by which rows tell devices apart: cpu, or that of the GPU."""
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
-
-
-FINETUNING = ("finetune", "finetune-schedules")  # studies that start from a trained network
 SCRATCH = "running"  # the folder of checkpoints in OUT
 REPORT_INTERVAL = 10.0  # seconds between lines that tell the progress
-
-
-def make_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """Return all trainings of the grid, seed by seed. Dense ones serve all sparsities."""
-    settings = [
-        setting
-        for setting in STUDIES[arguments.study]()
-        if any(fnmatchcase(setting.name, glob) for glob in arguments.settings)
-    ]
-    if not settings:
-        raise ValueError(
-            f"settings match none of the study {arguments.study}: {arguments.settings}"
-        )
-    workload = WORKLOADS[arguments.network]
-    recipe = workload.recipe
-    if arguments.study in FINETUNING:
-        recipe = recipe._replace(epochs=pretraining_epochs(arguments)).finetuning()
-    epochs = arguments.epochs or recipe.epochs
-    if arguments.study in ("nm", "nm-settings"):
-        columns = [(pattern, 0.0) for pattern in arguments.patterns]
-    elif arguments.study == "channels":
-        columns = [("channel", sparsity) for sparsity in arguments.sparsities]
-    else:
-        columns = [("unstructured", sparsity) for sparsity in arguments.sparsities]
-    jobs = []
-    commit = checkout_commit()
-    for seed in range(arguments.seeds):
-        for setting in settings:
-            for pattern, sparsity in columns[:1] if setting.method == "dense" else columns:
-                if setting.method == "dense":
-                    pattern, sparsity = "unstructured", 0.0
-                budget_of(sparsity, pattern, epochs, narrowed=workload.narrowed)
-                jobs.append(
-                    Job(
-                        arguments.network,
-                        setting,
-                        pattern,
-                        sparsity,
-                        seed,
-                        epochs,
-                        arguments.device,
-                        commit,
-                    )
-                )
-    return jobs
-
-
-def pretraining_epochs(arguments: argparse.Namespace) -> int:
-    """Return the length of the trainings that the study finetune starts from."""
-    return arguments.pretraining_epochs or WORKLOADS[arguments.network].recipe.epochs
-
-
-def make_pretrainings(jobs: list[Job], out: Path, epochs: int) -> tuple[list[Job], list[Job]]:
-    """Return the dense trainings that these jobs start from, and the jobs that start there."""
-    dense = {
-        job.seed: job._replace(
-            setting=Setting("trained", "dense", {}),
-            pattern="unstructured",
-            sparsity=0.0,
-            epochs=epochs,
-        )
-        for job in jobs
-    }
-    starts = {seed: out / "trained" / f"{job.folder}.pt" for seed, job in dense.items()}
-    trainings = [job for seed, job in dense.items() if not starts[seed].exists()]
-    return trainings, [job._replace(trained=starts[job.seed]) for job in jobs]
-
 
 _task: Task | None = None  # of this worker process
 _epochs: Synchronized | None = None  # done by all worker processes
@@ -204,24 +88,14 @@ def pretrain(job: Job, out: Path) -> None:
 
 def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
     """Train, from the checkpoint of an earlier call if there is one."""
-    workload = WORKLOADS[job.network]
-    budget = budget_of(
-        job.sparsity,
-        job.pattern,
-        job.epochs,
-        warmup=in_epochs(job, job.setting.warmup, FINETUNING_TIMES[0]),
-        ramp=in_epochs(job, job.setting.ramp, FINETUNING_TIMES[1]),
-        exclude=workload.exclude,
-        narrowed=workload.narrowed,
-    )
     torch.manual_seed(job.seed)
-    model = workload.make_network(_task)
+    model = WORKLOADS[job.network].make_network(_task)
     if job.trained is not None:
         model.load_state_dict(torch.load(job.trained, map_location="cpu", weights_only=True))
     options = dict(job.setting.options)
     if job.trained is not None and job.setting.method == "pdp":
         options["finetuning"] = True
-    method = make_method(job.setting.method, model, budget, **options)
+    method = make_method(job.setting.method, model, job.budget, **options)
     folder = out / SCRATCH / job.folder
     outcome = train(
         _task,
@@ -236,13 +110,6 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
         after_epoch=count_epoch,
     )
     return outcome, model
-
-
-def in_epochs(job: Job, fraction: float | None, of_finetuning: float) -> float | None:
-    """Return a fraction of the training in epochs; None where it is the usual one from scratch."""
-    if fraction is None and job.trained is not None:
-        fraction = of_finetuning
-    return None if fraction is None else fraction * job.epochs
 
 
 def count_epoch() -> None:
@@ -333,7 +200,7 @@ def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> list
         out.mkdir(parents=True, exist_ok=True)
         path.write_text(",".join(Row._fields) + "\n")
     pretrainings: list[Job] = []
-    if arguments.study in FINETUNING:
+    if STUDIES[arguments.study].finetunes:
         pretrainings, jobs = make_pretrainings(jobs, out, pretraining_epochs(arguments))
     context = multiprocessing.get_context("spawn")
     epochs = context.Value("q", 0)
@@ -425,8 +292,7 @@ def main() -> None:
     if not rows:
         sys.exit("no run is done")
     write_table(rows, path.with_suffix(".md"), shown_command())
-    by_sparsity = arguments.study in ("methods", "finetune", "allocation")
-    plot = plot_by_sparsity if by_sparsity else plot_by_setting
+    plot = plot_by_sparsity if STUDIES[arguments.study].by_sparsity else plot_by_setting
     plot(rows, path.with_suffix(".png"))
     print(path.with_suffix(".md").read_text(), end="")
     if failed:

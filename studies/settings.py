@@ -1,5 +1,6 @@
 """The settings that grids compare: the rows of the table of each study."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from studies.methods import CHANNEL_METHODS, NM_METHODS, UNSTRUCTURED_METHODS
@@ -135,13 +136,60 @@ def schedule_settings() -> list[Setting]:
     ]
 
 
+def finetuned_group_settings() -> list[Setting]:
+    """Return when and how softly PDP decides the groups of a trained network, and one-shot pruning.
+
+    The row "pdp" is the recommended setting. The others differ from it in what they name; a row
+    "one-shot" with 0% + 0% prunes before the first step.
+    """
+    times = ((0.0, 0.0), (0.0, 0.2), (0.0, 0.4), (0.0, 0.6), (0.2, 0.2), (0.35, 0.2))
+    schedules = [
+        Setting(f"{name}, {warmup:.0%} + {ramp:.0%}", name, {}, warmup, ramp)
+        for name in ("pdp", "one-shot")
+        for warmup, ramp in times
+        if name == "pdp" or ramp == 0
+    ]
+    return [
+        Setting("pdp", "pdp", {}),
+        Setting("one-shot", "one-shot", {}),
+        Setting("sr-ste", "sr-ste", {}),
+        *schedules,
+        Setting("pdp, gradient at 4", "pdp", {"gradient_tau": 4.0}),
+        Setting("pdp, gradient at 0.3 or more", "pdp", {"gradient_tau": 0.3}),
+        Setting("pdp, Eq. 2 of the mask", "pdp", {"gradient_tau": 0.0}),
+        Setting("pdp, annealed by the end of the ramp", "pdp", {"anneal": None}),
+        Setting("pdp, relative 0.3 to 0.02", "pdp", {"relative_tau": (0.3, 0.02)}),
+    ]
+
+
+class Study(NamedTuple):
+    """What a grid compares.
+
+    Attributes:
+        settings: Returns the rows of its table.
+        prunes: What the columns of the table are: sparsities of weights or channels, or N:M
+            patterns of groups.
+        finetunes: Whether trainings start from a trained network.
+        by_sparsity: Whether its plot is the score against the remaining weights.
+    """
+
+    settings: Callable[[], list[Setting]]
+    prunes: str = "weights"  # or groups, or channels
+    finetunes: bool = False
+    by_sparsity: bool = False
+
+
 STUDIES = {
-    "methods": method_settings,
-    "finetune": method_settings,
-    "finetune-schedules": schedule_settings,
-    "nm": nm_settings,
-    "nm-settings": group_settings,
-    "channels": channel_settings,
-    "tau": tau_settings,
-    "allocation": allocation_settings,
+    "methods": Study(method_settings, by_sparsity=True),
+    "finetune": Study(method_settings, finetunes=True, by_sparsity=True),
+    "finetune-schedules": Study(schedule_settings, finetunes=True),
+    "nm": Study(nm_settings, "groups"),
+    "nm-settings": Study(group_settings, "groups"),
+    "finetune-nm": Study(nm_settings, "groups", finetunes=True),
+    "finetune-nm-settings": Study(finetuned_group_settings, "groups", finetunes=True),
+    "channels": Study(channel_settings, "channels"),
+    "finetune-channels": Study(channel_settings, "channels", finetunes=True),
+    "tau": Study(tau_settings),
+    "allocation": Study(allocation_settings, by_sparsity=True),
+    "finetune-allocation": Study(allocation_settings, finetunes=True, by_sparsity=True),
 }

@@ -42,7 +42,7 @@ RECIPES = {
     ),
 }
 # Globs of the layers whose channels can be pruned: those that no shortcut adds to others.
-NARROWED = {"resnet20": ("*.conv1",)}
+NARROWED = {"mlp": ("1", "3"), "lenet": ("0", "2", "5"), "resnet20": ("*.conv1",)}
 CROP_PADDING = 4  # pixels, as in the ResNet paper's training on CIFAR-10
 
 

@@ -26,6 +26,8 @@ from studies.networks import GPT
 from studies.training import Recipe
 
 STEPS_PER_EPOCH = 250
+EXCLUDED = ("head",)  # globs of layers that stay dense
+NARROWED = ("*.expand",)  # globs of layers whose channels can be pruned: hidden units of the MLPs
 
 
 class Size(NamedTuple):
@@ -134,7 +136,8 @@ def main() -> None:
             arguments.data_dir, size, recipe.batch, arguments.steps_per_epoch, arguments.device
         ),
         make_model=lambda task: make_network(size, task),
-        exclude=("head",),
+        exclude=EXCLUDED,
+        narrowed=NARROWED,
     )
 
 

@@ -47,7 +47,8 @@ def text_workload(size: train_text.Size) -> Workload:
         ),
         partial(train_text.make_network, size),
         lambda folder, _: folder,
-        exclude=("head",),
+        exclude=train_text.EXCLUDED,
+        narrowed=train_text.NARROWED,
     )
 
 

@@ -243,8 +243,7 @@ class PDPConfig:
             >>> config.warmup, config.ramp_end
             (3.0, 11.0)
         """
-        is_group = isinstance(changes.get("pattern"), str) and ":" in changes["pattern"]
-        times = RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
+        times = recommended_times(changes.get("pattern"))
         return cls._for_training(sparsity, epochs, times, changes)
 
     @classmethod
@@ -279,7 +278,8 @@ class PDPConfig:
             check_ratio("sparsity", sparsity)
             cap = 1 - FINETUNING_LEAST_DENSITY * (1 - sparsity)
             changes = {"max_layer_sparsity": cap} | changes
-        return cls._for_training(sparsity, epochs, FINETUNING_TIMES, changes)
+        times = recommended_times(changes.get("pattern"), finetuning=True)
+        return cls._for_training(sparsity, epochs, times, changes)
 
     @classmethod
     def _for_training(
@@ -456,6 +456,14 @@ class PDPConfig:
                 )
         elif pattern.fixed_sparsity is None and self.sparsity is None:
             raise ValueError(f"{name}: sparsity must be given, as the configuration has none")
+
+
+def recommended_times(pattern: Any, finetuning: bool = False) -> tuple[float, float]:
+    """Return warm-up and ramp of the recommended settings, as fractions of the training."""
+    if finetuning:
+        return FINETUNING_TIMES
+    is_group = isinstance(pattern, str) and ":" in pattern
+    return RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
 
 
 def _fraction(passed: float, length: float) -> float:

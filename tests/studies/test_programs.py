@@ -13,6 +13,7 @@ import torch
 
 from studies import data, grid, sap_mnist, settings, train_image, train_text, training
 from studies.command_line import budget_of
+from studies.jobs import Job
 from studies.methods import make_method
 from studies.tables import Row, Score, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from tests.support.studies import digits_mlp, read_csv, short_text, small_residual_network
@@ -144,11 +145,11 @@ def test_grid_runs_on_several_workers(grid_folder):
 
 @pytest.mark.parametrize("name", sorted(settings.STUDIES))
 def test_settings_of_studies_are_valid(name, tmp_path):
-    patterns = {"nm": "2:4", "nm-settings": "2:4", "channels": "channel"}
-    pattern = patterns.get(name, "unstructured")
-    for setting in settings.STUDIES[name]():
-        budget = budget_of(0.5, pattern, 20, narrowed=("*.conv1",))
-        model = small_residual_network() if name == "channels" else digits_mlp()
+    study = settings.STUDIES[name]
+    pattern = {"weights": "unstructured", "groups": "2:4", "channels": "channel"}[study.prunes]
+    for setting in study.settings():
+        budget = budget_of(0.5, pattern, 20, narrowed=("*.conv1",), finetuning=study.finetunes)
+        model = small_residual_network() if study.prunes == "channels" else digits_mlp()
         make_method(setting.method, model, budget, **setting.options)
 
 
@@ -162,6 +163,30 @@ def test_finetuning_starts_from_a_trained_network(call_main, tmp_path):
         "mlp_trained_unstructured_0_0_10_cpu.pt"
     ]
     assert not list((tmp_path / "running").iterdir())
+
+
+@pytest.mark.parametrize("study", ["finetune-nm", "finetune-channels"])
+def test_finetuning_prunes_groups_and_channels(call_main, one_process, study, tmp_path):
+    arguments = (study, "--seeds", 1, "--device", "cpu", "--out", tmp_path)
+    arguments += ("--pretraining-epochs", 3, "--settings", "pdp", "one-shot", "--epochs", 1)
+    table = call_main(grid, *arguments, "--sparsities", 0.5, "--patterns", "2:4")
+    rows = read_csv(tmp_path / f"{study}.csv")
+    assert {row["setting"] for row in rows} == {"pdp", "one-shot"}
+    assert {row["pattern"] for row in rows} == {"2:4" if study == "finetune-nm" else "channel"}
+    assert "| one-shot |" in table
+
+
+def test_budgets_have_the_times_of_the_recommended_settings():
+    for pattern, finetuning, warmup, ramp in (
+        ("unstructured", False, 3, 8),
+        ("channel", False, 3, 8),
+        ("2:4", False, 7, 4),
+        ("unstructured", True, 0, 12),
+    ):
+        budget = budget_of(0.5, pattern, 20, narrowed=("*",), finetuning=finetuning)
+        assert (budget.warmup, budget.ramp) == pytest.approx((warmup, ramp))
+    budget = budget_of(0.5, "2:4", 20, 1.0, 2.0, finetuning=True)
+    assert (budget.warmup, budget.ramp) == (1.0, 2.0)
 
 
 @pytest.fixture
@@ -212,7 +237,7 @@ def test_time_limit_ends_a_grid_with_the_rows_so_far(grid_folder):
 def test_progress_tells_epochs_and_the_time_left(capsys, monkeypatch):
     clock = iter((0.0, 20.0))
     monkeypatch.setattr(grid.time, "monotonic", lambda: next(clock))
-    jobs = [grid.Job("mlp", settings.method_settings()[0], "unstructured", 0.0, 0, 4, "cpu")] * 2
+    jobs = [Job("mlp", settings.method_settings()[0], "unstructured", 0.0, 0, 4, "cpu")] * 2
     epochs = grid.multiprocessing.get_context("spawn").Value("q", 2)
     grid.Progress(jobs, 1, epochs, math.inf).show("; pdp")
     assert (
