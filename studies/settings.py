@@ -139,26 +139,34 @@ def schedule_settings() -> list[Setting]:
 def finetuned_group_settings() -> list[Setting]:
     """Return when and how softly PDP decides the groups of a trained network, and one-shot pruning.
 
-    The row "pdp" is the recommended setting. The others differ from it in what they name; a row
-    "one-shot" with 0% + 0% prunes before the first step.
+    The row "pdp" is the recommended setting. The others differ from it in what they name; rows with
+    0% + 0% prune before the second step.
     """
-    times = ((0.0, 0.0), (0.0, 0.2), (0.0, 0.4), (0.0, 0.6), (0.2, 0.2), (0.35, 0.2))
+    at_once = (0.0, 0.0)
     schedules = [
-        Setting(f"{name}, {warmup:.0%} + {ramp:.0%}", name, {}, warmup, ramp)
-        for name in ("pdp", "one-shot")
-        for warmup, ramp in times
-        if name == "pdp" or ramp == 0
+        Setting(f"pdp, {warmup:.0%} + {ramp:.0%}", "pdp", {}, warmup, ramp)
+        for warmup, ramp in (at_once, (0.0, 0.2), (0.0, 0.4), (0.0, 0.6), (0.2, 0.2), (0.35, 0.2))
     ]
+    options = {
+        "Eq. 2 of the mask": {"gradient_tau": 0.0},
+        "gradient at 0.3 or more": {"gradient_tau": 0.3},
+        "gradient at 4": {"gradient_tau": 4.0},
+        "gradient at 100": {"gradient_tau": 100.0},
+        "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
+        "relative 1 to 0.005": {"relative_tau": (1.0, 0.005)},
+        "relative 1 to 0.001": {"relative_tau": (1.0, 0.001)},
+        "relative 0.1 to 0.001": {"relative_tau": (0.1, 0.001)},
+    }
     return [
         Setting("pdp", "pdp", {}),
         Setting("one-shot", "one-shot", {}),
         Setting("sr-ste", "sr-ste", {}),
+        Setting("one-shot, 0% + 0%", "one-shot", {}, *at_once),
         *schedules,
-        Setting("pdp, gradient at 4", "pdp", {"gradient_tau": 4.0}),
-        Setting("pdp, gradient at 0.3 or more", "pdp", {"gradient_tau": 0.3}),
-        Setting("pdp, Eq. 2 of the mask", "pdp", {"gradient_tau": 0.0}),
-        Setting("pdp, annealed by the end of the ramp", "pdp", {"anneal": None}),
-        Setting("pdp, relative 0.3 to 0.02", "pdp", {"relative_tau": (0.3, 0.02)}),
+        *(
+            Setting(f"pdp, 0% + 0%, {name}", "pdp", changes, *at_once)
+            for name, changes in options.items()
+        ),
     ]
 
 
