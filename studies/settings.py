@@ -129,6 +129,8 @@ def schedule_settings() -> list[Setting]:
         Setting("pdp, a tenth", "pdp", tenth),
         Setting("pdp, a quarter", "pdp", {"least_density": 0.25}),
         Setting("pdp, three quarters", "pdp", {"least_density": 0.75}),
+        Setting("pdp, relative 1 to 0.005", "pdp", {"relative_tau": (1.0, 0.005)}),
+        Setting("pdp, relative 3 to 0.02", "pdp", {"relative_tau": (3.0, 0.02)}),
         *(
             Setting(f"pdp, a tenth, 15% + 40%, {name}", "pdp", tenth | changes, *scratch)
             for name, changes in options.items()
