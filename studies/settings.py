@@ -158,6 +158,19 @@ def finetuned_group_settings() -> list[Setting]:
         "relative 1 to 0.005": {"relative_tau": (1.0, 0.005)},
         "relative 1 to 0.001": {"relative_tau": (1.0, 0.001)},
         "relative 0.1 to 0.001": {"relative_tau": (0.1, 0.001)},
+        "relative 0.3 to 0.005": {"relative_tau": (0.3, 0.005)},
+        "relative 0.3 to 0.005, gradient at 0.3 or more": {
+            "relative_tau": (0.3, 0.005),
+            "gradient_tau": 0.3,
+        },
+        "relative 0.3 to 0.005, Eq. 2 of the mask": {
+            "relative_tau": (0.3, 0.005),
+            "gradient_tau": 0.0,
+        },
+        "relative 0.1 to 0.005, gradient at 0.3 or more": {
+            "relative_tau": (0.1, 0.005),
+            "gradient_tau": 0.3,
+        },
     }
     return [
         Setting("pdp", "pdp", {}),
