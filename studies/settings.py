@@ -42,6 +42,13 @@ def group_settings() -> list[Setting]:
         Setting("pdp, 15% + 40%, Eq. 2 of the mask", "pdp", sharp, *early),
         Setting("pdp, 45% + 10%", "pdp", {}, 0.45, 0.1),
         Setting("pdp, annealed by the end of the ramp", "pdp", {"anneal": None}),
+        Setting("pdp, relative 1 to 0.005", "pdp", {"relative_tau": (1.0, 0.005)}),
+        Setting("pdp, relative 0.3 to 0.005", "pdp", {"relative_tau": (0.3, 0.005)}),
+        Setting(
+            "pdp, relative 0.3 to 0.005, gradient at 0.3 or more",
+            "pdp",
+            {"relative_tau": (0.3, 0.005), "gradient_tau": 0.3},
+        ),
     ]
 
 
