@@ -174,6 +174,18 @@ def finetuned_group_settings() -> list[Setting]:
             "relative_tau": (0.3, 0.005),
             "gradient_tau": 0.0,
         },
+        "relative 0.3 to 0.005, gradient at 0.05 or more": {
+            "relative_tau": (0.3, 0.005),
+            "gradient_tau": 0.05,
+        },
+        "relative 0.3 to 0.02, Eq. 2 of the mask": {
+            "relative_tau": (0.3, 0.02),
+            "gradient_tau": 0.0,
+        },
+        "relative 0.1 to 0.005, Eq. 2 of the mask": {
+            "relative_tau": (0.1, 0.005),
+            "gradient_tau": 0.0,
+        },
         "relative 0.1 to 0.005, gradient at 0.3 or more": {
             "relative_tau": (0.1, 0.005),
             "gradient_tau": 0.3,
