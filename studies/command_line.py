@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pdp_kernels.pruning.config import recommended_times
+from pdp_kernels.pruning.recommended import recommended
 from studies.methods import METHODS, make_method
 from studies.methods.base import Budget
 from studies.training import Recipe, Task, train
@@ -103,9 +103,9 @@ def budget_of(
         raise ValueError(f"sparsity must be at least 0 and less than 1, got {sparsity}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    usual = recommended_times(pattern, finetuning)
-    warmup = usual[0] * epochs if warmup is None else warmup
-    ramp = usual[1] * epochs if ramp is None else ramp
+    usual = recommended(pattern, finetuning)
+    warmup = usual.warmup * epochs if warmup is None else warmup
+    ramp = usual.ramp * epochs if ramp is None else ramp
     if warmup < 0 or ramp < 0 or warmup + ramp > epochs:
         raise ValueError(
             f"warmup and ramp must be at least 0 and fit into {epochs} epochs, "

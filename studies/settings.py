@@ -148,58 +148,67 @@ def schedule_settings() -> list[Setting]:
 def finetuned_group_settings() -> list[Setting]:
     """Return when and how softly PDP decides the groups of a trained network, and one-shot pruning.
 
-    The row "pdp" is the recommended setting. The others differ from it in what they name; rows with
-    0% + 0% prune before the second step.
+    The row "pdp" is the recommended setting. All prune before the second step unless they say
+    otherwise. "gradient at 0.3" is the least temperature of the gradient.
     """
-    at_once = (0.0, 0.0)
-    schedules = [
-        Setting(f"pdp, {warmup:.0%} + {ramp:.0%}", "pdp", {}, warmup, ramp)
-        for warmup, ramp in (at_once, (0.0, 0.2), (0.0, 0.4), (0.0, 0.6), (0.2, 0.2), (0.35, 0.2))
+    temperatures = [
+        ((1.0, 0.02), 0.0),
+        ((1.0, 0.02), 0.3),
+        ((1.0, 0.02), 1.0),
+        ((1.0, 0.02), 4.0),
+        ((1.0, 0.02), 100.0),
+        ((1.0, 0.005), 1.0),
+        ((1.0, 0.001), 1.0),
+        ((0.3, 0.02), 0.0),
+        ((0.3, 0.02), 1.0),
+        ((0.3, 0.005), 0.0),
+        ((0.3, 0.005), 0.05),
+        ((0.3, 0.005), 0.3),
+        ((0.3, 0.005), 1.0),
+        ((0.1, 0.005), 0.0),
+        ((0.1, 0.005), 0.3),
+        ((0.1, 0.001), 1.0),
     ]
-    options = {
-        "Eq. 2 of the mask": {"gradient_tau": 0.0},
-        "gradient at 0.3 or more": {"gradient_tau": 0.3},
-        "gradient at 4": {"gradient_tau": 4.0},
-        "gradient at 100": {"gradient_tau": 100.0},
-        "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
-        "relative 1 to 0.005": {"relative_tau": (1.0, 0.005)},
-        "relative 1 to 0.001": {"relative_tau": (1.0, 0.001)},
-        "relative 0.1 to 0.001": {"relative_tau": (0.1, 0.001)},
-        "relative 0.3 to 0.005": {"relative_tau": (0.3, 0.005)},
-        "relative 0.3 to 0.005, gradient at 0.3 or more": {
-            "relative_tau": (0.3, 0.005),
-            "gradient_tau": 0.3,
-        },
-        "relative 0.3 to 0.005, Eq. 2 of the mask": {
-            "relative_tau": (0.3, 0.005),
-            "gradient_tau": 0.0,
-        },
-        "relative 0.3 to 0.005, gradient at 0.05 or more": {
-            "relative_tau": (0.3, 0.005),
-            "gradient_tau": 0.05,
-        },
-        "relative 0.3 to 0.02, Eq. 2 of the mask": {
-            "relative_tau": (0.3, 0.02),
-            "gradient_tau": 0.0,
-        },
-        "relative 0.1 to 0.005, Eq. 2 of the mask": {
-            "relative_tau": (0.1, 0.005),
-            "gradient_tau": 0.0,
-        },
-        "relative 0.1 to 0.005, gradient at 0.3 or more": {
-            "relative_tau": (0.1, 0.005),
-            "gradient_tau": 0.3,
-        },
-    }
+    rows = [
+        (f"pdp, {start:g} to {end:g}, gradient at {least:g}", (start, end), least)
+        for (start, end), least in temperatures
+    ]
     return [
         Setting("pdp", "pdp", {}),
         Setting("one-shot", "one-shot", {}),
         Setting("sr-ste", "sr-ste", {}),
-        Setting("one-shot, 0% + 0%", "one-shot", {}, *at_once),
-        *schedules,
+        Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
         *(
-            Setting(f"pdp, 0% + 0%, {name}", "pdp", changes, *at_once)
-            for name, changes in options.items()
+            Setting(name, "pdp", {"relative_tau": tau, "gradient_tau": least})
+            for name, tau, least in rows
+        ),
+        *(
+            Setting(
+                f"pdp, 1 to 0.02, gradient at 1, {warmup:.0%} + {ramp:.0%}",
+                "pdp",
+                {"relative_tau": (1.0, 0.02), "gradient_tau": 1.0},
+                warmup,
+                ramp,
+            )
+            for warmup, ramp in ((0.0, 0.2), (0.0, 0.4), (0.0, 0.6), (0.2, 0.2))
+        ),
+    ]
+
+
+def finetuned_channel_settings() -> list[Setting]:
+    """Return methods that prune channels of a trained network, at once or on a ramp.
+
+    The row "pdp" is the recommended setting.
+    """
+    at_once, tenth = (0.0, 0.0), {"least_density": 0.1}
+    return [
+        *channel_settings(),
+        Setting("one-shot, 0% + 0%", "one-shot", {}, *at_once),
+        Setting("pdp, 0% + 0%", "pdp", {}, *at_once),
+        Setting("pdp, 0% + 30%", "pdp", {}, 0.0, 0.3),
+        Setting("pdp, a tenth", "pdp", tenth),
+        Setting(
+            "pdp, 0% + 0%, relative 0.3 to 0.005", "pdp", {"relative_tau": (0.3, 0.005)}, *at_once
         ),
     ]
 
@@ -230,7 +239,7 @@ STUDIES = {
     "finetune-nm": Study(nm_settings, "groups", finetunes=True),
     "finetune-nm-settings": Study(finetuned_group_settings, "groups", finetunes=True),
     "channels": Study(channel_settings, "channels"),
-    "finetune-channels": Study(channel_settings, "channels", finetunes=True),
+    "finetune-channels": Study(finetuned_channel_settings, "channels", finetunes=True),
     "tau": Study(tau_settings),
     "allocation": Study(allocation_settings, by_sparsity=True),
     "finetune-allocation": Study(allocation_settings, finetunes=True, by_sparsity=True),

@@ -23,17 +23,16 @@ from pdp_kernels.pruning.config_checks import (
     check_times,
 )
 from pdp_kernels.pruning.patterns import GroupPattern, Pattern, parse_pattern
+from pdp_kernels.pruning.recommended import (
+    FINETUNING_LEAST_DENSITY,
+    GROUP_GRADIENT_TAU,
+    RELATIVE_TAU,
+    Recommended,
+    recommended,
+)
 
 PAPER_WARMUP = 16.0  # epochs; s of arXiv 2305.11203, Algorithm 1
 PAPER_EPSILON = 0.015  # fraction of the ramp per epoch
-RECOMMENDED_RELATIVE_TAU = (1.0, 0.02)
-RECOMMENDED_GROUP_GRADIENT_TAU = 1.0  # of N:M groups, relative
-# Warm-up and ramp as fractions of the training. Groups are better decided late: half of the weights
-# of each lie next to its threshold, and few of those that are pruned early come back.
-RECOMMENDED_TIMES = (0.15, 0.4)
-RECOMMENDED_GROUP_TIMES = (0.35, 0.2)
-FINETUNING_TIMES = (0.0, 0.6)  # of a trained network
-FINETUNING_LEAST_DENSITY = 0.5  # of a layer, as a fraction of the average density
 
 _OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau", "gradient_tau")
 
@@ -243,8 +242,7 @@ class PDPConfig:
             >>> config.warmup, config.ramp_end
             (3.0, 11.0)
         """
-        times = recommended_times(changes.get("pattern"))
-        return cls._for_training(sparsity, epochs, times, changes)
+        return cls._for_training(sparsity, epochs, recommended(changes.get("pattern")), changes)
 
     @classmethod
     def for_finetuning(
@@ -256,6 +254,9 @@ class PDPConfig:
         layer keeps at least half of the average density under a global budget, so that
         max_layer_sparsity is 1 - (1 - sparsity) / 2: the scales of the layers have settled, and
         the time is too short for a layer that loses most of its weights.
+
+        N:M patterns have no ramp: all groups are pruned after the first step, by sharper masks,
+        with relative_tau (0.3, 0.005) and gradient_tau 0, or 0.3 for N < M / 2.
 
         Args:
             sparsity: as in `PDPConfig`; None with an N:M pattern.
@@ -278,15 +279,15 @@ class PDPConfig:
             check_ratio("sparsity", sparsity)
             cap = 1 - FINETUNING_LEAST_DENSITY * (1 - sparsity)
             changes = {"max_layer_sparsity": cap} | changes
-        times = recommended_times(changes.get("pattern"), finetuning=True)
-        return cls._for_training(sparsity, epochs, times, changes)
+        setting = recommended(changes.get("pattern"), finetuning=True)
+        return cls._for_training(sparsity, epochs, setting, changes)
 
     @classmethod
     def _for_training(
-        cls, sparsity: Any, epochs: float, times: tuple[float, float], changes: dict[str, Any]
+        cls, sparsity: Any, epochs: float, setting: Recommended, changes: dict[str, Any]
     ) -> "PDPConfig":
         check_positive("epochs", epochs)
-        warmup = changes.get("warmup", times[0] * epochs)
+        warmup = changes.get("warmup", setting.warmup * epochs)
         check_number("warmup", warmup)
         values: dict[str, Any] = {
             "sparsity": sparsity,
@@ -295,7 +296,10 @@ class PDPConfig:
             "reallocate": 0.05 * epochs,
         }
         if "epsilon" not in changes:
-            values["ramp"] = times[1] * epochs
+            values["ramp"] = setting.ramp * epochs
+        if changes.get("tau") is None:
+            values["relative_tau"] = setting.relative_tau
+            values["gradient_tau"] = setting.gradient_tau
         return cls(**(values | changes))
 
     @classmethod
@@ -418,9 +422,9 @@ class PDPConfig:
         if tau is not None:
             return LayerPlan(pattern, sparsity, False, _start_and_end(tau), least or 0.0)
         if relative_tau is None:
-            relative_tau = RECOMMENDED_RELATIVE_TAU
+            relative_tau = RELATIVE_TAU
         if least is None:
-            least = RECOMMENDED_GROUP_GRADIENT_TAU if isinstance(pattern, GroupPattern) else 0.0
+            least = GROUP_GRADIENT_TAU if isinstance(pattern, GroupPattern) else 0.0
         return LayerPlan(pattern, sparsity, True, _start_and_end(relative_tau), float(least))
 
     def _parsed(self, name: str, pattern: str) -> Pattern:
@@ -456,14 +460,6 @@ class PDPConfig:
                 )
         elif pattern.fixed_sparsity is None and self.sparsity is None:
             raise ValueError(f"{name}: sparsity must be given, as the configuration has none")
-
-
-def recommended_times(pattern: Any, finetuning: bool = False) -> tuple[float, float]:
-    """Return warm-up and ramp of the recommended settings, as fractions of the training."""
-    if finetuning:
-        return FINETUNING_TIMES
-    is_group = isinstance(pattern, str) and ":" in pattern
-    return RECOMMENDED_GROUP_TIMES if is_group else RECOMMENDED_TIMES
 
 
 def _fraction(passed: float, length: float) -> float:

@@ -183,13 +183,29 @@ def test_finetuning_prunes_at_once_and_anneals_until_the_end():
     assert PDPConfig.for_finetuning(0.9, 5, max_layer_sparsity=1.0).max_layer_sparsity == 1.0
     assert config.temperature_at((1.0, 0.02), 5.0) == pytest.approx(0.02)
     assert PDPConfig.for_finetuning(0.9, 5, warmup=1).anneal == 4.0
-    assert PDPConfig.for_finetuning(None, 5, pattern="2:4").warmup == 0.0
     fractions = PDPConfig.for_finetuning({"0": 0.5}, 5, scope="layer")
     assert fractions.max_layer_sparsity is None
     with pytest.raises(ValueError, match="epochs must be positive"):
         PDPConfig.for_finetuning(0.9, 0)
     with pytest.raises(TypeError, match="sparsity must be a number"):
         PDPConfig.for_finetuning("0.9", 5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "gradient_tau"), [("2:4", 0.0), ("4:8", 0.0), ("1:4", 0.3), ("2:8", 0.3)]
+)
+def test_finetuning_decides_groups_at_once(pattern, gradient_tau):
+    config = PDPConfig.for_finetuning(None, 5, pattern=pattern)
+    assert (config.warmup, config.ramp_end, config.anneal) == (0.0, 0.0, 5.0)
+    assert (config.relative_tau, config.gradient_tau) == ((0.3, 0.005), gradient_tau)
+    assert config.ramp_at(1e-6) == 1.0
+    own = PDPConfig.for_finetuning(None, 5, pattern=pattern, relative_tau=0.5, gradient_tau=2.0)
+    assert (own.relative_tau, own.gradient_tau) == (0.5, 2.0)
+    # An absolute temperature has other units than the recommended one of the gradient.
+    absolute = PDPConfig.for_finetuning(None, 5, pattern=pattern, tau=1e-3)
+    assert (absolute.relative_tau, absolute.gradient_tau) == (None, None)
+    with pytest.raises(ValueError, match="pattern must be"):
+        PDPConfig.for_finetuning(None, 5, pattern="one:four")
 
 
 def test_for_epochs_takes_a_positive_number():

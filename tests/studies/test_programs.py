@@ -182,6 +182,7 @@ def test_budgets_have_the_times_of_the_recommended_settings():
         ("channel", False, 3, 8),
         ("2:4", False, 7, 4),
         ("unstructured", True, 0, 12),
+        ("2:4", True, 0, 0),
     ):
         budget = budget_of(0.5, pattern, 20, narrowed=("*",), finetuning=finetuning)
         assert (budget.warmup, budget.ramp) == pytest.approx((warmup, ramp))

@@ -1,0 +1,56 @@
+"""The recommended settings of a training, by what it prunes and where it starts.
+
+The page on studies has the trainings that chose them.
+"""
+
+from typing import Any, NamedTuple
+
+RELATIVE_TAU = (1.0, 0.02)  # at the end of the warm-up, and of the training
+GROUP_GRADIENT_TAU = 1.0  # of N:M groups
+FINETUNING_LEAST_DENSITY = 0.5  # of a layer, as a fraction of the average density
+
+
+class Recommended(NamedTuple):
+    """Recommended fields of a configuration.
+
+    Attributes:
+        warmup: epochs before pruning starts, as a fraction of the training.
+        ramp: epochs in which the sparsity grows, as a fraction of the training.
+        relative_tau: as in `PDPConfig`; None is its default.
+        gradient_tau: as in `PDPConfig`; None is its default.
+    """
+
+    warmup: float
+    ramp: float
+    relative_tau: tuple[float, float] | None = None
+    gradient_tau: float | None = None
+
+
+FROM_SCRATCH = Recommended(0.15, 0.4)
+# Groups are better decided late: half of the weights of each lie next to its threshold, and few of
+# those that are pruned early come back.
+GROUPS_FROM_SCRATCH = Recommended(0.35, 0.2)
+FINETUNING = Recommended(0.0, 0.6)
+# The magnitudes of a trained network decide its groups well, and at once. Eq. 2 of a sharp mask
+# keeps them decided. Where more than half of a group goes, pruned weights must go on learning.
+GROUPS_FINETUNING = Recommended(0.0, 0.0, (0.3, 0.005), 0.0)
+SPARSE_GROUPS_FINETUNING = GROUPS_FINETUNING._replace(gradient_tau=0.3)
+
+
+def recommended(pattern: Any, finetuning: bool = False) -> Recommended:
+    """Return the recommended setting.
+
+    Args:
+        pattern: as in `PDPConfig`; anything but N:M counts as "unstructured".
+        finetuning: whether the network is trained already.
+
+    Returns:
+        The setting.
+    """
+    n, colon, m = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
+    if not colon:
+        return FINETUNING if finetuning else FROM_SCRATCH
+    if not finetuning:
+        return GROUPS_FROM_SCRATCH
+    is_sparse = n.isdecimal() and m.isdecimal() and 2 * int(n) < int(m)
+    return SPARSE_GROUPS_FINETUNING if is_sparse else GROUPS_FINETUNING
