@@ -250,6 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int)
     add("--workers", type=int, default=1)
     add("--out", type=Path, default=Path("study"))
+    add("--redraw", action="store_true", help="make table and plot of the rows so far; train none")
     add("--pretraining-epochs", type=int, help="of the networks that finetune starts from")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add(
@@ -273,8 +274,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def shown_command() -> str:
-    """Return the command line, with DIR for the folder of the data."""
-    words = ["python", "-m", "studies.grid", *sys.argv[1:]]
+    """Return the command line that trains, with DIR for the folder of the data."""
+    words = ["python", "-m", "studies.grid", *(w for w in sys.argv[1:] if w != "--redraw")]
     if "--data-dir" in words:
         words[words.index("--data-dir") + 1] = "DIR"
     return shlex.join(words)
@@ -285,14 +286,16 @@ def main() -> None:
     path = arguments.out / f"{arguments.study}.csv"
     jobs = make_jobs(arguments)
     present = {row.key for row in read_rows(path)}
-    failed = run_jobs([job for job in jobs if job.key not in present], path, arguments)
+    missing = [] if arguments.redraw else [job for job in jobs if job.key not in present]
+    failed = run_jobs(missing, path, arguments)
     # Rows of other devices are left out: their random numbers and rounding differ.
     order = {job.key: number for number, job in enumerate(jobs)}
     rows = sorted((row for row in read_rows(path) if row.key in order), key=lambda r: order[r.key])
     if not rows:
         sys.exit("no run is done")
-    write_table(rows, path.with_suffix(".md"), shown_command())
-    plot = plot_by_sparsity if STUDIES[arguments.study].by_sparsity else plot_by_setting
+    study = STUDIES[arguments.study]
+    write_table(rows, path.with_suffix(".md"), shown_command(), study.reference)
+    plot = plot_by_sparsity if study.by_sparsity else plot_by_setting
     plot(rows, path.with_suffix(".png"))
     print(path.with_suffix(".md").read_text(), end="")
     if failed:

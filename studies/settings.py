@@ -222,12 +222,14 @@ class Study(NamedTuple):
             patterns of groups.
         finetunes: Whether trainings start from a trained network.
         by_sparsity: Whether its plot is the score against the remaining weights.
+        reference: The setting that the others are compared with.
     """
 
     settings: Callable[[], list[Setting]]
     prunes: str = "weights"  # or groups, or channels
     finetunes: bool = False
     by_sparsity: bool = False
+    reference: str = "pdp"
 
 
 STUDIES = {
@@ -241,6 +243,8 @@ STUDIES = {
     "channels": Study(channel_settings, "channels"),
     "finetune-channels": Study(finetuned_channel_settings, "channels", finetunes=True),
     "tau": Study(tau_settings),
-    "allocation": Study(allocation_settings, by_sparsity=True),
-    "finetune-allocation": Study(allocation_settings, finetunes=True, by_sparsity=True),
+    "allocation": Study(allocation_settings, by_sparsity=True, reference="magnitude"),
+    "finetune-allocation": Study(
+        allocation_settings, finetunes=True, by_sparsity=True, reference="magnitude"
+    ),
 }

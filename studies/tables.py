@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import t as student_t
 
-REFERENCE = "pdp"  # the setting from which the others' scores are subtracted
 CONFIDENCE = 0.95
 
 
@@ -124,7 +123,7 @@ def columns_of(rows: list[Row]) -> list[str]:
     return [c for c in dict.fromkeys(row.column for row in rows) if c != "0%"]
 
 
-def write_table(rows: list[Row], path: Path, command: str) -> None:
+def write_table(rows: list[Row], path: Path, command: str, reference: str = "pdp") -> None:
     """Write a Markdown table with a line for each setting, and the command that made it.
 
     All rows are of one device. The commits of their code stand below the command. A second table
@@ -168,28 +167,30 @@ def write_table(rows: list[Row], path: Path, command: str) -> None:
     if notes:
         title = "Sparsity before the final pruning, where it missed the budget: "
         lines += ["", title + "; ".join(notes) + "."]
-    if REFERENCE in settings and len(settings) > 1:
-        lines += ["", *comparison(rows, settings, columns, score)]
+    if reference in settings and len(settings) > 1:
+        lines += ["", *comparison(rows, reference, settings, columns, score)]
     path.write_text("\n".join(lines) + "\n")
 
 
-def comparison(rows: list[Row], settings: list[str], columns: list[str], score: Score) -> list[str]:
+def comparison(
+    rows: list[Row], reference: str, settings: list[str], columns: list[str], score: Score
+) -> list[str]:
     """Return the lines of a table of how much better the reference is than each other setting."""
 
     def by_seed(setting: str, column: str) -> dict[str, float]:
         return {row.seed: row.score for row in group_of(rows, setting, column)}
 
     lines = [
-        f"By how much {REFERENCE} is better than each, over the same seeds: mean [95% interval of "
+        f"By how much {reference} is better than each, over the same seeds: mean [95% interval of "
         "the mean, Student's t], bold where the interval does not contain 0.",
         "",
-        f"| {REFERENCE} against | " + " | ".join(columns) + " |",
+        f"| {reference} against | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for setting in settings:
-        if setting != REFERENCE:
+        if setting != reference:
             cells = [
-                score.difference(by_seed(REFERENCE, column), by_seed(setting, column))
+                score.difference(by_seed(reference, column), by_seed(setting, column))
                 for column in columns
             ]
             lines.append(f"| {setting} | " + " | ".join(cells) + " |")

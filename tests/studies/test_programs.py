@@ -127,6 +127,11 @@ def test_grid_runs_what_is_missing(call_main, grid_folder):
     arguments = ("--epochs", 1, "--seeds", 1, "--device", "cpu", "--out", grid_folder)
     settings = ("--settings", "dense", "pdp", "gmp", "--sparsities", 0.9)
     check_grid(grid_folder, call_main(grid, "methods", *arguments, *settings), count=3)
+    table = (grid_folder / "methods.md").read_text()
+    more = ("--settings", "dense", "pdp", "gmp", "granet", "--sparsities", 0.9)
+    redrawn = call_main(grid, "methods", *arguments, *more, "--redraw")
+    check_grid(grid_folder, redrawn, count=3)
+    assert redrawn == table.replace("pdp gmp --sp", "pdp gmp granet --sp")
 
 
 @pytest.mark.slow
