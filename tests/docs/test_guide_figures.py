@@ -8,6 +8,7 @@ import pytest
 from tests.docs.blocks import ROOT
 
 CPU = ROOT / "benchmarks" / "results" / "cpu"
+MNIST = "finetune_mnist"
 
 
 def tables(page):
@@ -117,14 +118,30 @@ def test_accuracies_of_n_of_m():
         assert [cell.strip("*") for cell in page[name]] == results[setting][:2]
 
 
-def test_scores_of_finetuning():
-    def results(name):
-        (found,) = (
-            table for table in tables(f"studies/results/{name}.md") if "time" in table.get("", ())
-        )
-        return found
+def results(name):
+    """The cells of the scores of a study, by setting."""
+    (found,) = (
+        table for table in tables(f"studies/results/{name}.md") if "time" in table.get("", ())
+    )
+    return found
 
-    gpt, mlp = results("finetune_shakespeare_tiny/finetune"), results("finetune_mnist/finetune")
+
+def test_scores_of_finetuned_groups():
+    scores = [results(f"{folder}/finetune-nm") for folder in ("finetune_shakespeare_tiny", MNIST)]
+    (page,) = (table for table in tables("docs/guides/finetuning.md") if "SR-STE" in table)
+    assert page["dense"][::2] == [each["dense"][0] for each in scores]
+    rows = {
+        "PDP, `for_finetuning`": "pdp",
+        "pruned once at the start": "one-shot",
+        "SR-STE": "sr-ste",
+    }
+    for name, setting in rows.items():
+        cells = [cell for each in scores for cell in each[setting][:2]]
+        assert [cell.strip("*") for cell in page[name]] == cells
+
+
+def test_scores_of_finetuning():
+    gpt, mlp = results("finetune_shakespeare_tiny/finetune"), results(f"{MNIST}/finetune")
     schedules = results("finetune_shakespeare_tiny/finetune-schedules")
     pages = [
         table for table in tables("docs/guides/finetuning.md") if "zeros" in str(table.get(""))
