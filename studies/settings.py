@@ -26,29 +26,44 @@ def nm_settings() -> list[Setting]:
     return [Setting(name, name, {}) for name in NM_METHODS]
 
 
-def group_settings() -> list[Setting]:
-    """Return settings of PDP for N:M: when groups are decided, and the gradient's temperature.
+def group_setting(
+    start: float,
+    end: float,
+    least: float,
+    warmup: float | None = None,
+    ramp: float | None = None,
+    **options: Any,
+) -> Setting:
+    """Return PDP for N:M with relative temperatures, and the least one of the gradient.
 
-    The row "pdp" is the recommended setting. The others differ from it in what they name.
+    The name says so, and states warm-up and ramp if they are not the recommended ones.
     """
-    sharp = {"gradient_tau": 0.0}
-    early = (0.15, 0.4)
+    name = f"pdp, {start:g} to {end:g}, gradient at {least:g}"
+    if warmup is not None and ramp is not None:
+        name += f", {warmup:.0%} + {ramp:.0%}"
+    changes = {"relative_tau": (start, end), "gradient_tau": least} | options
+    return Setting(name, "pdp", changes, warmup, ramp)
+
+
+def group_settings() -> list[Setting]:
+    """Return settings of PDP for N:M: when groups are decided, and the temperatures.
+
+    The row "pdp" is the recommended setting.
+    """
+    annealed = group_setting(1.0, 0.02, 1.0, anneal=None)
     return [
         Setting("pdp", "pdp", {}),
-        Setting("pdp, gradient at 0.3 or more", "pdp", {"gradient_tau": 0.3}),
-        Setting("pdp, gradient at 4", "pdp", {"gradient_tau": 4.0}),
-        Setting("pdp, Eq. 2 of the mask", "pdp", sharp),
-        Setting("pdp, 15% + 40%", "pdp", {}, *early),
-        Setting("pdp, 15% + 40%, Eq. 2 of the mask", "pdp", sharp, *early),
-        Setting("pdp, 45% + 10%", "pdp", {}, 0.45, 0.1),
-        Setting("pdp, annealed by the end of the ramp", "pdp", {"anneal": None}),
-        Setting("pdp, relative 1 to 0.005", "pdp", {"relative_tau": (1.0, 0.005)}),
-        Setting("pdp, relative 0.3 to 0.005", "pdp", {"relative_tau": (0.3, 0.005)}),
-        Setting(
-            "pdp, relative 0.3 to 0.005, gradient at 0.3 or more",
-            "pdp",
-            {"relative_tau": (0.3, 0.005), "gradient_tau": 0.3},
-        ),
+        group_setting(1.0, 0.02, 0.0),
+        group_setting(1.0, 0.02, 0.3),
+        group_setting(1.0, 0.02, 1.0),
+        group_setting(1.0, 0.02, 4.0),
+        annealed._replace(name=f"{annealed.name}, annealed by the end of the ramp"),
+        group_setting(1.0, 0.005, 1.0),
+        group_setting(0.3, 0.005, 0.3),
+        group_setting(0.3, 0.005, 1.0),
+        group_setting(1.0, 0.02, 0.0, 0.15, 0.4),
+        group_setting(1.0, 0.02, 1.0, 0.15, 0.4),
+        group_setting(1.0, 0.02, 1.0, 0.45, 0.1),
     ]
 
 
@@ -152,46 +167,31 @@ def finetuned_group_settings() -> list[Setting]:
     otherwise. "gradient at 0.3" is the least temperature of the gradient.
     """
     temperatures = [
-        ((1.0, 0.02), 0.0),
-        ((1.0, 0.02), 0.3),
-        ((1.0, 0.02), 1.0),
-        ((1.0, 0.02), 4.0),
-        ((1.0, 0.02), 100.0),
-        ((1.0, 0.005), 1.0),
-        ((1.0, 0.001), 1.0),
-        ((0.3, 0.02), 0.0),
-        ((0.3, 0.02), 1.0),
-        ((0.3, 0.005), 0.0),
-        ((0.3, 0.005), 0.05),
-        ((0.3, 0.005), 0.3),
-        ((0.3, 0.005), 1.0),
-        ((0.1, 0.005), 0.0),
-        ((0.1, 0.005), 0.3),
-        ((0.1, 0.001), 1.0),
+        (1.0, 0.02, 0.0),
+        (1.0, 0.02, 0.3),
+        (1.0, 0.02, 1.0),
+        (1.0, 0.02, 4.0),
+        (1.0, 0.02, 100.0),
+        (1.0, 0.005, 1.0),
+        (1.0, 0.001, 1.0),
+        (0.3, 0.02, 0.0),
+        (0.3, 0.02, 1.0),
+        (0.3, 0.005, 0.0),
+        (0.3, 0.005, 0.05),
+        (0.3, 0.005, 0.3),
+        (0.3, 0.005, 1.0),
+        (0.1, 0.005, 0.0),
+        (0.1, 0.005, 0.3),
+        (0.1, 0.001, 1.0),
     ]
-    rows = [
-        (f"pdp, {start:g} to {end:g}, gradient at {least:g}", (start, end), least)
-        for (start, end), least in temperatures
-    ]
+    times = ((0.0, 0.2), (0.0, 0.4), (0.0, 0.6), (0.2, 0.2))
     return [
         Setting("pdp", "pdp", {}),
         Setting("one-shot", "one-shot", {}),
         Setting("sr-ste", "sr-ste", {}),
         Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
-        *(
-            Setting(name, "pdp", {"relative_tau": tau, "gradient_tau": least})
-            for name, tau, least in rows
-        ),
-        *(
-            Setting(
-                f"pdp, 1 to 0.02, gradient at 1, {warmup:.0%} + {ramp:.0%}",
-                "pdp",
-                {"relative_tau": (1.0, 0.02), "gradient_tau": 1.0},
-                warmup,
-                ramp,
-            )
-            for warmup, ramp in ((0.0, 0.2), (0.0, 0.4), (0.0, 0.6), (0.2, 0.2))
-        ),
+        *(group_setting(*each) for each in temperatures),
+        *(group_setting(1.0, 0.02, 1.0, *each) for each in times),
     ]
 
 

@@ -28,11 +28,12 @@ class Recommended(NamedTuple):
 
 FROM_SCRATCH = Recommended(0.15, 0.4)
 # Groups are better decided late: half of the weights of each lie next to its threshold, and few of
-# those that are pruned early come back.
+# those that are pruned early come back. Groups that lose more than half take sharper masks.
 GROUPS_FROM_SCRATCH = Recommended(0.35, 0.2)
+SPARSE_GROUPS_FROM_SCRATCH = Recommended(0.35, 0.2, (0.3, 0.005), 0.3)
 FINETUNING = Recommended(0.0, 0.6)
 # The magnitudes of a trained network decide its groups well, and at once. Eq. 2 of a sharp mask
-# keeps them decided. Where more than half of a group goes, pruned weights must go on learning.
+# keeps them decided. Where more than half of a group goes, its pruned weights must go on learning.
 GROUPS_FINETUNING = Recommended(0.0, 0.0, (0.3, 0.005), 0.0)
 SPARSE_GROUPS_FINETUNING = GROUPS_FINETUNING._replace(gradient_tau=0.3)
 
@@ -50,7 +51,6 @@ def recommended(pattern: Any, finetuning: bool = False) -> Recommended:
     n, colon, m = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
     if not colon:
         return FINETUNING if finetuning else FROM_SCRATCH
-    if not finetuning:
-        return GROUPS_FROM_SCRATCH
-    is_sparse = n.isdecimal() and m.isdecimal() and 2 * int(n) < int(m)
-    return SPARSE_GROUPS_FINETUNING if is_sparse else GROUPS_FINETUNING
+    if n.isdecimal() and m.isdecimal() and 2 * int(n) < int(m):
+        return SPARSE_GROUPS_FINETUNING if finetuning else SPARSE_GROUPS_FROM_SCRATCH
+    return GROUPS_FINETUNING if finetuning else GROUPS_FROM_SCRATCH

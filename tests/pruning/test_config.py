@@ -170,9 +170,15 @@ def test_from_dict_takes_known_keys_only():
         PDPConfig.from_dict([("sparsity", 0.9)])
 
 
-def test_groups_are_decided_later():
-    config = PDPConfig.for_epochs(None, 20, pattern="2:4")
+@pytest.mark.parametrize(
+    ("pattern", "temperatures", "gradient_tau"),
+    [("2:4", (1.0, 0.02), 1.0), ("3:4", (1.0, 0.02), 1.0), ("1:4", (0.3, 0.005), 0.3)],
+)
+def test_groups_are_decided_later(pattern, temperatures, gradient_tau):
+    config = PDPConfig.for_epochs(None, 20, pattern=pattern)
     assert (config.warmup, config.ramp_end) == (7.0, 11.0)
+    plan = config.plan()
+    assert (plan.temperatures, plan.gradient_tau) == (temperatures, gradient_tau)
     assert PDPConfig.for_epochs(None, 20, pattern="2:4", warmup=1, ramp=2).ramp_end == 3.0
 
 
