@@ -72,6 +72,32 @@ def channel_settings() -> list[Setting]:
     return [Setting(name, name, {}) for name in CHANNEL_METHODS]
 
 
+def channel_temperatures() -> list[Setting]:
+    """Return PDP for channels with other relative temperatures and times; one-shot pruning.
+
+    The row "pdp" is the recommended setting. Names state temperatures, warm-up and ramp.
+    """
+    temperatures = ((1.0, 0.02), (1.0, 0.005), (1.0, 0.001), (0.3, 0.001), (0.1, 0.001))
+    times = ((0.0, 0.6), (0.0, 0.3), (0.0, 0.0), (0.15, 0.4))
+    return [
+        Setting("pdp", "pdp", {}),
+        *(
+            Setting(
+                f"pdp, {start:g} to {end:g}, {warmup:.0%} + {ramp:.0%}",
+                "pdp",
+                {"relative_tau": (start, end)},
+                warmup,
+                ramp,
+            )
+            for warmup, ramp in times
+            for start, end in temperatures
+        ),
+        Setting("one-shot, 0% + 0%", "one-shot", {}, 0.0, 0.0),
+        Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
+        Setting("one-shot, 15% + 40%", "one-shot", {}, 0.15, 0.4),
+    ]
+
+
 def tau_settings() -> list[Setting]:
     """Return settings of PDP: temperatures, ramps, and the ends of annealing and allocation.
 
@@ -195,24 +221,6 @@ def finetuned_group_settings() -> list[Setting]:
     ]
 
 
-def finetuned_channel_settings() -> list[Setting]:
-    """Return methods that prune channels of a trained network, at once or on a ramp.
-
-    The row "pdp" is the recommended setting.
-    """
-    at_once, tenth = (0.0, 0.0), {"least_density": 0.1}
-    return [
-        *channel_settings(),
-        Setting("one-shot, 0% + 0%", "one-shot", {}, *at_once),
-        Setting("pdp, 0% + 0%", "pdp", {}, *at_once),
-        Setting("pdp, 0% + 30%", "pdp", {}, 0.0, 0.3),
-        Setting("pdp, a tenth", "pdp", tenth),
-        Setting(
-            "pdp, 0% + 0%, relative 0.3 to 0.005", "pdp", {"relative_tau": (0.3, 0.005)}, *at_once
-        ),
-    ]
-
-
 class Study(NamedTuple):
     """What a grid compares.
 
@@ -241,7 +249,9 @@ STUDIES = {
     "finetune-nm": Study(nm_settings, "groups", finetunes=True),
     "finetune-nm-settings": Study(finetuned_group_settings, "groups", finetunes=True),
     "channels": Study(channel_settings, "channels"),
-    "finetune-channels": Study(finetuned_channel_settings, "channels", finetunes=True),
+    "channels-settings": Study(channel_temperatures, "channels"),
+    "finetune-channels": Study(channel_settings, "channels", finetunes=True),
+    "finetune-channels-settings": Study(channel_temperatures, "channels", finetunes=True),
     "tau": Study(tau_settings),
     "allocation": Study(allocation_settings, by_sparsity=True, reference="magnitude"),
     "finetune-allocation": Study(
