@@ -26,7 +26,7 @@ def nm_settings() -> list[Setting]:
     return [Setting(name, name, {}) for name in NM_METHODS]
 
 
-def group_setting(
+def softness_setting(
     start: float,
     end: float,
     least: float,
@@ -34,7 +34,7 @@ def group_setting(
     ramp: float | None = None,
     **options: Any,
 ) -> Setting:
-    """Return PDP for N:M with relative temperatures, and the least one of the gradient.
+    """Return PDP with relative temperatures, and the least one of the gradient.
 
     The name says so, and states warm-up and ramp if they are not the recommended ones.
     """
@@ -50,20 +50,20 @@ def group_settings() -> list[Setting]:
 
     The row "pdp" is the recommended setting.
     """
-    annealed = group_setting(1.0, 0.02, 1.0, anneal=None)
+    annealed = softness_setting(1.0, 0.02, 1.0, anneal=None)
     return [
         Setting("pdp", "pdp", {}),
-        group_setting(1.0, 0.02, 0.0),
-        group_setting(1.0, 0.02, 0.3),
-        group_setting(1.0, 0.02, 1.0),
-        group_setting(1.0, 0.02, 4.0),
+        softness_setting(1.0, 0.02, 0.0),
+        softness_setting(1.0, 0.02, 0.3),
+        softness_setting(1.0, 0.02, 1.0),
+        softness_setting(1.0, 0.02, 4.0),
         annealed._replace(name=f"{annealed.name}, annealed by the end of the ramp"),
-        group_setting(1.0, 0.005, 1.0),
-        group_setting(0.3, 0.005, 0.3),
-        group_setting(0.3, 0.005, 1.0),
-        group_setting(1.0, 0.02, 0.0, 0.15, 0.4),
-        group_setting(1.0, 0.02, 1.0, 0.15, 0.4),
-        group_setting(1.0, 0.02, 1.0, 0.45, 0.1),
+        softness_setting(1.0, 0.005, 1.0),
+        softness_setting(0.3, 0.005, 0.3),
+        softness_setting(0.3, 0.005, 1.0),
+        softness_setting(1.0, 0.02, 0.0, 0.15, 0.4),
+        softness_setting(1.0, 0.02, 1.0, 0.15, 0.4),
+        softness_setting(1.0, 0.02, 1.0, 0.45, 0.1),
     ]
 
 
@@ -77,21 +77,23 @@ def channel_temperatures() -> list[Setting]:
 
     The row "pdp" is the recommended setting. Names state temperatures, warm-up and ramp.
     """
-    temperatures = ((1.0, 0.02), (1.0, 0.005), (1.0, 0.001), (0.3, 0.001), (0.1, 0.001))
+    temperatures = (
+        (1.0, 0.02, 0.0),
+        (1.0, 0.005, 0.0),
+        (1.0, 0.001, 0.0),
+        (0.3, 0.001, 0.0),
+        (0.3, 0.001, 0.3),
+        (0.3, 0.001, 1.0),
+        (0.3, 0.0003, 0.0),
+        (0.3, 0.0001, 0.0),
+        (0.1, 0.001, 0.0),
+        (0.1, 0.0003, 0.0),
+        (0.1, 0.0001, 0.3),
+    )
     times = ((0.0, 0.6), (0.0, 0.3), (0.0, 0.0), (0.15, 0.4))
     return [
         Setting("pdp", "pdp", {}),
-        *(
-            Setting(
-                f"pdp, {start:g} to {end:g}, {warmup:.0%} + {ramp:.0%}",
-                "pdp",
-                {"relative_tau": (start, end)},
-                warmup,
-                ramp,
-            )
-            for warmup, ramp in times
-            for start, end in temperatures
-        ),
+        *(softness_setting(*each, *time) for time in times for each in temperatures),
         Setting("one-shot, 0% + 0%", "one-shot", {}, 0.0, 0.0),
         Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
         Setting("one-shot, 15% + 40%", "one-shot", {}, 0.15, 0.4),
@@ -216,8 +218,8 @@ def finetuned_group_settings() -> list[Setting]:
         Setting("one-shot", "one-shot", {}),
         Setting("sr-ste", "sr-ste", {}),
         Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
-        *(group_setting(*each) for each in temperatures),
-        *(group_setting(1.0, 0.02, 1.0, *each) for each in times),
+        *(softness_setting(*each) for each in temperatures),
+        *(softness_setting(1.0, 0.02, 1.0, *each) for each in times),
     ]
 
 
