@@ -22,11 +22,9 @@ from pdp_kernels.pruning.config_checks import (
     check_temperatures,
     check_times,
 )
-from pdp_kernels.pruning.patterns import GroupPattern, Pattern, parse_pattern
+from pdp_kernels.pruning.patterns import Pattern, parse_pattern
 from pdp_kernels.pruning.recommended import (
     FINETUNING_LEAST_DENSITY,
-    GROUP_GRADIENT_TAU,
-    RELATIVE_TAU,
     Recommended,
     recommended,
 )
@@ -97,7 +95,7 @@ class PDPConfig:
             "2:4", which keeps N of every M consecutive inputs.
         tau: the temperature as in `pdp_mask`, a number or (start, end).
         relative_tau: the same, relative to the squared threshold. If neither is given, the
-            recommended (1.0, 0.02).
+            recommended (1.0, 0.02), or (0.3, 0.001) for the pattern "channel".
         gradient_tau: the least temperature of the gradient: Eq. 2 takes max(temperature,
             gradient_tau), in the same units, and the mask the temperature alone. 0 is Eq. 2 of the
             mask itself. Default 0, but 1.0 for N:M patterns with a relative temperature: there
@@ -424,9 +422,9 @@ class PDPConfig:
         if tau is not None:
             return LayerPlan(pattern, sparsity, False, _start_and_end(tau), least or 0.0)
         if relative_tau is None:
-            relative_tau = RELATIVE_TAU
+            relative_tau = pattern.relative_tau
         if least is None:
-            least = GROUP_GRADIENT_TAU if isinstance(pattern, GroupPattern) else 0.0
+            least = pattern.gradient_tau
         return LayerPlan(pattern, sparsity, True, _start_and_end(relative_tau), float(least))
 
     def _parsed(self, name: str, pattern: str) -> Pattern:

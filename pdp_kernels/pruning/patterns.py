@@ -3,16 +3,26 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from pdp_kernels.ops.arguments import MAX_GROUP
 from pdp_kernels.pruning.layers import WeightSlot
 from pdp_kernels.pruning.masks import ChannelMask, GroupMask, UnstructuredMask, WeightMask
+from pdp_kernels.pruning.recommended import CHANNEL_RELATIVE_TAU, GROUP_GRADIENT_TAU, RELATIVE_TAU
 
 
 class Pattern(ABC):
-    """What is pruned together. Equal patterns of a configuration share its global budget."""
+    """What is pruned together. Equal patterns of a configuration share its global budget.
+
+    Attributes:
+        relative_tau: the recommended temperature, as in `PDPConfig`.
+        gradient_tau: the recommended one of the gradient, relative.
+    """
+
+    relative_tau: ClassVar[tuple[float, float]] = RELATIVE_TAU
+    gradient_tau: ClassVar[float] = 0.0
 
     @property
     def fixed_sparsity(self) -> float | None:
@@ -55,6 +65,7 @@ class GroupPattern(Pattern):
 
     n: int
     m: int
+    gradient_tau = GROUP_GRADIENT_TAU
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -89,6 +100,7 @@ class ChannelPattern(Pattern):
 
     channels: str
     norm: str
+    relative_tau = CHANNEL_RELATIVE_TAU
 
     def __str__(self) -> str:
         return "channel"

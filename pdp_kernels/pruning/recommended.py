@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 RELATIVE_TAU = (1.0, 0.02)  # at the end of the warm-up, and of the training
 GROUP_GRADIENT_TAU = 1.0  # of N:M groups
+# Channels gather at the threshold, where a mask of 1/2 serves them well as long as it is soft. Only
+# a mask that is much sharper in the end leaves them on one side or the other.
+CHANNEL_RELATIVE_TAU = (0.3, 0.001)
 FINETUNING_LEAST_DENSITY = 0.5  # of a layer, as a fraction of the average density
 
 

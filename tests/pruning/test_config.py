@@ -172,6 +172,21 @@ def test_from_dict_takes_known_keys_only():
 
 @pytest.mark.parametrize(
     ("pattern", "temperatures", "gradient_tau"),
+    [
+        ("unstructured", (1.0, 0.02), 0.0),
+        ("channel", (0.3, 0.001), 0.0),
+        ("2:4", (1.0, 0.02), 1.0),
+    ],
+)
+def test_temperatures_suit_the_pattern_of_each_layer(pattern, temperatures, gradient_tau):
+    config = PDPConfig(0.5, overrides={"head": {"pattern": pattern}})
+    plan = config.plan(config.overrides["head"])
+    assert (plan.relative, plan.temperatures) == (True, temperatures)
+    assert plan.gradient_tau == gradient_tau
+
+
+@pytest.mark.parametrize(
+    ("pattern", "temperatures", "gradient_tau"),
     [("2:4", (1.0, 0.02), 1.0), ("3:4", (1.0, 0.02), 1.0), ("1:4", (0.3, 0.005), 0.3)],
 )
 def test_groups_are_decided_later(pattern, temperatures, gradient_tau):

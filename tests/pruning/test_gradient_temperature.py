@@ -81,7 +81,10 @@ def test_wrong_values_are_refused(value, error):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_copies_and_moved_models_keep_the_temperature(pattern):
     model = small_network()
-    config = PDPConfig(PATTERNS[pattern], pattern=pattern, warmup=0, ramp=1, gradient_tau=0.25)
+    config = PDPConfig(
+        PATTERNS[pattern], pattern=pattern, warmup=0, ramp=1, gradient_tau=0.25,
+        relative_tau=(1.0, 0.02),
+    )  # fmt: skip
     pruner = PDPPruner(model, config)
     pruner.step(1.0)
     for other in (copy.deepcopy(model), model.double()):
