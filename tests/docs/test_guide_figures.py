@@ -140,6 +140,38 @@ def test_scores_of_finetuned_groups():
         assert [cell.strip("*") for cell in page[name]] == cells
 
 
+@pytest.mark.parametrize(
+    ("name", "study", "dense", "once"),
+    [
+        (
+            "MLP on MNIST from scratch",
+            "pruning_mnist/channels-settings",
+            "pruning_mnist/nm",
+            "15% + 40%",
+        ),
+        (
+            "the same, fine-tuned",
+            f"{MNIST}/finetune-channels-settings",
+            f"{MNIST}/finetune",
+            "0% + 0%",
+        ),
+        (
+            "small GPT, fine-tuned",
+            "finetune_shakespeare_tiny/finetune-channels-settings",
+            "finetune_shakespeare_tiny/finetune",
+            "0% + 0%",
+        ),
+    ],
+)
+def test_scores_of_channels(name, study, dense, once):
+    scores = results(study)
+    (page,) = (t for t in tables("docs/guides/channels.md") if "pruned once" in str(t.get("")))
+    (cells,) = (page[key] for key in page if key.startswith(name))
+    assert cells[0] == results(dense)["dense"][0].split()[0]
+    for cell, setting in zip(cells[1:], ("pdp", f"one-shot, {once}"), strict=True):
+        assert cell.replace("*", "").split(" / ") == [s.split()[0] for s in scores[setting][:2]]
+
+
 def test_scores_of_finetuning():
     gpt, mlp = results("finetune_shakespeare_tiny/finetune"), results(f"{MNIST}/finetune")
     schedules = results("finetune_shakespeare_tiny/finetune-schedules")
