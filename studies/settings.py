@@ -96,6 +96,7 @@ def channel_temperatures() -> list[Setting]:
     return [
         Setting("pdp", "pdp", {}),
         *(softness_setting(*each, *time) for time in times for each in temperatures),
+        Setting("pdp, uniform", "pdp", {"allocation": "uniform"}),
         Setting("one-shot, 0% + 0%", "one-shot", {}, 0.0, 0.0),
         Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
         Setting("one-shot, 15% + 40%", "one-shot", {}, 0.15, 0.4),
