@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pdp_kernels.pruning.recommended import recommended
+from pdp_kernels.pruning.patterns import parse_pattern
 from studies.methods import METHODS, make_method
 from studies.methods.base import Budget
 from studies.training import Recipe, Task, train
@@ -33,8 +33,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, sparsity: float) -> No
     add("--batch", type=int)
     add("--lr", type=float)
     add("--weight-decay", type=float)
-    add("--warmup", type=float, help="epochs before pruning (default: 15%% of all)")
-    add("--ramp", type=float, help="epochs in which the sparsity grows (default: 40%% of all)")
+    add("--warmup", type=float, help="epochs before pruning (default: as recommended)")
+    add("--ramp", type=float, help="epochs in which the sparsity grows (default: as recommended)")
     pdp = parser.add_argument_group("PDP", "the default is the recommended temperature")
     pdp.add_argument(
         "--tau", type=temperature, metavar="T", help="absolute temperature; START,END anneals"
@@ -92,18 +92,14 @@ def budget_of(
     Raises:
         ValueError: An argument is out of range.
     """
-    if pattern not in ("unstructured", "channel"):
-        n, colon, m = pattern.partition(":")
-        if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 32):
-            raise ValueError(
-                f"pattern must be unstructured, channel or N:M, N < M <= 32, got {pattern!r}"
-            )
-        sparsity = 1 - int(n) / int(m)
+    parsed = parse_pattern("pattern", pattern, "output", "rms")
+    if parsed.fixed_sparsity is not None:
+        sparsity = parsed.fixed_sparsity
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and less than 1, got {sparsity}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    usual = recommended(pattern, finetuning)
+    usual = parsed.recommended(finetuning)
     warmup = usual.warmup * epochs if warmup is None else warmup
     ramp = usual.ramp * epochs if ramp is None else ramp
     if warmup < 0 or ramp < 0 or warmup + ramp > epochs:

@@ -8,19 +8,16 @@ of the step before. OUT/flips.md has the fraction that changed, per step and in 
 """
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from pdp_kernels import hard_mask_nm
 from studies.command_line import budget_of
 from studies.methods import make_method
-from studies.methods.base import Method, group_size
-from studies.provenance import checkout_commit
+from studies.methods.base import Method, flat, largest_masks
+from studies.provenance import checkout_commit, shown_command
 from studies.training import Task, train
 from studies.workloads import WORKLOADS, Workload
 
@@ -38,14 +35,8 @@ class FlipCounter:
     """
 
     def __init__(self, method: Method):
-        self.n, self.m = group_size(method.budget.pattern)
-        # A parametrized weight is computed: its own parameter is what an optimizer changes.
-        self.weights = [
-            layer.parametrizations.weight.original
-            if hasattr(layer, "parametrizations")
-            else layer.weight
-            for layer in method.layers
-        ]
+        self.budget = method.budget
+        self.weights = method.plain_weights()
         self.sides = self.kept()
         self.flips: list[float] = []
         self.method_step = method.step
@@ -53,8 +44,7 @@ class FlipCounter:
 
     def kept(self) -> torch.Tensor:
         """Return which weights are on the kept side, those of all layers in one vector."""
-        masks = [hard_mask_nm(weight, self.n, self.m, dim=1) for weight in self.weights]
-        return torch.cat([mask.flatten() for mask in masks])
+        return flat(largest_masks(self.weights, self.budget))
 
     def step(self, progress: float) -> None:
         self.method_step(progress)
@@ -96,14 +86,11 @@ def main() -> None:
         task = workload.make_task(folder, workload.recipe, "cpu")
         run = (arguments.pattern, epochs, arguments.seed)
         rates = [count(task, workload, name, *run) for name in arguments.methods]
-    words = ["python", "-m", "studies.flips", *sys.argv[1:]]
-    if arguments.data_dir is not None:
-        words[words.index("--data-dir") + 1] = "DIR"
     lines = [
         f"Weights that change sides per step, in parts per million of all in {arguments.pattern} "
         "groups, mean of each epoch.",
         "",
-        f"    {shlex.join(words)}",
+        f"    {shown_command('studies.flips')}",
         "",
         f"Commit of the code: {checkout_commit()}.",
         "",

@@ -27,7 +27,6 @@ import argparse
 import csv
 import math
 import multiprocessing
-import shlex
 import shutil
 import sys
 import time
@@ -44,6 +43,7 @@ from torch import nn
 
 from studies.jobs import Job, make_jobs, make_pretrainings, pretraining_epochs
 from studies.methods import make_method
+from studies.provenance import shown_command
 from studies.settings import STUDIES
 from studies.tables import Row, plot_by_setting, plot_by_sparsity, read_rows, write_table
 from studies.training import Outcome, Task, train
@@ -95,7 +95,7 @@ def train_job(job: Job, out: Path) -> tuple[Outcome, nn.Module]:
     options = dict(job.setting.options)
     if job.trained is not None and job.setting.method == "pdp":
         options["finetuning"] = True
-    method = make_method(job.setting.method, model, job.budget, **options)
+    method = make_method(job.setting.method, model, job.budget(), **options)
     folder = out / SCRATCH / job.folder
     outcome = train(
         _task,
@@ -273,14 +273,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def shown_command() -> str:
-    """Return the command line that trains, with DIR for the folder of the data."""
-    words = ["python", "-m", "studies.grid", *(w for w in sys.argv[1:] if w != "--redraw")]
-    if "--data-dir" in words:
-        words[words.index("--data-dir") + 1] = "DIR"
-    return shlex.join(words)
-
-
 def main() -> None:
     arguments = parse_arguments()
     path = arguments.out / f"{arguments.study}.csv"
@@ -294,7 +286,7 @@ def main() -> None:
     if not rows:
         sys.exit("no run is done")
     study = STUDIES[arguments.study]
-    write_table(rows, path.with_suffix(".md"), shown_command(), study.reference)
+    write_table(rows, path.with_suffix(".md"), shown_command("studies.grid"), study.reference)
     plot = plot_by_sparsity if study.by_sparsity else plot_by_setting
     plot(rows, path.with_suffix(".png"))
     print(path.with_suffix(".md").read_text(), end="")

@@ -54,9 +54,8 @@ class Job(NamedTuple):
         recipe = recipe if self.trained is None else recipe.finetuning()
         return recipe._replace(epochs=self.epochs)
 
-    @property
     def budget(self) -> Budget:
-        """What is pruned and when.
+        """Return what is pruned and when.
 
         Raises:
             ValueError: A number is out of range, or the network has nothing to prune so.
@@ -111,12 +110,12 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
                     pattern, sparsity = "unstructured", 0.0
                 run = (setting, pattern, sparsity, seed, epochs, arguments.device, commit)
                 jobs.append(Job(arguments.network, *run))
-                assert jobs[-1].budget  # raises before anything runs
+                jobs[-1].budget()  # raises before anything runs
     return jobs
 
 
 def pretraining_epochs(arguments: argparse.Namespace) -> int:
-    """Return the length of the trainings that the study finetune starts from."""
+    """Return the length of the trainings that fine-tuning starts from."""
     return arguments.pretraining_epochs or WORKLOADS[arguments.network].recipe.epochs
 
 

@@ -1,7 +1,9 @@
-"""Which code made a result."""
+"""Which code and which command made a result."""
 
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 RESULTS = (":(exclude,top)studies/results", ":(exclude,top)benchmarks/results")
@@ -25,3 +27,15 @@ def checkout_commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + dirty
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def shown_command(program: str) -> str:
+    """Return the command line that trains, with DIR for the folder of the data.
+
+    Args:
+        program: The module that runs, such as studies.grid.
+    """
+    words = ["python", "-m", program, *(word for word in sys.argv[1:] if word != "--redraw")]
+    if "--data-dir" in words:
+        words[words.index("--data-dir") + 1] = "DIR"
+    return shlex.join(words)

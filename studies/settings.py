@@ -26,6 +26,13 @@ def nm_settings() -> list[Setting]:
     return [Setting(name, name, {}) for name in NM_METHODS]
 
 
+def timed_setting(
+    name: str, method: str, options: dict[str, Any], warmup: float, ramp: float
+) -> Setting:
+    """Return a setting with its own warm-up and ramp, which its name states."""
+    return Setting(f"{name}, {warmup:.0%} + {ramp:.0%}", method, options, warmup, ramp)
+
+
 def softness_setting(
     start: float,
     end: float,
@@ -39,10 +46,10 @@ def softness_setting(
     The name says so, and states warm-up and ramp if they are not the recommended ones.
     """
     name = f"pdp, {start:g} to {end:g}, gradient at {least:g}"
-    if warmup is not None and ramp is not None:
-        name += f", {warmup:.0%} + {ramp:.0%}"
     changes = {"relative_tau": (start, end), "gradient_tau": least} | options
-    return Setting(name, "pdp", changes, warmup, ramp)
+    if warmup is None or ramp is None:
+        return Setting(name, "pdp", changes)
+    return timed_setting(name, "pdp", changes, warmup, ramp)
 
 
 def group_settings() -> list[Setting]:
@@ -97,9 +104,10 @@ def channel_temperatures() -> list[Setting]:
         Setting("pdp", "pdp", {}),
         *(softness_setting(*each, *time) for time in times for each in temperatures),
         Setting("pdp, uniform", "pdp", {"allocation": "uniform"}),
-        Setting("one-shot, 0% + 0%", "one-shot", {}, 0.0, 0.0),
-        Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
-        Setting("one-shot, 15% + 40%", "one-shot", {}, 0.15, 0.4),
+        *(
+            timed_setting("one-shot", "one-shot", {}, *time)
+            for time in ((0.0, 0.0), (0.0, 0.6), (0.15, 0.4))
+        ),
     ]
 
 
@@ -159,12 +167,12 @@ def schedule_settings() -> list[Setting]:
     scratch = (0.15, 0.4)
     tenth = {"least_density": 0.1}  # as from scratch
     schedules = [
-        Setting(f"{name}, {warmup:.0%} + {ramp:.0%}", method, options, warmup, ramp)
+        timed_setting(name, method, options, *time)
         for name, method, options in (
             ("pdp, a tenth", "pdp", tenth),
             ("gmp-global", "gmp-global", {}),
         )
-        for warmup, ramp in (scratch, (0.0, 0.4), (0.05, 0.6), (0.05, 0.8), (0.15, 0.6))
+        for time in (scratch, (0.0, 0.4), (0.05, 0.6), (0.05, 0.8), (0.15, 0.6))
     ]
     options = {
         "relative 0.3 to 0.02": {"relative_tau": (0.3, 0.02)},
@@ -178,12 +186,11 @@ def schedule_settings() -> list[Setting]:
         Setting("pdp", "pdp", {}),
         Setting("gmp-global", "gmp-global", {}),
         *schedules,
-        Setting("pdp, 15% + 40%", "pdp", {}, *scratch),
+        timed_setting("pdp", "pdp", {}, *scratch),
         Setting("pdp, a tenth", "pdp", tenth),
         Setting("pdp, a quarter", "pdp", {"least_density": 0.25}),
         Setting("pdp, three quarters", "pdp", {"least_density": 0.75}),
         Setting("pdp, relative 1 to 0.005", "pdp", {"relative_tau": (1.0, 0.005)}),
-        Setting("pdp, relative 3 to 0.02", "pdp", {"relative_tau": (3.0, 0.02)}),
         *(
             Setting(f"pdp, a tenth, 15% + 40%, {name}", "pdp", tenth | changes, *scratch)
             for name, changes in options.items()
@@ -220,7 +227,7 @@ def finetuned_group_settings() -> list[Setting]:
         Setting("pdp", "pdp", {}),
         Setting("one-shot", "one-shot", {}),
         Setting("sr-ste", "sr-ste", {}),
-        Setting("one-shot, 0% + 60%", "one-shot", {}, 0.0, 0.6),
+        timed_setting("one-shot", "one-shot", {}, 0.0, 0.6),
         *(softness_setting(*each) for each in temperatures),
         *(softness_setting(1.0, 0.02, 1.0, *each) for each in times),
     ]

@@ -23,11 +23,7 @@ from pdp_kernels.pruning.config_checks import (
     check_times,
 )
 from pdp_kernels.pruning.patterns import Pattern, parse_pattern
-from pdp_kernels.pruning.recommended import (
-    FINETUNING_LEAST_DENSITY,
-    Recommended,
-    recommended,
-)
+from pdp_kernels.pruning.recommended import FINETUNING_LEAST_DENSITY
 
 PAPER_WARMUP = 16.0  # epochs; s of arXiv 2305.11203, Algorithm 1
 PAPER_EPSILON = 0.015  # fraction of the ramp per epoch
@@ -242,7 +238,7 @@ class PDPConfig:
             >>> config.warmup, config.ramp_end
             (3.0, 11.0)
         """
-        return cls._for_training(sparsity, epochs, recommended(changes.get("pattern")), changes)
+        return cls._for_training(sparsity, epochs, False, changes)
 
     @classmethod
     def for_finetuning(
@@ -279,14 +275,15 @@ class PDPConfig:
             check_ratio("sparsity", sparsity)
             cap = 1 - FINETUNING_LEAST_DENSITY * (1 - sparsity)
             changes = {"max_layer_sparsity": cap} | changes
-        setting = recommended(changes.get("pattern"), finetuning=True)
-        return cls._for_training(sparsity, epochs, setting, changes)
+        return cls._for_training(sparsity, epochs, True, changes)
 
     @classmethod
     def _for_training(
-        cls, sparsity: Any, epochs: float, setting: Recommended, changes: dict[str, Any]
+        cls, sparsity: Any, epochs: float, finetuning: bool, changes: dict[str, Any]
     ) -> "PDPConfig":
         check_positive("epochs", epochs)
+        pattern = parse_pattern("pattern", changes.get("pattern", cls.pattern), "output", "rms")
+        setting = pattern.recommended(finetuning)
         warmup = changes.get("warmup", setting.warmup * epochs)
         check_number("warmup", warmup)
         values: dict[str, Any] = {

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from pdp_kernels.ops.arguments import MAX_GROUP
 from pdp_kernels.pruning.layers import WeightSlot
 from pdp_kernels.pruning.masks import ChannelMask, GroupMask, UnstructuredMask, WeightMask
-from pdp_kernels.pruning.recommended import CHANNEL_RELATIVE_TAU, GROUP_GRADIENT_TAU, RELATIVE_TAU
+from pdp_kernels.pruning.recommended import (
+    CHANNEL_RELATIVE_TAU,
+    FINETUNING,
+    FROM_SCRATCH,
+    GROUP_GRADIENT_TAU,
+    GROUPS_FINETUNING,
+    GROUPS_FROM_SCRATCH,
+    RELATIVE_TAU,
+    SPARSE_GROUPS_FINETUNING,
+    SPARSE_GROUPS_FROM_SCRATCH,
+    Recommended,
+)
 
 
 class Pattern(ABC):
@@ -28,6 +39,10 @@ class Pattern(ABC):
     def fixed_sparsity(self) -> float | None:
         """The only sparsity that the pattern has, or None if any will do."""
         return None
+
+    def recommended(self, finetuning: bool = False) -> Recommended:
+        """Return the recommended setting of a training, from scratch or of a trained network."""
+        return FINETUNING if finetuning else FROM_SCRATCH
 
     @abstractmethod
     def units(self, weight: Tensor, slot: WeightSlot) -> int:
@@ -73,6 +88,11 @@ class GroupPattern(Pattern):
     @property
     def fixed_sparsity(self) -> float:
         return 1 - self.n / self.m
+
+    def recommended(self, finetuning: bool = False) -> Recommended:
+        if 2 * self.n < self.m:
+            return SPARSE_GROUPS_FINETUNING if finetuning else SPARSE_GROUPS_FROM_SCRATCH
+        return GROUPS_FINETUNING if finetuning else GROUPS_FROM_SCRATCH
 
     def units(self, weight: Tensor, slot: WeightSlot) -> int:
         return weight.numel()

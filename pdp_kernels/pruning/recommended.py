@@ -3,7 +3,7 @@
 The page on studies has the trainings that chose them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 RELATIVE_TAU = (1.0, 0.02)  # at the end of the warm-up, and of the training
 GROUP_GRADIENT_TAU = 1.0  # of N:M groups
@@ -39,21 +39,3 @@ FINETUNING = Recommended(0.0, 0.6)
 # keeps them decided. Where more than half of a group goes, its pruned weights must go on learning.
 GROUPS_FINETUNING = Recommended(0.0, 0.0, (0.3, 0.005), 0.0)
 SPARSE_GROUPS_FINETUNING = GROUPS_FINETUNING._replace(gradient_tau=0.3)
-
-
-def recommended(pattern: Any, finetuning: bool = False) -> Recommended:
-    """Return the recommended setting.
-
-    Args:
-        pattern: as in `PDPConfig`; anything but N:M counts as "unstructured".
-        finetuning: whether the network is trained already.
-
-    Returns:
-        The setting.
-    """
-    n, colon, m = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
-    if not colon:
-        return FINETUNING if finetuning else FROM_SCRATCH
-    if n.isdecimal() and m.isdecimal() and 2 * int(n) < int(m):
-        return SPARSE_GROUPS_FINETUNING if finetuning else SPARSE_GROUPS_FROM_SCRATCH
-    return GROUPS_FINETUNING if finetuning else GROUPS_FROM_SCRATCH

@@ -125,7 +125,12 @@ class Method:
 
     def plain_weights(self) -> list[Tensor]:
         """Return the weights w, before they are transformed."""
-        return [layer.parametrizations.weight.original for layer in self.layers]
+        return [
+            layer.parametrizations.weight.original
+            if parametrize.is_parametrized(layer, "weight")
+            else layer.weight
+            for layer in self.layers
+        ]
 
 
 def prunable_names(model: nn.Module, budget: Budget) -> list[str]:

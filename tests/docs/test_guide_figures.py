@@ -8,7 +8,6 @@ import pytest
 from tests.docs.blocks import ROOT
 
 CPU = ROOT / "benchmarks" / "results" / "cpu"
-MNIST = "finetune_mnist"
 
 
 def tables(page):
@@ -17,6 +16,14 @@ def tables(page):
     for table in re.findall(r"(?:^\|.*\n)+", (ROOT / page).read_text(), re.MULTILINE):
         lines = [re.split(r" ?\| ?", line)[1:-1] for line in table.splitlines()]
         found.append({cells[0]: cells[1:] for cells in lines})
+    return found
+
+
+def results(name):
+    """The cells of the scores of a study, by setting."""
+    (found,) = (
+        table for table in tables(f"studies/results/{name}.md") if "time" in table.get("", ())
+    )
     return found
 
 
@@ -106,28 +113,17 @@ def test_bytes_and_times_of_several_devices():
 
 
 def test_accuracies_of_n_of_m():
-    (results,) = (
-        table
-        for table in tables("studies/results/pruning_shakespeare_tiny/nm.md")
-        if "sr-ste" in table and "time" in table.get("", ())
-    )
+    scores = results("pruning_shakespeare_tiny/nm")
     (page,) = (table for table in tables("docs/guides/nm.md") if "SR-STE" in table)
-    assert page["dense"][0] == results["dense"][0]
+    assert page["dense"][0] == scores["dense"][0]
     rows = {"PDP, recommended": "pdp", "pruned once, then trained": "one-shot", "SR-STE": "sr-ste"}
     for name, setting in rows.items():
-        assert [cell.strip("*") for cell in page[name]] == results[setting][:2]
-
-
-def results(name):
-    """The cells of the scores of a study, by setting."""
-    (found,) = (
-        table for table in tables(f"studies/results/{name}.md") if "time" in table.get("", ())
-    )
-    return found
+        assert [cell.strip("*") for cell in page[name]] == scores[setting][:2]
 
 
 def test_scores_of_finetuned_groups():
-    scores = [results(f"{folder}/finetune-nm") for folder in ("finetune_shakespeare_tiny", MNIST)]
+    folders = ("finetune_shakespeare_tiny", "finetune_mnist")
+    scores = [results(f"{folder}/finetune-nm") for folder in folders]
     (page,) = (table for table in tables("docs/guides/finetuning.md") if "SR-STE" in table)
     assert page["dense"][::2] == [each["dense"][0] for each in scores]
     rows = {
@@ -151,8 +147,8 @@ def test_scores_of_finetuned_groups():
         ),
         (
             "the same, fine-tuned",
-            f"{MNIST}/finetune-channels-settings",
-            f"{MNIST}/finetune",
+            "finetune_mnist/finetune-channels-settings",
+            "finetune_mnist/finetune",
             "0% + 0%",
         ),
         (
@@ -173,7 +169,7 @@ def test_scores_of_channels(name, study, dense, once):
 
 
 def test_scores_of_finetuning():
-    gpt, mlp = results("finetune_shakespeare_tiny/finetune"), results(f"{MNIST}/finetune")
+    gpt, mlp = results("finetune_shakespeare_tiny/finetune"), results("finetune_mnist/finetune")
     schedules = results("finetune_shakespeare_tiny/finetune-schedules")
     pages = [
         table for table in tables("docs/guides/finetuning.md") if "zeros" in str(table.get(""))
@@ -192,13 +188,9 @@ def test_scores_of_finetuning():
 
 
 def test_accuracies_of_the_readme():
-    (results,) = (
-        table
-        for table in tables("studies/results/pruning_mnist/methods.md")
-        if "time" in table.get("", ())
-    )
+    scores = results("pruning_mnist/methods")
     text = " ".join((ROOT / "README.md").read_text().split())
-    at_99 = {name: cells[3] for name, cells in results.items() if name and "±" in cells[3]}
+    at_99 = {name: cells[3] for name, cells in scores.items() if name and "±" in cells[3]}
     others = {name for name in at_99 if name != "dense" and not name.startswith("pdp")}
     best = max((at_99[name] for name in others), key=lambda cell: float(cell.split()[0]))
     assert len(others) == 8

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from studies import data, flips, grid, sap_mnist, settings, train_image, train_text, training
+from studies import data, grid, sap_mnist, settings, train_image, train_text, training
 from studies.command_line import budget_of
 from studies.jobs import Job
 from studies.methods import make_method
@@ -40,16 +40,6 @@ def test_settings_may_have_their_own_schedule(call_main, monkeypatch, tmp_path):
     assert budgets == {
         (3.0, 8.0): "gmp-global", (0.0, 12.0): "gmp-global", (2.0, 8.0): "pdp"
     }  # fmt: skip
-
-
-@pytest.fixture
-def call_main(monkeypatch, capsys):
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        module.main()
-        return capsys.readouterr().out
-
-    return call
 
 
 @pytest.mark.parametrize(
@@ -375,27 +365,3 @@ def test_remove_dead_channels(call_main):
     assert weights[0] - weights[1] == 3 * (2 * 32 * 32 * 9 + 2 * 32)
     assert masked.split("accuracy")[1] == smaller.split("accuracy")[1]
     assert float(difference.split(":")[1]) < 1e-4
-
-
-def test_flips_of_groups_are_counted(call_main, tmp_path):
-    output = call_main(flips, "--epochs", 2, "--methods", "pdp", "sr-ste", "--out", tmp_path)
-    assert (tmp_path / "flips.md").read_text() == output
-    assert "| epoch | pdp | sr-ste |" in output
-    first, second = output.splitlines()[-2:]
-    assert first.startswith("| 1 | ") and second.startswith("| 2 | ")
-
-
-def test_a_flip_is_a_change_of_sides():
-    model = digits_mlp()
-    method = make_method("one-shot", model, budget_of(0.0, "2:4", 4))
-    counter = flips.FlipCounter(method)
-    weight = counter.weights[0]
-    total = sum(each.numel() for each in counter.weights)
-    with torch.no_grad():
-        weight[0, :4] = torch.tensor([1.0, -2.0, 3.0, 4.0])
-    method.step(0.1)
-    with torch.no_grad():
-        weight[0, :4] = torch.tensor([-5.0, -2.0, 3.0, 3.5])  # the first and third swap sides
-    method.step(0.2)
-    method.step(0.3)
-    assert counter.flips[1:] == [2 / total, 0.0]
