@@ -2,6 +2,7 @@
 
     python -m studies.grid methods --network mlp --data-dir DIR --workers 2 --out OUT
     python -m studies.grid finetune --network gpt-tiny --data-dir DIR --workers 2 --out OUT
+    python -m studies.grid schedules --network gpt-tiny --data-dir DIR --workers 2 --out OUT
     python -m studies.grid finetune-schedules --network mlp --data-dir DIR --workers 2 --out OUT
     python -m studies.grid nm --data-dir DIR --workers 2 --out OUT
     python -m studies.grid finetune-nm --data-dir DIR --workers 2 --out OUT
@@ -11,7 +12,7 @@
 
 methods: every method at every sparsity. nm: methods for N:M patterns. nm-settings: schedules and
 gradients of PDP for them. channels: methods that prune channels. tau: PDP's temperatures and ramps.
-allocation: how PDP's layers share the budget. finetune, finetune-nm, finetune-nm-settings,
+schedules: warm-ups and ramps. allocation: how PDP's layers share the budget. finetune, finetune-nm,
 finetune-channels and finetune-allocation: the same from a trained dense network, in a fifth of its
 epochs. finetune-schedules: warm-ups, ramps and temperatures for that.
 

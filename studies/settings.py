@@ -158,6 +158,20 @@ def allocation_settings() -> list[Setting]:
 
 
 def schedule_settings() -> list[Setting]:
+    """Return when PDP and global GMP prune in a training from scratch, and how far PDP each layer.
+
+    The rows "pdp" and "gmp-global" have the recommended times, 15% and 40%.
+    """
+    times = ((0.0, 0.4), (0.0, 0.6), (0.0, 0.8), (0.15, 0.6), (0.15, 0.8), (0.3, 0.4))
+    return [
+        Setting("pdp", "pdp", {}),
+        Setting("gmp-global", "gmp-global", {}),
+        *(timed_setting(name, name, {}, *time) for name in ("pdp", "gmp-global") for time in times),
+        Setting("pdp, half", "pdp", {"least_density": 0.5}),
+    ]
+
+
+def finetuned_schedule_settings() -> list[Setting]:
     """Return when PDP and global GMP prune, and how softly and how far PDP prunes each layer.
 
     The row "pdp" is the recommended setting for fine-tuning. The others differ from it in what they
@@ -255,7 +269,8 @@ class Study(NamedTuple):
 STUDIES = {
     "methods": Study(method_settings, by_sparsity=True),
     "finetune": Study(method_settings, finetunes=True, by_sparsity=True),
-    "finetune-schedules": Study(schedule_settings, finetunes=True),
+    "schedules": Study(schedule_settings),
+    "finetune-schedules": Study(finetuned_schedule_settings, finetunes=True),
     "nm": Study(nm_settings, "groups"),
     "nm-settings": Study(group_settings, "groups"),
     "finetune-nm": Study(nm_settings, "groups", finetunes=True),
