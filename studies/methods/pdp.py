@@ -9,11 +9,21 @@ from typing import Any
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner, pdp_thresholds
-from studies.methods.base import Budget, Masking, Method, global_masks, sparsity_of
+from studies.methods.base import (
+    Budget,
+    Masking,
+    Method,
+    global_masks,
+    prunable_names,
+    sparsity_of,
+)
 
 
 class PDP(Method):
     """PDP by `PDPPruner`, with the recommended setting.
+
+    A batch norm scales masked outputs up again. Channels that go through one are pruned as the
+    inputs of the layer behind it.
 
     Args:
         model: The network to prune.
@@ -41,6 +51,11 @@ class PDP(Method):
     ):
         if update_interval < 0:
             raise ValueError(f"update_interval must be at least 0, got {update_interval}")
+        self.prunes_inputs = False
+        if budget.pattern == "channel" and (behind := names_behind_norms(model, budget)):
+            self.prunes_inputs = True
+            budget = budget._replace(include=tuple(behind))
+            options = {"channel_dim": "input"} | options
         super().__init__(model, budget)
         self.update_interval = update_interval
         sparsity = budget.sparsity if ":" not in budget.pattern else None
@@ -63,10 +78,14 @@ class PDP(Method):
         self.pruner.finalize()
 
     def sparsity(self) -> float:
-        if self.pruner.finalized:
-            return super().sparsity()
-        pruned = self.pruner.pruned_copy()
-        return sparsity_of([pruned.get_submodule(name).weight for name in self.names], self.budget)
+        layers = self.layers
+        if not self.pruner.finalized:
+            pruned = self.pruner.pruned_copy()
+            layers = [pruned.get_submodule(name) for name in self.names]
+        weights = [layer.weight for layer in layers]
+        if self.prunes_inputs:
+            weights = [weight.transpose(0, 1) for weight in weights]
+        return sparsity_of(weights, self.budget)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"pruner": self.pruner.state_dict()}
@@ -74,6 +93,23 @@ class PDP(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.pruner.load_state_dict(state["pruner"])
+
+
+def names_behind_norms(model: nn.Module, budget: Budget) -> list[str]:
+    """Return the layers behind those of the budget, if a batch norm lies behind each of these.
+
+    Otherwise return an empty list. Layers are in the order in which the network has them.
+    """
+    kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d)
+    ordered = [(name, each) for name, each in model.named_modules() if isinstance(each, kinds)]
+    places = {name: place for place, (name, _) in enumerate(ordered)}
+    behind = []
+    for name in prunable_names(model, budget):
+        following = ordered[places[name] + 1 : places[name] + 3]
+        if len(following) < 2 or not isinstance(following[0][1], nn.BatchNorm2d):
+            return []
+        behind.append(following[1][0])
+    return behind
 
 
 class HardPDP(Masking):

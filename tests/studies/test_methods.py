@@ -99,12 +99,22 @@ def train_channels(task, name, **arguments):
 @pytest.mark.parametrize("name", sorted(set(CHANNEL_METHODS) - {"dense"}))
 def test_method_prunes_channels(small_images, name):
     model, outcome = train_channels(small_images, name)
-    kept = [block.conv1.weight.flatten(1).abs().sum(1) != 0 for block in (model[3], model[4])]
+    outputs = [block.conv1.weight for block in (model[3], model[4])]
+    inputs = [block.conv2.weight.transpose(0, 1) for block in (model[3], model[4])]
+    # The batch norm behind conv1 would scale soft masks away.
+    pruned, whole = (inputs, outputs) if name.startswith("pdp") else (outputs, inputs)
+    kept = [weight.flatten(1).abs().sum(1) != 0 for weight in pruned]
     assert sum(int(mask.sum()) for mask in kept) == 12  # of 8 + 16
     assert outcome.sparsity == 0.5
-    assert all(bool((block.conv2.weight != 0).all()) for block in (model[3], model[4]))
+    assert all(bool((weight != 0).all()) for weight in whole)
     if name == "one-shot":
         assert [int(mask.sum()) for mask in kept] == [4, 8]
+
+
+def test_pdp_prunes_outputs_without_a_batch_norm_behind_them():
+    method = make_method("pdp", digits_mlp(), budget_of(0.5, "channel", 4, narrowed=("1", "3")))
+    assert method.names == ["1", "3"]
+    assert method.pruner.config.channel_dim == "output"
 
 
 def test_slimming_shrinks_scales_until_it_prunes(small_images, tmp_path):
