@@ -106,8 +106,9 @@ def pdp_mask_nm(
         dim: the dimension that is cut into groups.
         tau: the temperature, as in `pdp_mask`.
         relative_tau: the relative temperature, as in `pdp_mask`; it follows each group's own t.
-        gradient_tau: the temperature of Eq. 2, as in `pdp_mask`. Groups train better with one that
-            stays near 1 (relative) while the mask's falls: pruned weights go on learning.
+        gradient_tau: the temperature of Eq. 2, as in `pdp_mask`. From scratch 2:4 groups train
+            better with one that stays at 1 (relative) while the mask's falls: pruned weights go on
+            learning. `PDPConfig` has other recommendations for 1:4 and for fine-tuning.
         pruned: how many weights of a group are pruned now, 0 to m - n (default), so that a
             schedule can ramp up. 0 is the identity. An int, or an int64 tensor, (), on the weight's
             device. A tensor is read on the device alone (unchecked), so that a schedule needs
