@@ -80,7 +80,8 @@ def _mend(cuda: str) -> str:
     if record is None:
         return "Build the checkout: pip install --no-build-isolation --editable ."
     build_again = (
-        "build again for the torch that is installed (this needs setuptools 77 or later, ninja and pybind11): "
+        "build again for the torch that is installed (this needs setuptools 77 or later, ninja "
+        "and pybind11): "
         "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "
         "--no-binary pdp_kernels pdp_kernels"
     )

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.pruning.evaluation import evaluated
-from pdp_kernels.pruning.layers import ATTENTION_INPUTS, weight_slots
+from pdp_kernels.pruning.layers import ATTENTION_INPUTS, first_argument, weight_slots
 from pdp_kernels.pruning.targets import Holder, Target
 
 Squares = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor]
@@ -124,11 +124,11 @@ def _squares_of(holder: Holder) -> Squares:
     if isinstance(layer, nn.modules.conv._ConvNd):
         return _squares_of_patches
     dim = slot.inputs
-    return lambda _, args, kwargs, __: _squares_of_vectors(_first(args, kwargs)).unsqueeze(1 - dim)
 
+    def squares(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Tensor:
+        return _squares_of_vectors(first_argument(args, kwargs)).unsqueeze(1 - dim)
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
+    return squares
 
 
 def _squares_of_vectors(inputs: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def _squares_of_patches(
     """
     conv = cast(nn.modules.conv._ConvNd, layer)
     dimensions = len(conv.kernel_size)
-    inputs = _first(args, kwargs)
+    inputs = first_argument(args, kwargs)
     size, outputs = list(inputs.shape[-dimensions:]), list(output.shape[-dimensions:])
     squares = inputs.detach().double().square().reshape(-1, conv.in_channels, *size)
     squares = squares.sum(0, keepdim=True)

@@ -13,11 +13,6 @@ from pdp_kernels.pruning.user_warnings import warn_user
 
 NEARLY_ALL = 0.99  # pruned beyond this fraction, a layer computes next to nothing
 
-# By default no layer is pruned beyond a tenth of the average density. In the studies no layer
-# that trained well came near it, and one whose weights are small was not emptied
-# (studies/results/allocation).
-_LEAST_DENSITY = 0.1
-
 
 def check_budgets(targets: Sequence[Target], config: PDPConfig) -> None:
     """Raise a ValueError if the cap per layer leaves less than a global budget to prune."""
@@ -49,7 +44,7 @@ def final_counts(
         weights = [targets[index].weight for index in members]
         allocated = allocate(
             selection_values(selected, weights),
-            [tuple(weight.shape) for weight in weights],
+            weights,
             _global_sparsity(config),
             config.allocation,
             _layer_cap([targets[index].units for index in members], config),
@@ -100,9 +95,12 @@ def warn_of_emptied(
         return
     named.update(emptied)
     layers = ", ".join(f"{fraction:.1%} of {name}" for name, fraction in emptied.items())
+    limit = "least_density (such as 0.5)"
+    if config.max_layer_sparsity is not None:
+        limit = "a lower max_layer_sparsity (such as 0.98)"
     warn_user(
         f"the global budget of {config.sparsity:.0%} prunes {layers}, whose weights are smaller "
-        "than those of other layers: set max_layer_sparsity (such as 0.98) or "
+        f"than those of other layers: set {limit} or "
         'allocation="lamp", or give them a sparsity in overrides'
     )
 
@@ -112,7 +110,7 @@ def _layer_cap(sizes: Sequence[int], config: PDPConfig) -> float:
     if config.max_layer_sparsity is not None:
         return config.max_layer_sparsity
     sparsity = _global_sparsity(config)
-    cap = 1 - (1 - sparsity) * _LEAST_DENSITY
+    cap = 1 - (1 - sparsity) * config.least_density
     fits = sum(math.floor(cap * size) for size in sizes) >= math.floor(sparsity * sum(sizes) + 0.5)
     return cap if fits else 1.0
 

@@ -6,12 +6,13 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pdp_kernels.distributed.shards import local_shard
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
-from pdp_kernels.pruning.layers import is_quantized, quantized
+from pdp_kernels.pruning.layers import is_quantized, parameter_of, quantized
 from pdp_kernels.pruning.masked_layer import mask_parents
 from pdp_kernels.pruning.masks import WeightMask
 from pdp_kernels.pruning.optimizers import parameter_ids
@@ -36,6 +37,7 @@ class Snapshot:
         holders = [holder for target in targets for holder in target.holders]
         firsts = [target.holders[0] for target in targets]
         self._slots = [(holder.layer, holder.slot.name) for holder in firsts]
+        self._tied = [target for target in targets if len(target.holders) > 1]
         weights = self._weights()
         self._types: list[type] = list(map(type, weights))
         self._shapes: list[torch.Size] = list(map(_shape, weights))
@@ -59,6 +61,7 @@ class Snapshot:
             and list(map(_shape, weights)) == self._shapes
             and self._layer_masks() == self._masks
             and all(map(is_, self._linked(), self._children))
+            and all(map(_is_tied, self._tied))
         )
 
     def _weights(self) -> list[Any]:
@@ -69,6 +72,23 @@ class Snapshot:
 
     def _linked(self) -> list[nn.Module | None]:
         return [module._modules.get(name) for module, name in self._links]
+
+
+def _is_tied(target: Target) -> bool:
+    """Whether all layers that shared the weight still do."""
+    weight = target.weight
+    others = (parameter_of(each.layer, each.slot.name) for each in target.holders[1:])
+    return all(other is weight or _shares_memory(other, weight) for other in others)
+
+
+def _shares_memory(other: Tensor, weight: Tensor) -> bool:
+    """Whether two tensors are one in memory, as after load_state_dict(assign=True).
+
+    A pruner sets zeros in place, so that both have them.
+    """
+    if other.is_meta or weight.is_meta:
+        return other.is_meta and weight.is_meta
+    return local_shard(other).data_ptr() == local_shard(weight).data_ptr()
 
 
 def check_layers(model: nn.Module, targets: Sequence[Target]) -> bool:
@@ -96,7 +116,7 @@ def check_layers(model: nn.Module, targets: Sequence[Target]) -> bool:
 def check_masks(
     targets: Sequence[Target], masks: Sequence[WeightMask], shapes: Sequence[torch.Size]
 ) -> None:
-    """Raise a RuntimeError if weights no longer have their masks, or their shapes."""
+    """Raise a RuntimeError if weights no longer have their masks, shapes or ties."""
     for target, mask, shape in zip(targets, masks, shapes, strict=True):
         if is_quantized(target.weight):
             raise quantized(target.name, target.weight)
@@ -105,6 +125,11 @@ def check_masks(
                 f"{target.name} had shape {tuple(shape)} and now has "
                 f"{tuple(target.weight.shape)}: FullyShardedDataParallel flattens weights, "
                 "fully_shard does not"
+            )
+        if not _is_tied(target):
+            names = ", ".join(holder.weight_name for holder in target.holders)
+            raise RuntimeError(
+                f"{names} were one weight and no longer are: tie them again, or make a new pruner"
             )
         for holder in target.holders:
             held = vars(holder.layer).get("pdp_masks", {})
@@ -147,10 +172,11 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence
 
 def check_length(config: PDPConfig, epochs: float) -> None:
     """Warn if a training of this many epochs ends before the ramp does."""
-    if epochs < config.ramp_end:
+    reached = config.ramp_at(epochs)
+    if reached < 1:
         warn_user(
             f"a training of {epochs:g} epochs ends before the ramp does, at {config.ramp_end:g}, "
-            f"with {config.ramp_at(epochs):.0%} of the sparsity: PDPConfig.for_epochs fits a "
+            f"with {reached:.0%} of the sparsity: PDPConfig.for_epochs fits a "
             "schedule to a training"
         )
 

@@ -18,17 +18,18 @@ from pdp_kernels.functional.validation import (
 )
 from pdp_kernels.pruning.config_checks import (
     check_entries,
+    check_overrides,
     check_sparsity,
     check_temperatures,
     check_times,
 )
 from pdp_kernels.pruning.patterns import Pattern, parse_pattern
-from pdp_kernels.pruning.recommended import FINETUNING_LEAST_DENSITY
+from pdp_kernels.pruning.plain_data import from_plain, to_plain
+from pdp_kernels.pruning.recommended import FINETUNING_LEAST_DENSITY, LEAST_DENSITY, Recommended
 
 PAPER_WARMUP = 16.0  # epochs; s of arXiv 2305.11203, Algorithm 1
 PAPER_EPSILON = 0.015  # fraction of the ramp per epoch
-
-_OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau", "gradient_tau")
+_ROUNDING = 1e-9  # epochs that sums of times may be off
 
 Temperature = float | tuple[float, float] | list[float]
 Scope = Literal["global", "layer"]
@@ -107,10 +108,12 @@ class PDPConfig:
         allocation: how the layers share a global budget: "magnitude" (the paper's single
             threshold), "lamp", "erk" or "uniform", as in `global_prune_counts`. Only "magnitude"
             depends on the scale of the layers.
-        max_layer_sparsity: the largest fraction of a layer that a global budget may prune. The
-            other layers prune the rest, so that the total stays. By default each layer keeps at
-            least a tenth of the average density, 1 - (1 - sparsity) / 10; layers too small for
-            that have no cap. 1.0 lets a budget empty a layer, as the paper does.
+        least_density: the least density of a layer under a global budget, as a fraction of the
+            average density 1 - sparsity, in [0, 1). The other layers prune the rest, so that the
+            total stays. Default a tenth; 0 lets a budget empty a layer, as the paper does. Layers
+            too small for it have no limit.
+        max_layer_sparsity: the largest fraction of a layer that a global budget may prune, in
+            place of least_density.
         channel_dim: which channels the pattern "channel" prunes, "output" or "input". Batch norm
             rescales masked outputs: before one, prune the inputs of the next layer instead.
         channel_norm: "rms" (comparable between layers) or "l2", as in `pdp_mask_channel`.
@@ -147,6 +150,7 @@ class PDPConfig:
     ramp_shape: RampShape = "cubic"
     reallocate: float | None = None
     allocation: Allocation = "magnitude"
+    least_density: float = LEAST_DENSITY
     max_layer_sparsity: float | None = None
     channel_dim: Channels = "output"
     channel_norm: Norm = "rms"
@@ -156,7 +160,7 @@ class PDPConfig:
 
     def __post_init__(self) -> None:
         for name in ("tau", "relative_tau"):  # a list of two is the pair that it means
-            object.__setattr__(self, name, _from_plain(name, getattr(self, name)))
+            object.__setattr__(self, name, from_plain(name, getattr(self, name)))
         check_one_of("scope", self.scope, get_args(Scope))
         check_one_of("ramp_shape", self.ramp_shape, get_args(RampShape))
         check_one_of("allocation", self.allocation, get_args(Allocation))
@@ -172,6 +176,12 @@ class PDPConfig:
         if self.gradient_tau is not None:
             check_non_negative("gradient_tau", self.gradient_tau)
         check_times(self.warmup, self.ramp, self.epsilon, self.anneal, self.reallocate)
+        check_ratio("least_density", self.least_density)
+        if self.least_density == 1:
+            raise ValueError(
+                f'least_density must be in [0, 1), got {self.least_density}: allocation="uniform" '
+                "gives all layers the same density"
+            )
         if self.max_layer_sparsity is not None:
             check_ratio("max_layer_sparsity", self.max_layer_sparsity)
         for name in ("include", "exclude"):
@@ -179,11 +189,13 @@ class PDPConfig:
             if name == "exclude" or entries is not None:
                 check_entries(name, entries)
                 object.__setattr__(self, name, tuple(entries))
-        self._check_overrides()
+        check_overrides(self.overrides, self.sparsity, self.pattern, self._parsed)
 
     @classmethod
     def paper(cls, sparsity: float, **changes: Any) -> "PDPConfig":
-        """Return the paper's setting: tau = 1e-4, linear ramp, s = 16, epsilon = 0.015, no cap.
+        """Return the paper's setting: tau = 1e-4, linear ramp, s = 16, epsilon = 0.015.
+
+        A global budget may empty a layer (least_density 0).
 
         Args:
             sparsity: the fraction to prune, in [0, 1].
@@ -205,7 +217,7 @@ class PDPConfig:
             "sparsity": sparsity,
             "tau": PAPER_TAU,
             "ramp_shape": "linear",
-            "max_layer_sparsity": 1.0,
+            "least_density": 0.0,
         }
         return cls(**(values | changes))
 
@@ -219,7 +231,8 @@ class PDPConfig:
         at the full sparsity. The temperature falls until the end, when the soft network has become
         the hard one. A global budget is allocated again after each twentieth of the training.
         Patterns with N < M / 2, such as 1:4, have sharper masks: relative_tau (0.3, 0.005), and
-        gradient_tau 0.3.
+        gradient_tau 0.3. An override with a pattern of its own has the temperatures that are
+        recommended for that pattern, unless it or changes name others.
 
         Args:
             sparsity: as in `PDPConfig`; None with an N:M pattern.
@@ -247,9 +260,9 @@ class PDPConfig:
         """Return the recommended setting for these further epochs of a trained network.
 
         As `for_epochs`, but pruning starts at once, the ramp takes 60% of the epochs, and each
-        layer keeps at least half of the average density under a global budget, so that
-        max_layer_sparsity is 1 - (1 - sparsity) / 2: the scales of the layers have settled, and
-        the time is too short for a layer that loses most of its weights.
+        layer keeps at least half of the average density under a global budget (least_density
+        0.5): the scales of the layers have settled, and the time is too short for a layer that
+        loses most of its weights.
 
         N:M patterns have no ramp: all groups are pruned after the first step, by sharper masks,
         with relative_tau (0.3, 0.005) and gradient_tau 0, or 0.3 for N < M / 2.
@@ -268,13 +281,10 @@ class PDPConfig:
 
         Examples:
             >>> config = PDPConfig.for_finetuning(0.9, epochs=5)
-            >>> config.warmup, config.ramp_end, config.max_layer_sparsity
-            (0.0, 3.0, 0.95)
+            >>> config.warmup, config.ramp_end, config.least_density
+            (0.0, 3.0, 0.5)
         """
-        if sparsity is not None and not isinstance(sparsity, Mapping):
-            check_ratio("sparsity", sparsity)
-            cap = 1 - FINETUNING_LEAST_DENSITY * (1 - sparsity)
-            changes = {"max_layer_sparsity": cap} | changes
+        changes = {"least_density": FINETUNING_LEAST_DENSITY} | changes
         return cls._for_training(sparsity, epochs, True, changes)
 
     @classmethod
@@ -294,10 +304,15 @@ class PDPConfig:
         }
         if "epsilon" not in changes:
             values["ramp"] = setting.ramp * epochs
+        values = values | changes
         if changes.get("tau") is None:
-            values["relative_tau"] = setting.relative_tau
-            values["gradient_tau"] = setting.gradient_tau
-        return cls(**(values | changes))
+            values = _temperatures(setting) | values
+            if changes.get("relative_tau") is None and isinstance(values.get("overrides"), Mapping):
+                values["overrides"] = {
+                    entry: _with_temperatures(entry, override, finetuning, changes)
+                    for entry, override in values["overrides"].items()
+                }
+        return cls(**values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PDPConfig":
@@ -324,7 +339,7 @@ class PDPConfig:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ValueError(f"values must have keys among {known}, got {unknown}")
-        return cls(**{key: _from_plain(key, value) for key, value in values.items()})
+        return cls(**{key: from_plain(key, value) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which `from_dict` makes an equal configuration.
@@ -332,7 +347,7 @@ class PDPConfig:
         Returns:
             A dict of all fields, which json can write. Layer types become their names.
         """
-        return {each.name: _to_plain(getattr(self, each.name)) for each in fields(self)}
+        return {each.name: to_plain(getattr(self, each.name)) for each in fields(self)}
 
     @property
     def ramp_epochs(self) -> float:
@@ -373,7 +388,8 @@ class PDPConfig:
             return False
         # Progress is often a sum of fractions: its rounding must not delay a whole number.
         done, due = (
-            math.floor((at - self.warmup) / self.reallocate + 1e-9) for at in (before, progress)
+            math.floor((at - self.warmup) / self.reallocate + _ROUNDING)
+            for at in (before, progress)
         )
         return due > done
 
@@ -427,43 +443,44 @@ class PDPConfig:
     def _parsed(self, name: str, pattern: str) -> Pattern:
         return parse_pattern(name, pattern, self.channel_dim, self.channel_norm)
 
-    def _check_overrides(self) -> None:
-        if not isinstance(self.overrides, Mapping):
-            raise TypeError(f"overrides must be a mapping, got {type(self.overrides).__name__}")
-        for entry, changes in self.overrides.items():
-            name = f"overrides[{entry!r}]"
-            if not isinstance(entry, str):
-                raise TypeError(f"overrides must have strings as keys, got {entry!r}")
-            if changes is None:
-                continue
-            if not isinstance(changes, Mapping):
-                raise TypeError(f"{name} must be None or a mapping, got {type(changes).__name__}")
-            self._check_override(name, changes)
 
-    def _check_override(self, name: str, changes: Mapping[str, Any]) -> None:
-        unknown = [key for key in changes if key not in _OVERRIDABLE]
-        if unknown:
-            raise ValueError(f"{name} must have keys among {list(_OVERRIDABLE)}, got {unknown}")
-        check_temperatures(f"{name}: ", changes.get("tau"), changes.get("relative_tau"))
-        if changes.get("gradient_tau") is not None:
-            check_non_negative(f"{name}: gradient_tau", changes["gradient_tau"])
-        pattern = self._parsed(f"{name}: pattern", changes.get("pattern", self.pattern))
-        sparsity = changes.get("sparsity")
-        if sparsity is not None:
-            check_ratio(f"{name}: sparsity", sparsity)
-            if pattern.fixed_sparsity is not None:
-                raise ValueError(
-                    f"{name}: sparsity must be left out with pattern {pattern}, got {sparsity}"
-                )
-        elif pattern.fixed_sparsity is None and self.sparsity is None:
-            raise ValueError(f"{name}: sparsity must be given, as the configuration has none")
+def _temperatures(setting: Recommended) -> dict[str, Any]:
+    return {"relative_tau": setting.relative_tau, "gradient_tau": setting.gradient_tau}
+
+
+def _with_temperatures(
+    entry: Any, override: Any, finetuning: bool, changes: Mapping[str, Any]
+) -> Any:
+    """Return an override, with what is recommended for its pattern if it has one of its own.
+
+    Args:
+        entry: the layers that it is for.
+        override: the override as given, which nothing has checked yet.
+        finetuning: whether the training starts from a trained network.
+        changes: fields that are given for all layers.
+    """
+    named = ("tau", "relative_tau", "gradient_tau")
+    if not isinstance(override, Mapping) or "pattern" not in override:
+        return override
+    if any(override.get(name) is not None for name in named):
+        return override
+    name = f"overrides[{entry!r}]: pattern"
+    pattern = parse_pattern(name, override["pattern"], "output", "rms")
+    setting = pattern.recommended(finetuning)
+    least = setting.gradient_tau if setting.gradient_tau is not None else pattern.gradient_tau
+    return {
+        **override,
+        "relative_tau": setting.relative_tau or pattern.relative_tau,
+        "gradient_tau": changes.get("gradient_tau", least),
+    }
 
 
 def _fraction(passed: float, length: float) -> float:
     """Return the fraction of a length that has passed, in [0, 1]; 1 for a length of 0."""
     if passed < 0:
         return 0.0
-    return 1.0 if passed >= length else passed / length
+    # Warm-up, ramp and progress are sums of fractions: their rounding must not leave a last step.
+    return 1.0 if passed >= length - _ROUNDING else passed / length
 
 
 def _start_and_end(temperature: Temperature) -> tuple[float, float]:
@@ -471,24 +488,3 @@ def _start_and_end(temperature: Temperature) -> tuple[float, float]:
         start, end = temperature
         return float(start), float(end)
     return float(temperature), float(temperature)
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, type):
-        return value.__name__
-    if isinstance(value, Mapping):
-        return {key: _to_plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_plain(each) for each in value]
-    return value
-
-
-def _from_plain(key: str, value: Any) -> Any:
-    if key in ("tau", "relative_tau") and isinstance(value, list):
-        return tuple(value)
-    if key == "overrides" and isinstance(value, Mapping):
-        return {
-            entry: changes and {name: _from_plain(name, change) for name, change in changes.items()}
-            for entry, changes in value.items()
-        }
-    return value

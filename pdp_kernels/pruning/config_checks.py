@@ -1,6 +1,6 @@
 """Checks of a configuration's fields. Each error names the field, its value and what it accepts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from pdp_kernels.functional.validation import (
     check_temperature,
 )
 from pdp_kernels.pruning.patterns import Pattern
+
+_OVERRIDABLE = ("sparsity", "pattern", "tau", "relative_tau", "gradient_tau")
 
 
 def check_sparsity(sparsity: Any, scope: str, pattern: Pattern) -> None:
@@ -80,3 +82,47 @@ def check_entries(name: str, entries: Any) -> None:
             raise TypeError(
                 f"{name}[{index}] must be a glob or a layer type, got {type(entry).__name__}"
             )
+
+
+def check_overrides(
+    overrides: Any, sparsity: Any, pattern: str, parsed: Callable[[str, str], Pattern]
+) -> None:
+    """Accept settings of single layers.
+
+    Args:
+        overrides: what to check.
+        sparsity: that of the configuration.
+        pattern: the same.
+        parsed: returns the pattern of a name and a spelling.
+    """
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"overrides must be a mapping, got {type(overrides).__name__}")
+    for entry, changes in overrides.items():
+        name = f"overrides[{entry!r}]"
+        if not isinstance(entry, str):
+            raise TypeError(f"overrides must have strings as keys, got {entry!r}")
+        if changes is None:
+            continue
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"{name} must be None or a mapping, got {type(changes).__name__}")
+        _check_override(name, changes)
+        own = parsed(f"{name}: pattern", changes.get("pattern", pattern))
+        if own.fixed_sparsity is None:
+            if changes.get("sparsity") is None and sparsity is None:
+                raise ValueError(f"{name}: sparsity must be given, as the configuration has none")
+        elif changes.get("sparsity") is not None:
+            raise ValueError(
+                f"{name}: sparsity must be left out with pattern {own}, got {changes['sparsity']}"
+            )
+
+
+def _check_override(name: str, changes: Mapping[str, Any]) -> None:
+    """Accept the values of an override, each for itself."""
+    unknown = [key for key in changes if key not in _OVERRIDABLE]
+    if unknown:
+        raise ValueError(f"{name} must have keys among {list(_OVERRIDABLE)}, got {unknown}")
+    check_temperatures(f"{name}: ", changes.get("tau"), changes.get("relative_tau"))
+    if changes.get("gradient_tau") is not None:
+        check_non_negative(f"{name}: gradient_tau", changes["gradient_tau"])
+    if changes.get("sparsity") is not None:
+        check_ratio(f"{name}: sparsity", changes["sparsity"])

@@ -1,7 +1,7 @@
 """Layers that hold prunable weights, and layers that read the weights of others."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -42,6 +42,11 @@ def layer_weights(
             names.append(f"{name}.weight" if name else "weight")
             layers.append(layer)
     yield from owners.values()
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a layer is called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def weight_slots(layer: nn.Module) -> list[WeightSlot]:

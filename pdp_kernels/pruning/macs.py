@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdp_kernels.pruning.evaluation import evaluated, run_model
-from pdp_kernels.pruning.layers import ATTENTION_INPUTS
+from pdp_kernels.pruning.layers import ATTENTION_INPUTS, first_argument
 from pdp_kernels.pruning.targets import Holder, Target
 
 
@@ -18,8 +19,9 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
     """Return the dense multiply-accumulates of the model and of each target.
 
     The model runs once, in evaluation mode. torch's FlopCounterMode counts the model (two
-    operations are one multiply-accumulate). The inputs and outputs of its layers give the count of
-    a target; a weight that several layers use counts in each of them.
+    operations are one multiply-accumulate), except recurrent layers, whose inputs say how often
+    they use their weights: it misses their fused kernels. The inputs and outputs of layers give the
+    count of a target; a weight that several layers use counts in each of them.
     """
     counts = [0] * len(targets)
     handles = []
@@ -32,18 +34,42 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
         called = holder.layer if holder.attention is None else holder.attention
         handles.append(called.register_forward_hook(count, with_kwargs=True))
 
+    # FlopCounterMode misses the kernels of fused attention.
+    flops = FlopCounterMode(display=False)
+    before: list[int] = []  # what was counted when a recurrent layer was called
+    corrections: list[int] = []
+
+    def begin_recurrent(*_: object) -> None:
+        before.append(flops.get_total_flops())
+
+    def end_recurrent(
+        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object
+    ) -> None:
+        counted = (flops.get_total_flops() - before.pop()) // 2
+        corrections.append(_recurrent_macs(layer, first_argument(args, kwargs)) - counted)
+
     try:
+        for layer in model.modules():
+            if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+                handles.append(layer.register_forward_pre_hook(begin_recurrent))
+                handles.append(layer.register_forward_hook(end_recurrent, with_kwargs=True))
         for index, target in enumerate(targets):
             for holder in target.holders:
                 count_calls(index, holder)
-        # FlopCounterMode misses the kernels of fused attention.
-        flops = FlopCounterMode(display=False)
         with evaluated(model), sdpa_kernel(SDPBackend.MATH), flops:
             run_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return flops.get_total_flops() // 2, counts
+    return flops.get_total_flops() // 2 + sum(corrections), counts
+
+
+def _recurrent_macs(layer: nn.Module, inputs: torch.Tensor | PackedSequence) -> int:
+    """Return the multiply-accumulates of a recurrent layer: each step uses each matrix once."""
+    if isinstance(inputs, PackedSequence):
+        inputs = inputs.data
+    matrices = (weight for weight in layer.parameters(recurse=False) if weight.dim() == 2)
+    return _vectors(inputs) * sum(matrix.numel() for matrix in matrices)
 
 
 def _uses_of_each_element(
@@ -58,7 +84,7 @@ def _uses_of_each_element(
         # The joint projection multiplies a third of its rows with each of them.
         return (query + key + value) / 3 if name == "in_proj_weight" else by_name.get(name, query)
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return args[0].numel() / layer.in_channels
+        return first_argument(args, kwargs).numel() / layer.in_channels
     if isinstance(layer, nn.modules.conv._ConvNd):
         return output.numel() / layer.out_channels
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +13,17 @@ from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.masked_layer import mask_model, unmask_model
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask
 from pdp_kernels.pruning.targets import Target, layout
+
+
+class Follower(NamedTuple):
+    """A copy of the model, its targets and their masks.
+
+    The masks share their constants with the model's, as long as both are in one place.
+    """
+
+    model: nn.Module
+    targets: list[Target]
+    masks: list[WeightMask]
 
 
 class MaskedWeights:
@@ -34,9 +45,9 @@ class MaskedWeights:
         self.masks: list[WeightMask] = [target.new_mask() for target in targets]
         self._shapes = [target.weight.shape for target in targets]
         self._tables = DeviceTables(targets, self.masks)
-        self._followers: list[tuple[nn.Module, list[Target]]] = []
+        self._followers: list[Follower] = []
         self._snapshot: Snapshot | None = None  # of the model when a check found all well
-        self._put_on(model, targets)
+        _put_on(model, targets, self.masks)
 
     def follow(self, model: nn.Module, targets: list[Target]) -> None:
         """Put the masks on a copy of the model too.
@@ -47,8 +58,9 @@ class MaskedWeights:
         expected, got = layout(self.targets), layout(targets)
         if got != expected:
             raise ValueError(f"copy must have the weights {expected}, got {got}")
-        self._put_on(model, targets)
-        self._followers.append((model, targets))
+        follower = Follower(model, targets, [copy.copy(mask) for mask in self.masks])
+        _put_on(model, targets, follower.masks)
+        self._followers.append(follower)
 
     def check(self) -> None:
         """Raise a RuntimeError if the model no longer has these masks on these weights."""
@@ -63,18 +75,21 @@ class MaskedWeights:
     ) -> None:
         """Set the prune counts and temperatures of this progress. The thresholds stay."""
         self._tables.set_schedule(config, progress, final_counts)
+        self._update_followers()
 
     def step(
         self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
     ) -> None:
         """Set the schedule, and select its thresholds from the weights as they are now."""
         self._tables.step(config, progress, final_counts)
+        self._update_followers()
         self.forget_loads()
 
     def set_thresholds(self, thresholds: Mapping[str, Tensor]) -> None:
         """Set the thresholds to these, by the names of their weights."""
         for name, threshold in self.thresholds().items():
             threshold.copy_(thresholds[name])
+        self._update_followers()
         self.forget_loads()
 
     def thresholds(self) -> dict[str, Tensor]:
@@ -92,13 +107,14 @@ class MaskedWeights:
 
     def reshard(self) -> None:
         """Let FSDP put its sharded parameters back, in the model and the copies that follow."""
-        for model in (self.model, *(follower for follower, _ in self._followers)):
+        for model in (self.model, *(follower.model for follower in self._followers)):
             reshard(model)
 
     def prune(self) -> None:
         """Set what the masks prune to zero and take the masks off, the copies' ones too."""
-        for model, targets in ((self.model, self.targets), *self._followers):
-            for target, mask in zip(targets, self.masks, strict=True):
+        own = Follower(self.model, self.targets, self.masks)
+        for model, targets, masks in (own, *self._followers):
+            for target, mask in zip(targets, masks, strict=True):
                 mask.prune(target.weight)
             unmask_model(model)
         self._followers.clear()
@@ -124,10 +140,23 @@ class MaskedWeights:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_snapshot": None}
 
-    def _put_on(self, model: nn.Module, targets: list[Target]) -> None:
-        masks: dict[nn.Module, dict[str, WeightMask]] = {}
-        for target, mask in zip(targets, self.masks, strict=True):
-            for holder in target.holders:
-                masks.setdefault(holder.layer, {})[holder.slot.name] = mask
-        unmask_model(model)
-        mask_model(model, masks)
+    def _update_followers(self) -> None:
+        """Give the followers' masks the constants of the model's, which may be other tensors now.
+
+        Followers may be on other devices than the model, or of other dtypes.
+        """
+        for follower in self._followers:
+            for target, own, mask in zip(follower.targets, follower.masks, self.masks, strict=True):
+                if own.tau is not mask.tau:
+                    vars(own).update(vars(mask))
+                    own.to(target.weight)
+
+
+def _put_on(model: nn.Module, targets: list[Target], masks: list[WeightMask]) -> None:
+    """Mask the targets of a model, in place of any masks that are there."""
+    of_layers: dict[nn.Module, dict[str, WeightMask]] = {}
+    for target, mask in zip(targets, masks, strict=True):
+        for holder in target.holders:
+            of_layers.setdefault(holder.layer, {})[holder.slot.name] = mask
+    unmask_model(model)
+    mask_model(model, of_layers)

@@ -238,7 +238,7 @@ class PDPPruner:
         check_end(self.config, self.progress, self._weights.masks)
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
-        self._set_schedule(self.config.ramp_end)
+        self._weights.set_schedule(self.config, self.config.ramp_end, self.prune_counts)
         self._weights.prune()
         if self._hook is not None:
             self._hook.remove()
@@ -374,7 +374,8 @@ class PDPPruner:
         is_allocated = _NOT_ALLOCATED not in counts
         names = state_dict["weights"]
         self.prune_counts = dict(zip(names, counts, strict=True)) if is_allocated else None
-        self._set_schedule(state_dict["progress"])
+        self.progress = state_dict["progress"]
+        self._weights.set_schedule(self.config, self.progress, self.prune_counts)
         self._weights.set_thresholds(state_dict["thresholds"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -397,8 +398,3 @@ class PDPPruner:
         counts = final_counts(targets, self._weights.masks, self.config)
         warn_of_emptied(targets, counts, self.config, self._emptied)
         return counts
-
-    def _set_schedule(self, progress: float) -> None:
-        """Set the prune counts and temperatures of this progress. The thresholds stay."""
-        self.progress = progress
-        self._weights.set_schedule(self.config, progress, self.prune_counts)

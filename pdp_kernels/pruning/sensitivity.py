@@ -117,7 +117,7 @@ def sensitivity(
         config = PDPConfig(0.5, scope="layer")
     if not isinstance(config, PDPConfig):
         raise TypeError(f"config must be a PDPConfig or None, got {type(config).__name__}")
-    if not sparsities:
+    if len(sparsities) == 0:
         raise ValueError("sparsities must hold at least one fraction, got none")
     for index, sparsity in enumerate(sparsities):
         check_ratio(f"sparsities[{index}]", sparsity)

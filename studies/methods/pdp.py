@@ -30,8 +30,6 @@ class PDP(Method):
         budget: What is pruned and when.
         update_interval: Epochs between two calls of the pruner; 0 is every optimizer step.
         finetuning: Whether the network is trained already: the recommended setting for that.
-        least_density: The least density of a layer, as a fraction of the average one, if not that
-            of the setting: a tenth from scratch, half in fine-tuning.
         paper: Whether to take the paper's setting, with warm-up and ramp of the budget.
         options: Settings of PDPConfig that replace those of the budget.
     """
@@ -45,7 +43,6 @@ class PDP(Method):
         *,
         update_interval: float = 0.0,
         finetuning: bool = False,
-        least_density: float | None = None,
         paper: bool = False,
         **options: Any,
     ):
@@ -60,8 +57,6 @@ class PDP(Method):
         self.update_interval = update_interval
         sparsity = budget.sparsity if ":" not in budget.pattern else None
         times = {"warmup": budget.warmup, "ramp": budget.ramp}
-        if least_density is not None:
-            options["max_layer_sparsity"] = 1 - least_density * (1 - budget.sparsity)
         options = times | {"pattern": budget.pattern, "include": self.names} | options
         if paper:
             config = PDPConfig.paper(sparsity, **options)

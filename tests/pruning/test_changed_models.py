@@ -129,3 +129,29 @@ def test_a_layer_is_wrapped_and_its_wrapper_replaced():
     model[1][0] = nn.Sequential(small_model())
     with pytest.raises(RuntimeError, match="no longer has the layer"):
         pruner.step(4.0)
+
+
+def test_layers_that_no_longer_share_a_weight_are_an_error_of_the_next_step():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    pruner = stepped(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match=r"0\.weight, 2\.weight were one weight and no longer"):
+        pruner.step(3.0)
+    model[2].weight = model[0].weight  # tied again
+    pruner.step(10.0)
+    pruner.finalize()
+    assert model[2].weight is model[0].weight
+
+
+def test_tied_weights_may_be_two_parameters_in_one_memory():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    pruner = stepped(model)
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model[2].weight is not model[0].weight
+    pruner.step(10.0)
+    pruner.finalize()
+    assert torch.equal(model[0].weight, model[2].weight)
+    assert (model[2].weight == 0).any()

@@ -4,6 +4,7 @@ import json
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -124,6 +125,8 @@ BAD = {
     "reallocate": ({"reallocate": 0}, ValueError, "reallocate must be positive.*got 0"),
     "ramp and epsilon": ({"ramp": 1, "epsilon": 1}, ValueError, "ramp and epsilon.*both"),
     "ramp_shape": ({"ramp_shape": "cosine"}, ValueError, "ramp_shape must be.*got 'cosine'"),
+    "least_density": ({"least_density": -1}, ValueError, "least_density.*got -1"),
+    "all of the density": ({"least_density": 1.0}, ValueError, r"in \[0, 1\), got 1.0"),
     "max_layer_sparsity": ({"max_layer_sparsity": 2}, ValueError, "max_layer_sparsity.*got 2"),
     "channel_dim": ({"channel_dim": 0}, ValueError, "channel_dim must be.*got 0"),
     "channel_norm": ({"channel_norm": "l1"}, ValueError, "norm must be.*got 'l1'"),
@@ -200,12 +203,10 @@ def test_groups_are_decided_later(pattern, temperatures, gradient_tau):
 def test_finetuning_prunes_at_once_and_anneals_until_the_end():
     config = PDPConfig.for_finetuning(0.9, 5)
     assert (config.warmup, config.ramp_end, config.anneal) == (0.0, 3.0, 5.0)
-    assert config.max_layer_sparsity == 0.95  # half of the average density stays in each layer
-    assert PDPConfig.for_finetuning(0.9, 5, max_layer_sparsity=1.0).max_layer_sparsity == 1.0
+    assert config.least_density == 0.5
+    assert PDPConfig.for_finetuning(0.9, 5, least_density=0.25).least_density == 0.25
     assert config.temperature_at((1.0, 0.02), 5.0) == pytest.approx(0.02)
     assert PDPConfig.for_finetuning(0.9, 5, warmup=1).anneal == 4.0
-    fractions = PDPConfig.for_finetuning({"0": 0.5}, 5, scope="layer")
-    assert fractions.max_layer_sparsity is None
     with pytest.raises(ValueError, match="epochs must be positive"):
         PDPConfig.for_finetuning(0.9, 0)
     with pytest.raises(TypeError, match="sparsity must be a number"):
@@ -234,3 +235,56 @@ def test_for_epochs_takes_a_positive_number():
         PDPConfig.for_epochs(0.9, 0)
     with pytest.raises(TypeError, match="epochs must be a number, got str"):
         PDPConfig.for_epochs(0.9, "20")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "finetuning", "temperatures", "gradient_tau"),
+    [
+        ("2:4", False, (1.0, 0.02), 1.0),
+        ("1:4", False, (0.3, 0.005), 0.3),
+        ("2:4", True, (0.3, 0.005), 0.0),
+        ("channel", True, (0.3, 0.001), 0.0),
+    ],
+)
+def test_an_override_with_its_own_pattern_has_what_is_recommended_for_it(
+    pattern, finetuning, temperatures, gradient_tau
+):
+    make = PDPConfig.for_finetuning if finetuning else PDPConfig.for_epochs
+    own, plain = {"pattern": pattern}, {"pattern": "unstructured", "sparsity": 0.9}
+
+    def plan(config, entry):
+        plan = config.plan(config.overrides[entry])
+        return plan.relative, plan.temperatures, plan.gradient_tau
+
+    assert plan(make(0.9, 5, overrides={"0": own}), "0") == (True, temperatures, gradient_tau)
+    inside = make(None, 5, pattern="1:4", overrides={"0": plain, "1": None, "2": {"tau": 0.1}})
+    assert plan(inside, "0") == (True, (1.0, 0.02), 0.0)
+    assert inside.overrides["1"] is None and inside.overrides["2"] == {"tau": 0.1}
+    # What is given counts: for the layer, or for all.
+    for given in ({"relative_tau": 0.5}, {"gradient_tau": 2.0}):
+        assert make(0.9, 5, overrides={"0": own | given}).overrides["0"] == own | given
+    for given in ({"relative_tau": 0.5}, {"tau": 0.1}):
+        assert make(0.9, 5, overrides={"0": own}, **given).overrides["0"] == own
+    assert plan(make(0.9, 5, overrides={"0": own}, gradient_tau=2.0), "0")[2] == 2.0
+
+
+def test_a_bad_pattern_of_an_override_is_named():
+    with pytest.raises(ValueError, match=r"overrides\['0'\]: pattern must be.*got 'block'"):
+        PDPConfig.for_epochs(0.9, 5, overrides={"0": {"pattern": "block"}})
+    with pytest.raises(TypeError, match="overrides must be a mapping, got list"):
+        PDPConfig.for_epochs(0.9, 5, overrides=[])
+
+
+@pytest.mark.parametrize("warmup", [0.2, 0.4, 0.1])
+def test_rounding_leaves_no_end_of_the_ramp(warmup):
+    config = PDPConfig(0.9, warmup=warmup * 3, ramp=(1 - warmup) * 3, ramp_shape="linear")
+    assert config.ramp_at(3.0) == 1.0
+    assert config.temperature_at((1.0, 0.02), 3.0) == 0.02
+    assert config.ramp_at(3.0 - 1e-6) < 1.0
+
+
+def test_numpy_numbers_become_plain_ones():
+    config = PDPConfig.for_epochs(np.float32(0.5), np.int64(10), relative_tau=(np.float64(1), 0.1))
+    values = config.to_dict()
+    assert type(values["sparsity"]) is float and type(values["warmup"]) is float
+    assert PDPConfig.from_dict(json.loads(json.dumps(values))) == config

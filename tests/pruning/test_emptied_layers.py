@@ -37,7 +37,7 @@ def test_layers_too_small_for_the_default_cap_have_none():
 
 
 def test_the_paper_s_setting_has_no_cap():
-    assert PDPConfig.paper(0.8).max_layer_sparsity == 1.0
+    assert PDPConfig.paper(0.8).least_density == 0
 
 
 def test_a_layer_that_a_global_budget_empties_is_named_once():
@@ -55,7 +55,12 @@ def test_a_layer_that_a_global_budget_empties_is_named_once():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "options",
-    [{"max_layer_sparsity": 0.98}, {"scope": "layer"}, {"overrides": {"2": {"sparsity": 0.5}}}],
+    [
+        {"least_density": 0.5},
+        {"max_layer_sparsity": 0.98},
+        {"scope": "layer"},
+        {"overrides": {"2": {"sparsity": 0.5}}},
+    ],
 )
 def test_what_the_warning_proposes_keeps_the_layer(options):
     pruner = PDPPruner(with_a_small_head(), PDPConfig(0.8, warmup=0, ramp=4, **options))

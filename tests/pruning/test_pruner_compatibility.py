@@ -364,38 +364,6 @@ def test_several_optimizers_may_step():
     assert pruner.progress == 1
 
 
-def test_an_average_of_weights_follows_the_schedule_and_is_finalized():
-    model = mlp()
-    pruner = PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=1))
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
-    )
-    pruner.follow(average.module)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for step in range(1, 13):
-        model(torch.randn(5, 24)).square().mean().backward()
-        optimizer.step()
-        average.update_parameters(model)
-        pruner.step(step / 12)
-    weight = average.module[0].weight.detach().clone()
-    sparsity = pruner.prune_counts["0.weight"] / weight.numel()
-    inputs = torch.randn(5, 24)
-    evaluated = average.eval()(inputs)
-    pruner.finalize()
-    assert torch.equal(average.module[0].weight, weight * hard_mask(weight, sparsity))
-    assert not torch.equal(average.module[0].weight, model[0].weight)
-    assert torch.equal(average(inputs), evaluated)
-    assert type(average.module[0]) is nn.Linear
-    total = sum(int((average.module[index].weight == 0).sum()) for index in (0, 2))
-    assert total == round(0.7 * (24 * 32 + 32 * 8))
-
-
-def test_only_a_copy_can_follow():
-    _, pruner = pruned_mlp()
-    with pytest.raises(ValueError, match="copy must have the weights"):
-        pruner.follow(nn.Sequential(nn.Linear(24, 32)))
-
-
 def test_a_model_that_moves_takes_its_masks_along(device):
     model, pruner = pruned_mlp()
     expected = outputs(model, torch.ones(1, 24))
@@ -419,3 +387,13 @@ def test_checkpointed_layers_are_masked_when_they_run_again():
         checkpoint(model, inputs, use_reentrant=False).sum(), list(model.parameters())
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_fx_cannot_trace_masks():
+    model, pruner = pruned_mlp()
+    with pytest.raises(RuntimeError, match=r"torch\.fx cannot trace.*pruned_copy\(\)"):
+        torch.fx.symbolic_trace(model)
+    traced = torch.fx.symbolic_trace(pruner.pruned_copy())
+    inputs = torch.ones(1, 24)
+    assert torch.equal(traced(inputs), model.eval()(inputs))
+    assert len(list(traced.parameters())) == len(list(model.parameters()))

@@ -67,3 +67,34 @@ def test_a_state_of_another_pruner_is_refused_and_changes_nothing():
     after = pruner.state_dict()
     assert torch.equal(after.pop("prune_counts"), before.pop("prune_counts"))
     assert after == before
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_going_back_to_the_warm_up_takes_the_masks_off(name, again):
+    model = mlp()
+    pruner = PDPPruner(model, CONFIGS[name])
+    state = copy.deepcopy(pruner.state_dict())
+    train(model, pruner, [1.0, 2.0, 3.0, 6.0])
+    if again:  # a copy's masks hold their own tensors until its first step
+        pruner = copy.deepcopy(pruner)
+        model = pruner.model
+    pruner.load_state_dict(state)
+    pruner.step(0.5)
+    fresh = PDPPruner(copy.deepcopy(model), CONFIGS[name])
+    fresh.step(0.5)
+    inputs = torch.randn(4, 24)
+    for is_training in (True, False):
+        expected = fresh.model.train(is_training)(inputs)
+        assert torch.equal(model.train(is_training)(inputs), expected)
+    assert pruner.report().pruned == 0
+    pruner.step(6.0)  # and the ramp comes again
+    assert pruner.report().pruned > 0
+
+
+def test_finalize_leaves_the_progress():
+    model = mlp()
+    pruner = PDPPruner(model, PDPConfig.for_epochs(0.9, 20))
+    pruner.step(20.0)
+    pruner.finalize()
+    assert pruner.progress == pruner.report().progress == 20.0

@@ -199,3 +199,50 @@ def test_the_report_names_pruned_weights_that_do_not_train():
     assert str(pruner.report()).splitlines()[-1] == line
     model.requires_grad_(False)
     assert str(pruner.report()).endswith("5.weight, 2 more")
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}])
+def test_recurrent_layers_count_whether_their_kernels_are_fused_or_not(layer, options):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRUCell(8, 8)
+            self.recurrent = layer(8, 16, **options, batch_first=True)
+            self.head = nn.Linear(16 * (2 if options else 1), 4)
+
+        def forward(self, x):
+            return self.head(self.recurrent(self.cell(x.flatten(0, 1)).view_as(x))[0])
+
+    model = Reader()
+    report = pruned(model, sparsity=0.5, scope="layer").report(torch.randn(2, 7, 8))
+    matrices = [weight for weight in model.parameters() if weight.dim() == 2]
+    assert report.macs == 2 * 7 * sum(matrix.numel() for matrix in matrices)
+
+
+def test_packed_sequences_count_their_steps():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = nn.LSTM(8, 16)
+            self.head = nn.Linear(16, 4)
+
+        def forward(self, x):
+            packed = nn.utils.rnn.pack_padded_sequence(x, [7, 3])
+            return self.head(self.recurrent(packed)[0].data)
+
+    report = pruned(Reader(), sparsity=0.5, scope="layer").report(torch.randn(7, 2, 8))
+    assert report.macs == 10 * (4 * 16 * (8 + 16) + 16 * 4)
+
+
+def test_layers_may_be_called_by_keyword():
+    class Upscaler(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 6, 2, stride=2)
+
+        def forward(self, x):
+            return self.up(input=x)
+
+    (layer,) = pruned(Upscaler(), sparsity=0.5).report(torch.randn(3, 4, 5, 5)).layers
+    assert layer.macs == 3 * 25 * 4 * 6 * 4

@@ -1,0 +1,32 @@
+"""A configuration's fields as plain data, which json and torch.load can read."""
+
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+
+def to_plain(value: Any) -> Any:
+    """Return the value of a field as plain data. Layer types become their names."""
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, Mapping):
+        return {key: to_plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(each) for each in value]
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Real):  # NumPy's numbers too
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def from_plain(key: str, value: Any) -> Any:
+    """Return the value of the field with this name that plain data describes."""
+    if key in ("tau", "relative_tau") and isinstance(value, list):
+        return tuple(value)
+    if key == "overrides" and isinstance(value, Mapping):
+        return {
+            entry: changes and {name: from_plain(name, change) for name, change in changes.items()}
+            for entry, changes in value.items()
+        }
+    return value

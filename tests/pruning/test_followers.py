@@ -1,0 +1,89 @@
+"""Copies of a model, such as averages of its weights, that follow its pruner."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from pdp_kernels import PDPConfig, PDPPruner, hard_mask
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def pruned_mlp(sparsity=0.7):
+    model = mlp()
+    return model, PDPPruner(model, PDPConfig(sparsity, warmup=0, ramp=0))
+
+
+def outputs(model, inputs):
+    return [model.train(training)(inputs) for training in (True, False)]
+
+
+def test_an_average_of_weights_follows_the_schedule_and_is_finalized():
+    model = mlp()
+    pruner = PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=1))
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    pruner.follow(average.module)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in range(1, 13):
+        model(torch.randn(5, 24)).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(model)
+        pruner.step(step / 12)
+    weight = average.module[0].weight.detach().clone()
+    sparsity = pruner.prune_counts["0.weight"] / weight.numel()
+    inputs = torch.randn(5, 24)
+    evaluated = average.eval()(inputs)
+    pruner.finalize()
+    assert torch.equal(average.module[0].weight, weight * hard_mask(weight, sparsity))
+    assert not torch.equal(average.module[0].weight, model[0].weight)
+    assert torch.equal(average(inputs), evaluated)
+    assert type(average.module[0]) is nn.Linear
+    total = sum(int((average.module[index].weight == 0).sum()) for index in (0, 2))
+    assert total == round(0.7 * (24 * 32 + 32 * 8))
+
+
+def test_only_a_copy_can_follow():
+    _, pruner = pruned_mlp()
+    with pytest.raises(ValueError, match="copy must have the weights"):
+        pruner.follow(nn.Sequential(nn.Linear(24, 32)))
+
+
+def test_a_follower_that_moves_leaves_the_model_as_it_is():
+    model, pruner = pruned_mlp()
+    average = copy.deepcopy(model)
+    pruner.follow(average)
+    pruner.step(0.5)
+    expected = outputs(model, torch.ones(1, 24))
+    average.double()
+    for now, then in zip(outputs(model, torch.ones(1, 24)), expected, strict=True):
+        assert torch.equal(now, then)
+    inputs = torch.ones(1, 24, dtype=torch.float64)
+    for now, then in zip(outputs(average, inputs), expected, strict=True):
+        torch.testing.assert_close(now.float(), then)
+    for progress in (0.75, 1.0):  # it goes on following
+        pruner.step(progress)
+        soft, hard = outputs(average, inputs)
+        their_soft, their_hard = outputs(model, torch.ones(1, 24))
+        torch.testing.assert_close(soft.float(), their_soft)
+        torch.testing.assert_close(hard.float(), their_hard)
+    pruner.finalize()
+    for index in (0, 2):
+        assert torch.equal(average[index].weight == 0, model[index].weight == 0)
+
+
+def test_loading_into_a_follower_says_nothing_of_the_model():
+    model, pruner = pruned_mlp()
+    average = copy.deepcopy(model)
+    pruner.follow(average)
+    pruner.step(1.0)
+    average.load_state_dict(average.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.finalize()
