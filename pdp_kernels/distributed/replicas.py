@@ -1,14 +1,29 @@
 """Whether ranks that should hold the same weights do."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pdp_kernels.distributed.shards import is_distributed, local_shard, sharding_dims
+from pdp_kernels.distributed.shards import (
+    ShardedList,
+    is_distributed,
+    local_shard,
+    mesh_ranks,
+    sharding_dims,
+)
 from pdp_kernels.ops.reference import INTEGERS
+
+
+class _Held(NamedTuple):
+    """What one rank holds of a weight."""
+
+    mesh: int  # the least rank of the weight's mesh; -1 for a plain tensor
+    shard: tuple[int, ...]
+    checksum: int
+    threshold: str | None
 
 
 def compare_replicas(
@@ -18,13 +33,17 @@ def compare_replicas(
 ) -> None:
     """Raise a RuntimeError that names what differs, and the ranks that agree.
 
-    Compares the thresholds of all ranks, and the checksums of those that hold the same shard.
+    Compares the thresholds, and the checksums of ranks that hold the same shard: of a plain tensor
+    those of all ranks, of a DTensor those of the ranks of its mesh.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    checksums = torch.stack([_checksum(weight) for weight in weights.values()]).tolist()
+    checksums = torch.stack(
+        [_checksum(local_shard(weight)).cpu() for weight in weights.values()]
+    ).tolist()
     mine = {
-        name: (
+        name: _Held(
+            min(mesh_ranks(weight), default=-1),
             _shard_index(weight),
             checksum,
             float(thresholds[name]).hex() if name in thresholds else None,
@@ -32,28 +51,64 @@ def compare_replicas(
         for (name, weight), checksum in zip(weights.items(), checksums, strict=True)
     }
     ranks = dist.get_process_group_ranks(group)
-    seen: list[dict[str, Any]] = [{} for _ in ranks]
+    seen: list[dict[str, _Held]] = [{} for _ in ranks]
     dist.all_gather_object(seen, mine, group)
     by_rank = dict(zip(ranks, seen, strict=True))
     differences = []
-    for name in mine:
-        found = {rank: each[name] for rank, each in by_rank.items() if name in each}
-        for shard in sorted({shard for shard, _, _ in found.values()}):
-            groups = _agreeing({rank: each[1] for rank, each in found.items() if each[0] == shard})
-            if len(groups) > 1:
-                what = f"shard {shard} of {name}" if shard else name
-                differences.append(f"{what} is not the same on ranks {_text(groups)}")
-        groups = _agreeing({rank: each[2] for rank, each in found.items()})
-        if len(groups) > 1:
-            differences.append(f"the threshold of {name} differs on ranks {_text(groups)}")
+    for name in dict.fromkeys(name for held in seen for name in held):
+        found = {rank: held[name] for rank, held in by_rank.items() if name in held}
+        for mesh in sorted({each.mesh for each in found.values()}):
+            on_mesh = {rank: each for rank, each in found.items() if each.mesh == mesh}
+            differences += _differences(name, on_mesh)
     if differences:
         raise RuntimeError("replicas differ: " + "; ".join(differences))
 
 
-def _checksum(weight: Tensor) -> Tensor:
+def _differences(name: str, found: Mapping[int, _Held]) -> list[str]:
+    """Return what differs between the ranks of one mesh."""
+    differences = []
+    for shard in sorted({each.shard for each in found.values()}):
+        groups = _agreeing(
+            {rank: each.checksum for rank, each in found.items() if each.shard == shard}
+        )
+        if len(groups) > 1:
+            what = f"shard {shard} of {name}" if shard else name
+            differences.append(f"{what} is not the same on ranks {_text(groups)}")
+    groups = _agreeing({rank: each.threshold for rank, each in found.items()})
+    if len(groups) > 1:
+        differences.append(f"the threshold of {name} differs on ranks {_text(groups)}")
+    return differences
+
+
+def check_same_on_all_ranks(weights: Sequence[Tensor]) -> None:
+    """Raise a ValueError if ranks that share a weight do not hold the same list of weights.
+
+    One budget for such a list is no number that they agree on. Compares the checksums of weights
+    whose meshes leave open what the other ranks hold; every rank that shares a weight with one
+    that differs raises. Without such weights it takes no collective.
+    """
+    listed = ShardedList(weights)
+    unknown = [index for index, weight in enumerate(weights) if listed.reaches_beyond(weight)]
+    if not unknown:
+        return
+    checksums = listed.all_reduce({index: _checksum(listed.shards[index]) for index in unknown})
+    values = torch.stack([checksums[index].to("cpu") for index in unknown])
+    for index, same in zip(unknown, listed.agree(values).tolist(), strict=True):
+        if not same:
+            ranks = sorted(mesh_ranks(weights[index]))
+            where = f"on the mesh of ranks {ranks}" if ranks else "as a plain tensor"
+            raise ValueError(
+                f"weights[{index}] of shape {tuple(weights[index].shape)} must be the same on all "
+                "ranks that share one budget over layers, as the prune counts depend on it: this "
+                f'rank holds it {where}, and another rank holds other values. With scope="layer" '
+                "ranks may hold different weights, such as experts"
+            )
+
+
+def _checksum(shard: Tensor) -> Tensor:
     """Return the sum of a shard's bits, which changes with any one weight."""
-    shard = local_shard(weight).contiguous()
-    return shard.view(INTEGERS[shard.element_size()]).sum(dtype=torch.int64).cpu()
+    bits = shard.contiguous().view(INTEGERS[shard.element_size()])
+    return bits.sum(dtype=torch.int64)
 
 
 def _shard_index(weight: Tensor) -> tuple[int, ...]:

@@ -2,9 +2,11 @@
 
 A selection needs counts of a weight, and counts add up: no weight ever leaves its rank. Ranks that
 hold replicas of one shard must not count it twice. So only those ranks add theirs that are in one
-replica with the first rank of the group.
+replica with the first rank of the group. Which ranks hold replicas, only a weight's own mesh tells:
+ranks outside of it may hold another weight of that name, such as another expert.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -59,6 +61,13 @@ def local_shard(weight: Tensor) -> Tensor:
     """Return the shard of this rank, detached; a plain tensor as a whole."""
     weight = weight.detach()
     return weight.to_local() if is_distributed(weight) else weight
+
+
+def mesh_ranks(weight: Tensor) -> frozenset[int]:
+    """Return the ranks that the weight's mesh places; none for a plain tensor."""
+    if not is_distributed(weight):
+        return frozenset()
+    return frozenset(weight.device_mesh.mesh.flatten().tolist())
 
 
 def map_shards(function: Callable[[Tensor], Any], weight: "DTensor") -> Any:
@@ -143,6 +152,7 @@ def _chunk(pieces: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
 
 class _Group(NamedTuple):
     process_group: "dist.ProcessGroup"
+    ranks: frozenset[int]
     members: list[int]  # positions of the weights whose shards its ranks hold
 
 
@@ -171,7 +181,7 @@ class ShardedList:
             minimum: take the minimum instead of the sum.
         """
         totals = dict(values)
-        for process_group, members in self._groups:
+        for process_group, _, members in self._groups:
             present = [index for index in members if index in values]
             if not present:
                 continue
@@ -183,25 +193,46 @@ class ShardedList:
                 totals[index] = piece.view(values[index].shape)
         return totals
 
+    def reaches_beyond(self, weight: Tensor) -> bool:
+        """Whether a group has ranks that the weight's mesh does not place."""
+        placed = mesh_ranks(weight)
+        return any(not group.ranks <= placed for group in self._groups)
+
+    def agree(self, values: Tensor) -> Tensor:
+        """Return for each value whether it is the same on all ranks that groups connect, bool."""
+        least = torch.cat([values, -values]).to(self._device())
+        for group in self._groups:
+            dist.all_reduce(least, dist.ReduceOp.MIN, group.process_group)
+        least, negated_largest = least.chunk(2)
+        return least == -negated_largest
+
+    def _device(self) -> torch.device:
+        """Return the device of the sharded weights, on which collectives run."""
+        return self.shards[self._groups[0].members[0]].device
+
     def _form_groups(self, sharded: Mapping[int, "DTensor"]) -> None:
-        """Form few groups of ranks, each of which holds all shards of its weights."""
+        """Form few groups of ranks, each of which holds all shards of its weights.
+
+        A weight takes the group of another one if that is made of replicas by its own mesh.
+        """
         dims_by_mesh: dict[DeviceMesh, set[int]] = {}
         for weight in sharded.values():
             dims_by_mesh.setdefault(weight.device_mesh, set()).update(sharding_dims(weight))
         spans = [_Span(mesh, tuple(sorted(dims))) for mesh, dims in dims_by_mesh.items()]
         spans.sort(key=lambda span: -len(span.ranks))
-        peers: dict[tuple[DeviceMesh, tuple[int, ...]], frozenset[int]] = {}
+        replicas: dict[tuple[DeviceMesh, tuple[int, ...]], list[frozenset[int]]] = {}
         members: dict[int, list[int]] = {}
         for index, weight in sharded.items():
             key = (weight.device_mesh, sharding_dims(weight))
-            if key not in peers:
-                peers[key] = _ranks_along(*key)
-            chosen = next(i for i, span in enumerate(spans) if peers[key] <= span.ranks)
+            if key not in replicas:
+                replicas[key] = _replicas(*key)
+            chosen = next(i for i, span in enumerate(spans) if span.is_made_of(replicas[key]))
             members.setdefault(chosen, []).append(index)
-            if min(spans[chosen].ranks) not in peers[key]:
+            if min(spans[chosen].ranks) not in _ranks_along(*key):
                 self.shards[index] = self.shards[index].flatten()[:0]
         self._groups = [
-            _Group(spans[chosen].process_group(), indices) for chosen, indices in members.items()
+            _Group(spans[chosen].process_group(), spans[chosen].ranks, indices)
+            for chosen, indices in members.items()
         ]
 
 
@@ -212,6 +243,11 @@ class _Span:
         self.mesh = mesh
         self.dims = dims
         self.ranks = _ranks_along(mesh, dims)
+
+    def is_made_of(self, replicas: list[frozenset[int]]) -> bool:
+        """Whether its ranks are those of one or more of the replicas."""
+        inside = [ranks for ranks in replicas if not ranks.isdisjoint(self.ranks)]
+        return frozenset[int]().union(*inside) == self.ranks
 
     def process_group(self) -> "dist.ProcessGroup":
         if len(self.dims) == 1:
@@ -226,6 +262,14 @@ def _ranks_along(mesh: "DeviceMesh", dims: tuple[int, ...]) -> frozenset[int]:
     assert coordinate is not None  # check_weight: the mesh has this rank
     where = tuple(slice(None) if dim in dims else index for dim, index in enumerate(coordinate))
     return frozenset(mesh.mesh[where].flatten().tolist())
+
+
+def _replicas(mesh: "DeviceMesh", dims: tuple[int, ...]) -> list[frozenset[int]]:
+    """Return the ranks of each replica of a weight that these dimensions of its mesh shard."""
+    last = tuple(range(-len(dims), 0))
+    shards = math.prod(mesh.size(dim) for dim in dims)
+    rows = mesh.mesh.movedim(dims, last).reshape(-1, shards)
+    return [frozenset(ranks) for ranks in rows.tolist()]
 
 
 def _world() -> "dist.ProcessGroup":

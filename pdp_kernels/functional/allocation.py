@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pdp_kernels.distributed.order_statistics import select_key
+from pdp_kernels.distributed.replicas import check_same_on_all_ranks
 from pdp_kernels.distributed.shards import ShardedList, is_sharded
 from pdp_kernels.functional.validation import check_one_of, check_ratio, check_weights
 from pdp_kernels.ops.reference import magnitude_keys, threshold_dtype
@@ -63,7 +64,8 @@ def global_prune_counts(
     Raises:
         TypeError: as `pdp_thresholds`.
         ValueError: as `pdp_thresholds`; caps that leave less than k to prune; another allocation;
-            a sharded weight, NaN or inf for "lamp".
+            a sharded weight, NaN or inf for "lamp"; weights that are not the same on all ranks that
+            share a DTensor of the list.
 
     Examples:
         >>> layers = [torch.tensor([1.0, -2.0, 3.0, -4.0]), torch.tensor([5.0, 6.0])]
@@ -78,13 +80,12 @@ def global_prune_counts(
     check_ratio("sparsity", sparsity)
     check_one_of("allocation", allocation, get_args(Allocation))
     check_ratio("max_layer_sparsity", max_layer_sparsity)
-    shapes = [tuple(weight.shape) for weight in weights]
-    return allocate(weights, shapes, sparsity, allocation, max_layer_sparsity)
+    return allocate(weights, weights, sparsity, allocation, max_layer_sparsity)
 
 
 def allocate(
     values: Sequence[Tensor],
-    shapes: Sequence[tuple[int, ...]],
+    weights: Sequence[Tensor],
     sparsity: float,
     allocation: Allocation,
     max_layer_sparsity: float,
@@ -93,7 +94,7 @@ def allocate(
 
     Args:
         values: of the units of each layer; "magnitude" and "lamp" compare them.
-        shapes: of each layer's weight, for "erk".
+        weights: of each layer; ranks that share one must hold the same list.
         sparsity: the fraction of all units to prune.
         allocation: how the layers share the budget.
         max_layer_sparsity: the largest fraction of any one layer to prune.
@@ -103,7 +104,9 @@ def allocate(
     if allocation == "uniform":
         return _in_proportion(sizes, [Fraction(1)] * len(sizes), budget, caps)
     if allocation == "erk":
-        return _in_proportion(sizes, list(map(_erk_density, shapes)), budget, caps)
+        densities = [_erk_density(tuple(weight.shape)) for weight in weights]
+        return _in_proportion(sizes, densities, budget, caps)
+    check_same_on_all_ranks(weights)
     if allocation == "lamp":
         values = list(map(lamp_scores, values))
     return _least_values(values, sizes, budget, caps)

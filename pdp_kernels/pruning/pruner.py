@@ -320,8 +320,9 @@ class PDPPruner:
         """Check that the ranks of a data-parallel training still prune the same weights.
 
         Compares the thresholds, and the checksums of weights (or shards) that several ranks hold:
-        one read of the weights, and one exchange of some bytes per weight. All ranks of the group
-        call it. Without torch.distributed there is nothing to compare.
+        one read of the weights, and one exchange of some bytes per weight. A DTensor is compared on
+        the ranks of its mesh, a plain tensor on all. All ranks of the group call it. Without
+        torch.distributed there is nothing to compare.
 
         Args:
             group: the ranks to compare; default all.

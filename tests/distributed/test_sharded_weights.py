@@ -256,13 +256,15 @@ def groups_of_ranks(rank):
     torch.manual_seed(0)
     a, b, c = torch.randn(3, 40, 8).unbind()
     lists = {
-        # As FSDP of a model that is tensor parallel in part: one mesh contains the other.
         "nested": [
             distribute(a, mesh, "01"),
-            distribute(b, mesh["data"], "0"),
+            distribute(b, mesh, "0-"),
             c.to(device),
             distribute(c, mesh, "--"),
         ],
+        # As FSDP of a model that is tensor parallel in part. The smaller mesh does not say that
+        # the other ranks hold replicas.
+        "on a part of the mesh": [distribute(a, mesh, "01"), distribute(b, mesh["data"], "0")],
         "apart": [distribute(a, mesh["tensor"], "0"), distribute(b, mesh["data"], "1")],
         "replicated": [a.to(device), distribute(b, mesh, "--")],
         "two dimensions of three": [distribute(a, init_device_mesh(device, (2, 1, 2)), "00-")],
@@ -277,11 +279,12 @@ def groups_of_ranks(rank):
 
 
 def test_a_list_on_several_meshes_takes_the_fewest_groups(backend):
-    """One group if it contains all others; none for weights that every rank holds."""
+    """One group if it holds replicas of all weights; none for weights that every rank holds."""
     torch.manual_seed(0)
     a, b, c = torch.randn(3, 40, 8).unbind()
     lists = {
         "nested": ([a, b, c, c], 4),
+        "on a part of the mesh": ([a, b], 8),
         "apart": ([a, b], 8),
         "replicated": ([a, b], 0),
         "two dimensions of three": ([a], 4),
