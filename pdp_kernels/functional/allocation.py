@@ -34,9 +34,9 @@ def global_prune_counts(
     - "magnitude" (Algorithm 1, lines 8-9 of arXiv 2305.11203): k_i is the number of weights of
       layer i among the k of least magnitude. It compares layers of different scale.
     - "lamp" (Lee et al., ICLR 2021, arXiv 2010.07611): the same with the score of each weight u of
-      a layer, w_u^2 / (sum of w_v^2 over the v of the layer with |w_v| >= |w_u|), in place of its
-      magnitude. The largest weight of each layer has the score 1, so that no layer is emptied
-      while another one has weights of lower score.
+      a layer, w_u^2 / (sum of w_v^2 over the v at or after u in ascending order of magnitudes),
+      in place of its magnitude. The largest weight of each layer has the score 1, so that no
+      layer is emptied while another one has weights of lower score.
     - "erk" (Evci et al., ICML 2020, arXiv 1911.11134): layer i keeps the fraction
       min(1, e (sum of its dimensions) / (product of its dimensions)), with e such that the budget
       is met. The values of the weights do not matter.
@@ -148,7 +148,9 @@ def lamp_scores(weight: Tensor) -> Tensor:
 
 def _erk_density(shape: tuple[int, ...]) -> Fraction:
     """Return what a layer's density is proportional to: sum over product of its dimensions."""
-    return Fraction(sum(shape), math.prod(shape)) if math.prod(shape) else Fraction(1)
+    if not shape or not math.prod(shape):
+        return Fraction(1)
+    return Fraction(sum(shape), math.prod(shape))
 
 
 def _in_proportion(
@@ -189,12 +191,17 @@ def _in_proportion(
     return counts
 
 
+def largest_count(fraction: float, size: int) -> int:
+    """Return floor(fraction * size), of a decimal fraction as it is written: 29 for 0.29 of 100."""
+    return math.floor(fraction * size * (1 + 1e-12))
+
+
 def check_budget(
     sizes: Sequence[int], sparsity: float, max_layer_sparsity: float
 ) -> tuple[int, list[int]]:
     """Return how many weights to prune in all, and at most in each layer."""
     budget = math.floor(sparsity * sum(sizes) + 0.5)
-    caps = [math.floor(max_layer_sparsity * size) for size in sizes]
+    caps = [largest_count(max_layer_sparsity, size) for size in sizes]
     if sum(caps) < budget:
         raise ValueError(
             f"max_layer_sparsity must leave {budget} to prune for sparsity = {sparsity}, "

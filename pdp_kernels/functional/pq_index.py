@@ -92,9 +92,9 @@ def pq_index(
         ("layer", "global") or (rows,) ("neuron"). For a list (L,) ("layer"), () ("global"), or a
         list of (rows,) ("neuron").
 
-        I is 0 with no unpruned weight, and where all unpruned weights are 0, as for equal weights
-        of any other size. I is NaN where a weight is NaN or infinite, and where the sum of |w|^q
-        overflows float64 or (q > 1) is subnormal.
+        I is 0 with no unpruned weight, and where all unpruned weights are 0 (or so small that
+        |w|^p underflows for all), as for equal weights of any other size. I is NaN where a weight
+        is NaN or infinite, and where the sum of |w|^q overflows float64 or (q > 1) is subnormal.
 
     Raises:
         TypeError: a weight is no dense tensor of those dtypes; p or q is no number; a mask is no

@@ -14,7 +14,7 @@ from pdp_kernels.functional.validation import (
     check_threshold,
     check_weight,
 )
-from pdp_kernels.ops.autograd import MaskedWeight
+from pdp_kernels.ops.autograd import mask_weight
 from pdp_kernels.ops.reference import threshold_dtype
 
 PAPER_TAU = 1e-4  # arXiv 2305.11203
@@ -145,8 +145,8 @@ def pdp_mask(
 def masked_weight(weight: Tensor, constants: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Return (w_hat, mask): `MaskedWeight` of a weight, or of each shard of a DTensor."""
     if is_distributed(weight):
-        return map_shards(lambda shard: MaskedWeight.apply(shard, *constants), weight)
-    return MaskedWeight.apply(weight, *constants)
+        return map_shards(lambda shard: mask_weight(shard, *constants), weight)
+    return mask_weight(weight, *constants)
 
 
 def temperature_of(
@@ -176,13 +176,15 @@ def _as_temperature(name: str, value: float | Tensor, weight: Tensor) -> Tensor:
     check_temperature(name, value, dtype, weight.device)
     if isinstance(value, Tensor):
         return value if value.dtype == dtype else value.to(dtype)
-    return torch.full((), value, dtype=dtype, device=weight.device)
+    return torch.full((), float(value), dtype=dtype, device=weight.device)
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """Return the dtype of w_hat under autocast, which leaves float64 alone; None outside of it."""
     # device.type makes a string on each call, which takes longer than all the rest.
     device_type = "cpu" if weight.is_cpu else "cuda" if weight.is_cuda else weight.device.type
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return None  # the meta device's, for example
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

@@ -25,7 +25,7 @@ from pdp_kernels.functional.validation import (
     check_threshold,
     check_weight,
 )
-from pdp_kernels.ops.autograd import MaskedChannels
+from pdp_kernels.ops.autograd import mask_channels
 
 Norm = Literal["l2", "rms"]
 
@@ -155,7 +155,7 @@ def pdp_mask_channel(
         threshold = threshold_of(norms, sparsity)
     if out_dtype is None:
         out_dtype = autocast_dtype(weight)
-    w_hat, mask = MaskedChannels.apply(
+    w_hat, mask = mask_channels(
         weight, norms, threshold, temperature, of_gradient, dim, relative, rms, out_dtype
     )
     return (w_hat, mask) if return_mask else w_hat

@@ -124,9 +124,12 @@ def check_temperature(
         return
     if isinstance(tau, bool) or not isinstance(tau, NUMBERS):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(tau).__name__}")
-    tiny = torch.finfo(dtype).tiny
-    if not tiny <= tau < math.inf:
-        raise ValueError(f"{name} must be positive and finite (at least {tiny:.2g}), got {tau}")
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= tau <= limits.max:
+        raise ValueError(
+            f"{name} must be positive and finite (at least {limits.tiny:.2g} and at most "
+            f"{limits.max:.2g}), got {tau}"
+        )
 
 
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:

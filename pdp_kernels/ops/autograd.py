@@ -83,6 +83,14 @@ class MaskedWeight(Function):
         return map_over_batch(MaskedWeight.apply, info.batch_size, in_dims, args)
 
 
+# Under torch.func, Dynamo inlines the forward of a Function and drops its backward, so that
+# compiled gradients would be 0 (pytorch issue 193279). A call left in its graph keeps both.
+@torch.compiler.allow_in_graph
+def mask_weight(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return `MaskedWeight` of its arguments."""
+    return MaskedWeight.apply(*arguments)
+
+
 class MaskedChannels(Function):
     """Return (w_hat, mask) of a weight, given the norms of its channels along dim.
 
@@ -132,6 +140,12 @@ class MaskedChannels(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return map_over_batch(MaskedChannels.apply, info.batch_size, in_dims, args)
+
+
+@torch.compiler.allow_in_graph
+def mask_channels(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return `MaskedChannels` of its arguments."""
+    return MaskedChannels.apply(*arguments)
 
 
 class MaskedWeights(torch.autograd.Function):

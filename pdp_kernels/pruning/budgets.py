@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from pdp_kernels.functional.allocation import allocate, check_budget
+from pdp_kernels.functional.allocation import allocate, check_budget, largest_count
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
 from pdp_kernels.pruning.patterns import Pattern
@@ -111,8 +111,8 @@ def _layer_cap(sizes: Sequence[int], config: PDPConfig) -> float:
         return config.max_layer_sparsity
     sparsity = _global_sparsity(config)
     cap = 1 - (1 - sparsity) * config.least_density
-    fits = sum(math.floor(cap * size) for size in sizes) >= math.floor(sparsity * sum(sizes) + 0.5)
-    return cap if fits else 1.0
+    budget = math.floor(sparsity * sum(sizes) + 0.5)
+    return cap if sum(largest_count(cap, size) for size in sizes) >= budget else 1.0
 
 
 def _budgets(targets: Sequence[Target]) -> list[list[int]]:

@@ -26,7 +26,7 @@ from pdp_kernels.distributed.shards import (
 from pdp_kernels.functional.soft_mask import autocast_dtype, masked_weight
 from pdp_kernels.functional.soft_mask_channel import find_norms
 from pdp_kernels.functional.validation import check_divisible
-from pdp_kernels.ops.autograd import MaskedChannels
+from pdp_kernels.ops.autograd import mask_channels
 from pdp_kernels.ops.reference import threshold_dtype
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class ChannelMask(SelectedMask):
             norms = torch.ops.pdp.channel_norms(shard.detach(), self.dim, self.rms)
             constants = (self.threshold, self.tau, self.gradient_tau)
             rest = (self.dim, self.relative, self.rms, out_dtype)
-            return MaskedChannels.apply(shard, norms, *constants, *rest)[0]
+            return mask_channels(shard, norms, *constants, *rest)[0]
 
         if not is_distributed(weight):
             return masked(weight)

@@ -217,3 +217,18 @@ def allocate_on_rank(rank, ranks):
 
 def test_sharded_weights_get_the_allocation_of_the_global_ones():
     assert results_on_ranks(allocate_on_rank, 2, 2) == [True, True]
+
+
+@pytest.mark.parametrize("allocation", ["magnitude", "lamp", "erk", "uniform"])
+def test_a_cap_counts_a_decimal_fraction_as_it_is_written(allocation):
+    options = {"allocation": allocation, "max_layer_sparsity": 0.29}
+    assert global_prune_counts([torch.randn(100)], 0.29, **options) == [29]
+
+
+@pytest.mark.parametrize("allocation", ["magnitude", "lamp", "erk", "uniform"])
+def test_a_weight_without_dimensions_is_a_layer_of_one(allocation):
+    layers = [torch.tensor(3.0), torch.randn(4, 4).clamp(-2, 2)]
+    assert global_prune_counts(layers, 0.0, allocation=allocation) == [0, 0]
+    half = [1, 8] if allocation == "uniform" else [0, 9]
+    assert global_prune_counts(layers, 0.5, allocation=allocation) == half
+    assert global_prune_counts(layers, 1.0, allocation=allocation) == [1, 16]

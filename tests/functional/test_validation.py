@@ -1,7 +1,9 @@
 """Bad input raises TypeError or ValueError that names the argument, and changes nothing."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,6 +134,8 @@ def test_a_float64_weight_needs_a_float64_threshold():
         (math.nan, ValueError, "positive and finite.*got nan"),
         (math.inf, ValueError, "positive and finite.*got inf"),
         (1e-60, ValueError, "at least 1.2e-38.*got 1e-60"),
+        (1e39, ValueError, r"at most 3.4e\+38.*got 1e\+39"),
+        (10**400, ValueError, "positive and finite.*got 1000"),
         ("1e-4", TypeError, "number or a 0-d tensor, got str"),
         (True, TypeError, "number or a 0-d tensor, got bool"),
         (torch.tensor([0.1]), ValueError, r"shape \(\), got \(1,\)"),
@@ -143,6 +147,12 @@ def test_a_float64_weight_needs_a_float64_threshold():
 def test_a_bad_temperature_raises(name, value, error, message):
     with pytest.raises(error, match=f"{name} must.*{message}"):
         pdp_mask(WEIGHT, 0.5, **{name: value})
+
+
+def test_a_temperature_may_be_any_real_number():
+    expected = pdp_mask(WEIGHT, 0.5, tau=0.25)
+    for tau in (Fraction(1, 4), np.float64(0.25)):
+        assert torch.equal(pdp_mask(WEIGHT, 0.5, tau=tau), expected)
 
 
 def test_two_temperatures_raise():

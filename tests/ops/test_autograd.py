@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.func import grad, vjp, vmap
 
-from pdp_kernels import hard_mask, pdp_mask, pdp_threshold, pdp_thresholds
+from pdp_kernels import (
+    PDPConfig,
+    PDPPruner,
+    hard_mask,
+    pdp_mask,
+    pdp_mask_channel,
+    pdp_mask_nm,
+    pdp_threshold,
+    pdp_thresholds,
+)
 from pdp_kernels.ops import reference
 
 TEMPERATURES = [{"tau": 0.1}, {"relative_tau": 0.3}]
@@ -195,3 +204,21 @@ def test_reference_serves_devices_without_kernels():
     assert w_hat.stride() == mask.stride() == weight.stride()
     assert w_hat.dtype == mask.dtype == torch.bfloat16
     assert pdp_threshold(weight, 0.5).shape == ()
+
+
+def test_masks_of_meta_tensors_have_shapes_and_dtypes():
+    weight = torch.empty(8, 8, device="meta", requires_grad=True)
+    for w_hat in (pdp_mask(weight, 0.5), pdp_mask_nm(weight, 2, 4), pdp_mask_channel(weight, 0.5)):
+        assert (w_hat.device, w_hat.shape, w_hat.dtype) == (weight.device, (8, 8), torch.float32)
+        (grad,) = torch.autograd.grad(w_hat.sum(), weight)
+        assert grad.is_meta and grad.shape == (8, 8)
+    assert pdp_mask(weight, 0.5, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "channel"])
+def test_a_pruned_model_runs_on_the_meta_device(pattern):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)).to("meta")
+    sparsity = None if pattern == "2:4" else 0.5
+    PDPPruner(model, PDPConfig(sparsity, pattern=pattern, warmup=0, ramp=0))
+    for mode in (True, False):
+        assert model.train(mode)(torch.empty(3, 8, device="meta")).shape == (3, 4)
