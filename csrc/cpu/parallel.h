@@ -16,13 +16,17 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, const RangeBody& body
 }  // namespace pdp::cpu
 
 // Compiles a function once per x86-64 level (AVX-512, AVX2, SSE2); the dynamic loader picks one. A
-// function it calls is compiled for that level only if it is inlined.
+// function it calls is compiled for that level only if it is inlined. GCC knows the levels by name
+// from version 12 on; AVX2 without them has no fused multiply-add. Clang gets none: its versions
+// differ in what they pick.
 #ifndef PDP_MULTIVERSION  // The tests define it empty, to run each level by itself.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__)
+#define PDP_MULTIVERSION
+#elif __GNUC__ >= 12
 #define PDP_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define PDP_MULTIVERSION
+#define PDP_MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 #endif
 // Stands after the parameters of a lambda and makes it inline.

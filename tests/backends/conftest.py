@@ -1,4 +1,4 @@
-"""The builds under test: the CPU sources at each x86-64 level, and the CUDA sources."""
+"""The builds under test: the CPU sources in each instruction set, and the CUDA sources."""
 
 import platform
 
@@ -7,7 +7,7 @@ import pytest
 from instruments.build import CXX
 from tests.support.host_builds import LEVELS, CpuBuild, CudaBuild
 
-# The installed extension runs the highest level that the machine has; `make test` adds the lowest.
+# The installed extension runs the highest that the machine has; `make test` adds the lowest.
 LEVEL_PARAMETERS = [
     pytest.param(level, marks=[] if level == "x86-64" else pytest.mark.slow) for level in LEVELS
 ]

@@ -1,4 +1,4 @@
-"""The CPU kernels are right at every x86-64 level, of which a machine runs only its highest."""
+"""The CPU kernels are right in every instruction set, of which a machine runs only its highest."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Builds of the kernels' own sources for this CPU, with the signatures of the operators.
 
-The CPU sources are compiled once for each x86-64 level: an installed extension runs only the
+The CPU sources are compiled once for each instruction set: an installed extension runs only the
 highest that its machine has. The CUDA sources are compiled on the model of instruments/host_cuda.
 """
 
@@ -24,7 +24,9 @@ SEPARATE_SOURCES = [
 FLAGS = re.findall(
     r'"(-[^"]+)"', re.search(r"\nFLAGS = .*\nFLAGS \+= .*\n", (ROOT / "setup.py").read_text())[0]
 )
-LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4}
+# Each instruction set of csrc/cpu/parallel.h, and the x86-64 level of the CPUs that run it. Before
+# GCC 12 it is the last two that are chosen from.
+LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4, "avx2": 3, "avx512f": 4}
 GATHERS = {"portable": 1, "avx2": 3, "avx512": 4}  # each with the level it needs
 
 
@@ -34,12 +36,13 @@ def sources():
 
 
 class CpuBuild:
-    """The CPU kernels, compiled for one x86-64 level, with the signatures of the operators."""
+    """The CPU kernels, compiled for one instruction set, with the signatures of the operators."""
 
     device = "cpu"
 
     def __init__(self, level):
-        flags = [*FLAGS, f"-march={level}", "-DPDP_MULTIVERSION=", "-fPIC", "-shared", "-pthread"]
+        chosen = f"-march={level}" if level.startswith("x86-64") else f"-m{level}"
+        flags = [*FLAGS, chosen, "-DPDP_MULTIVERSION=", "-fPIC", "-shared", "-pthread"]
         name = f"{level}.so"
         command = [CXX, *flags, SOURCE, *SEPARATE_SOURCES, "-o", name]
         self.library = ctypes.CDLL(str(build(name, sources(), command)))
