@@ -1,8 +1,8 @@
 """Builds the native modules: pdp_kernels._C (CPU) and pdp_kernels._C_cuda (with a CUDA toolkit).
 
 PDP_BUILD_CUDA=0 leaves the CUDA module out, =1 makes its absence an error. TORCH_CUDA_ARCH_LIST
-names the architectures to build for, CUDA_HOME the toolkit. What was left out and why goes into the
-package as _build_record.json, which pdp_kernels/ops/build_record.py reads.
+names the architectures to build for, from 8.0 on, CUDA_HOME the toolkit. What was left out and why
+goes into the package as _build_record.json, which pdp_kernels/ops/build_record.py reads.
 """
 
 import json
@@ -46,6 +46,8 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"]
 
 # Ampere, Hopper, Blackwell. Later GPUs compile the PTX of the last.
 ARCHITECTURES = ("8.0", "9.0", "10.0")
+# Conversions of two 16-bit numbers at once, and 89 KiB of shared memory, need 8.0.
+TOO_OLD = re.compile(r"[1-7]\.\d|Kepler|Maxwell|Pascal|Volta|Turing")
 OLDEST_CUDA = (12, 1)  # from this release on kernel arguments may take 32,764 bytes
 
 
@@ -56,6 +58,25 @@ def ask_nvcc(option: str) -> str:
 def toolkit_version() -> tuple[int, int]:
     major, minor = re.search(r"release (\d+)\.(\d+)", ask_nvcc("--version")).groups()
     return int(major), int(minor)
+
+
+def requested_architectures() -> list[str]:
+    """Return the entries of TORCH_CUDA_ARCH_LIST, which may be names. Empty is as good as unset."""
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if requested != ["native"]:
+        return requested
+    gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return [f"{major}.{minor}" for major, minor in sorted(set(gpus))]
+
+
+def architectures() -> list[str]:
+    """Return what to build for: of what was requested as much as the kernels can be built for."""
+    requested = requested_architectures()
+    if not requested:
+        known = ask_nvcc("--list-gpu-arch").split()
+        usual = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
+        return [*usual[:-1], usual[-1] + "+PTX"]
+    return [arch for arch in requested if not TOO_OLD.match(arch)]
 
 
 def obstacle_to_compiling() -> str | None:
@@ -76,6 +97,9 @@ def obstacle_to_cuda() -> str | None:
         )
     if (major, minor) < OLDEST_CUDA:
         return f"{TOOLKIT} is CUDA {major}.{minor}, and 12.1 or later is needed"
+    if not architectures():
+        requested = os.environ["TORCH_CUDA_ARCH_LIST"]
+        return f"TORCH_CUDA_ARCH_LIST is {requested!r}, and 8.0 or later is needed"
     return None
 
 
@@ -135,9 +159,12 @@ def cpu_module() -> CppExtension:
 
 
 def cuda_module() -> CUDAExtension:
-    known = ask_nvcc("--list-gpu-arch").split()
-    usual = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
-    chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(usual) + "+PTX")
+    chosen = ";".join(architectures())
+    too_old = [arch for arch in requested_architectures() if TOO_OLD.match(arch)]
+    if too_old:
+        reason = f"TORCH_CUDA_ARCH_LIST has {', '.join(too_old)}, and 8.0 or later is needed"
+        print(f"pdp_kernels: building the CUDA module for {chosen} alone: {reason}")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = chosen  # torch reads it when it compiles
     module = CUDAExtension(
         "pdp_kernels._C_cuda",
         ["csrc/ops_cuda.cu", "csrc/module_cuda.cpp"],

@@ -170,13 +170,15 @@ def run_setup(unpacked, tmp_path, *, torch_cuda, toolkit, **environment):
     (home / "include").mkdir(parents=True)
     (home / "include/cuda_runtime.h").touch()
     (home / "bin").mkdir()
-    (home / "bin/nvcc").write_text(f"#!/bin/sh\necho release {toolkit}, V{toolkit}.99\n")
+    known = "compute_75 compute_80 compute_90"
+    (home / "bin/nvcc").write_text(f"#!/bin/sh\necho release {toolkit}, V{toolkit}.99 {known}\n")
     (home / "bin/nvcc").chmod(0o755)
     program = f"""
-import runpy, sys, torch
+import os, runpy, sys, torch
 torch.version.cuda, torch.__version__ = {torch_cuda!r}, "2.99"
 sys.argv = ["setup.py", "build_py", "--build-lib", {str(tmp_path / "lib")!r}]
 runpy.run_path("setup.py")
+print("built for", os.environ.get("TORCH_CUDA_ARCH_LIST"))
 """
     result = run("-c", program, cwd=unpacked, CUDA_HOME=str(home), **environment)
     if result.returncode != 0:
@@ -209,6 +211,53 @@ def test_asking_for_cuda_with_another_torch_than_the_toolkits_names_the_mend(unp
     assert record is None
     assert "PDP_BUILD_CUDA=1, but torch 2.99 is built for CUDA 13.0" in result.stderr
     assert "`pip install --no-build-isolation` builds for the torch" in result.stderr
+
+
+CUDA_13 = {"torch_cuda": "13.0", "toolkit": "13.0"}
+
+
+@pytest.mark.parametrize(
+    ("requested", "built", "too_old"),
+    [
+        ("", "8.0;9.0+PTX", None),
+        (" ; ", "8.0;9.0+PTX", None),
+        ("8.6", "8.6", None),
+        ("7.0;7.5 8.6;9.0+PTX", "8.6;9.0+PTX", "7.0, 7.5"),
+        ("Volta+Tegra;Turing;Ampere", "Ampere", "Volta+Tegra, Turing"),
+        ("10.0;6.1+PTX", "10.0", "6.1+PTX"),
+    ],
+)
+def test_the_cuda_module_is_built_for_the_architectures_that_it_can_be_built_for(
+    requested, built, too_old, unpacked, tmp_path
+):
+    result, record = run_setup(unpacked, tmp_path, **CUDA_13, TORCH_CUDA_ARCH_LIST=requested)
+    assert record["left_out"] == {}
+    assert f"built for {built}\n" in result.stdout
+    printed = [line for line in result.stdout.splitlines() if "alone" in line]
+    assert printed == [
+        f"pdp_kernels: building the CUDA module for {built} alone: TORCH_CUDA_ARCH_LIST has "
+        f"{too_old}, and 8.0 or later is needed"
+    ] * (too_old is not None)
+
+
+def test_native_without_a_gpu_is_the_default(unpacked, tmp_path):
+    hidden = {"TORCH_CUDA_ARCH_LIST": "native", "CUDA_VISIBLE_DEVICES": ""}
+    result, _ = run_setup(unpacked, tmp_path, **CUDA_13, **hidden)
+    assert "built for 8.0;9.0+PTX\n" in result.stdout
+
+
+def test_without_an_architecture_that_is_new_enough_the_cuda_module_is_left_out(unpacked, tmp_path):
+    result, record = run_setup(unpacked, tmp_path, **CUDA_13, TORCH_CUDA_ARCH_LIST="7.5")
+    reason = "TORCH_CUDA_ARCH_LIST is '7.5', and 8.0 or later is needed"
+    assert record["left_out"] == {"_C_cuda": reason}
+    assert f"building without _C_cuda: {reason}" in result.stdout
+
+
+def test_asking_for_cuda_without_such_an_architecture_is_an_error(unpacked, tmp_path):
+    requests = {"TORCH_CUDA_ARCH_LIST": "Turing", "PDP_BUILD_CUDA": "1"}
+    result, record = run_setup(unpacked, tmp_path, **CUDA_13, **requests)
+    assert record is None
+    assert "PDP_BUILD_CUDA=1, but TORCH_CUDA_ARCH_LIST is 'Turing', and 8.0" in result.stderr
 
 
 def test_another_request_for_cuda_is_an_error(unpacked):
