@@ -67,13 +67,17 @@ class HostBuild:
 
     def __init__(self, counting: bool = False):
         self._library = ctypes.CDLL(str(build_library(counting)))
-        for name in ("host_launches", "host_workspace_bytes"):
+        for name in ("host_launches", "host_overlapped_launches", "host_workspace_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
         self.device()
         self.sample_from()
 
     def device(self, multiprocessors: int = 2, shared_memory=HOPPER_SHARED_MEMORY, seed: int = 0):
         self._library.host_device(multiprocessors, shared_memory, ctypes.c_uint64(seed))
+
+    def loads_code_for(self, architecture: int, device: int):
+        """Let a device load code that was compiled for an architecture, such as 80."""
+        self._library.host_code(device, architecture)
 
     def sample_from(self, weights: int = SAMPLED_FROM):
         """Let thresholds of that many float32 or float64 weights or more begin with a sample."""
@@ -82,6 +86,10 @@ class HostBuild:
     def launches(self) -> int:
         """Return the number of kernels that the last call launched."""
         return self._library.host_launches()
+
+    def overlapped_launches(self) -> int:
+        """Return how many of them may begin before earlier kernels have ended."""
+        return self._library.host_overlapped_launches()
 
     def workspace_bytes(self) -> int:
         """Return the size of the last call's workspace."""

@@ -13,16 +13,34 @@
 namespace pdp {
 
 struct DeviceLimits {
+  int device = 0;
   int multiprocessors = 0;
-  int capability = 0;  // the first number of the compute capability
 };
 
 inline cudaError_t read_device_limits(int device, DeviceLimits* limits) {
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&limits->capability, cudaDevAttrComputeCapabilityMajor, device);
+  limits->device = device;
+  return cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
 }
+
+// Finds the __CUDA_ARCH__ / 10 of a kernel as it is loaded on the current device, for machine code
+// and for code that the driver compiles from PTX. A thread asks each device once: all kernels of
+// the module are compiled for the same architectures.
+inline cudaError_t find_architecture_of_code(const void* kernel, int device, int* architecture) {
+  constexpr int kDevices = 64;
+  thread_local int known[kDevices] = {};
+  const bool is_kept = device >= 0 && device < kDevices;
+  *architecture = is_kept ? known[device] : 0;
+  if (*architecture != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  *architecture = attributes.ptxVersion;
+  if (is_kept) known[device] = *architecture;
+  return cudaSuccess;
+}
+
+// Code for this architecture and later ones has the wait of wait_for_earlier_kernels.
+constexpr int kFirstWithWait = 90;  // __CUDA_ARCH__ / 10
 
 // Launches kernels on one stream and keeps the first error. After an error it launches nothing.
 class Launcher {
@@ -38,14 +56,19 @@ class Launcher {
 
   // Launches a kernel that calls wait_for_earlier_kernels before anything else. Its blocks may be
   // there while the last ones of the kernel before it still run (programmatic dependent launch,
-  // from compute capability 9.0), which hides the time of the launch.
+  // from compute capability 9.0), which hides the time of the launch. Code for 8.0 has no wait,
+  // and may run on such a device too.
   template <typename... Parameters, typename... Arguments>
   void launch_overlapped(void (*kernel)(Parameters...), int64_t blocks, int threads,
                          size_t shared_bytes, const Arguments&... arguments) {
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
-    launch_with(limits_.capability >= 9 ? &overlap : nullptr, kernel, blocks, threads, shared_bytes,
+    if (error_ != cudaSuccess) return;
+    int code = 0;
+    error_ =
+        find_architecture_of_code(reinterpret_cast<const void*>(kernel), limits_.device, &code);
+    launch_with(code >= kFirstWithWait ? &overlap : nullptr, kernel, blocks, threads, shared_bytes,
                 arguments...);
   }
 

@@ -149,7 +149,7 @@ Integer atomicMin(Integer* address, Integer value) {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
@@ -171,9 +171,17 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const bool blocks = attribute == cudaDevAttrMultiProcessorCount;
-  *value = blocks ? host_cuda::device.multiprocessors : 9;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = host_cuda::device.multiprocessors;
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = host_cuda::device.architecture_of_code;
   return cudaSuccess;
 }
 
@@ -184,6 +192,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   host_cuda::device.kernel = reinterpret_cast<const void*>(kernel);
+  host_cuda::device.overlapped_launches += config->numAttrs;
   auto call = [&] { kernel(arguments...); };
   using Call = decltype(call);
   const char* error = host_cuda::run_grid(

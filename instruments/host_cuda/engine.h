@@ -31,8 +31,11 @@ struct Device {
   int multiprocessors = 2;
   int shared_bytes_per_block = 227 * 1024;
   uint64_t seed = 0;  // of the order in which blocks, warps and lanes run
+  int number = 0;
+  int architecture_of_code = 90;
   int64_t launches = 0;
-  const void* kernel = nullptr;  // launched last
+  int64_t overlapped_launches = 0;  // with an attribute that lets them begin early
+  const void* kernel = nullptr;     // launched last
   int mutation = 0;  // the deliberate mistake of a mutated source that is switched on; 0: none
 };
 

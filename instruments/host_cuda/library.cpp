@@ -47,7 +47,7 @@ class Workspace {
 
 pdp::DeviceLimits limits() {
   pdp::DeviceLimits limits;
-  pdp::read_device_limits(0, &limits);
+  pdp::read_device_limits(host_cuda::device.number, &limits);
   return limits;
 }
 
@@ -117,6 +117,14 @@ void host_device(int multiprocessors, int shared_bytes_per_block, uint64_t seed)
   host_cuda::device.shared_bytes_per_block = shared_bytes_per_block;
   host_cuda::device.seed = seed;
 }
+
+// Which device it is, and what the code that it loads was compiled for.
+void host_code(int number, int architecture) {
+  host_cuda::device.number = number;
+  host_cuda::device.architecture_of_code = architecture;
+}
+
+int64_t host_overlapped_launches() { return host_cuda::device.overlapped_launches; }
 
 int64_t host_launches() { return host_cuda::device.launches; }
 

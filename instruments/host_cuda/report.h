@@ -13,6 +13,7 @@ template <typename Run>
 const char* report(Run run) {
   static std::string error;
   device.launches = 0;
+  device.overlapped_launches = 0;
   try {
     run();
     return nullptr;

@@ -149,6 +149,18 @@ def test_number_of_launches_adds_up_over_key_widths(cuda):
     assert cuda.host.launches() == 7 + 4 + 4
 
 
+def test_kernels_overlap_only_if_the_code_that_the_device_loads_waits_for_earlier_ones(cuda):
+    """Devices may load code for 8.0 that their driver compiles from PTX, and that has no wait."""
+    try:
+        for device, (architecture, overlapped) in enumerate(((90, 3), (80, 0), (89, 0), (100, 3))):
+            cuda.host.loads_code_for(architecture, device)
+            for _ in range(2):
+                check_thresholds(cuda, [torch.randn(30_000)], [15_000])
+                assert cuda.host.overlapped_launches() == overlapped
+    finally:
+        cuda.host.loads_code_for(90, device=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hard_mask_of_misaligned_weights_is_exact_in_any_block_order(cuda, dtype):
     storage = torch.randint(-9, 10, (70000,)).to(dtype)
