@@ -38,7 +38,7 @@ def build_info() -> dict[str, Any]:
     reasons = {
         "native": backends.load_errors["_C"],
         "cuda": backends.load_errors["_C_cuda"] or _no_device(),
-        "triton": (None if backends.has_triton else "No module named 'triton'") or _no_device(),
+        "triton": backends.triton_error or _no_device(),
     }
     return {
         "version": __version__,
@@ -64,14 +64,25 @@ def _built_with(module: str) -> dict[str, str] | None:
 def warn_without_cuda_kernels() -> None:
     """Warn on a machine with a GPU if its tensors take slower backends, unless so requested."""
     reason = backends.load_errors["_C_cuda"]
-    if reason is None or reason == LEFT_OUT_BY_REQUEST or torch.version.cuda is None:
+    if reason is None or torch.version.cuda is None or _is_left_out_by_request():
         return
     if torch.cuda.device_count() == 0:  # asks NVML: this does not initialise CUDA
+        return
+    if backends.gpu_obstacle:
+        warn_user(
+            f"pdp_kernels has no CUDA kernels: {reason}. Everything that has CUDA tensors is "
+            "computed by slower PyTorch operations. Use a newer GPU, or prune on the CPU"
+        )
         return
     warn_user(
         f"pdp_kernels has no CUDA kernels: {reason}. Thresholds and hard masks of CUDA tensors are "
         f"computed by slower PyTorch operations. {_mend(torch.version.cuda)}"
     )
+
+
+def _is_left_out_by_request() -> bool:
+    record = build_record()
+    return record is not None and record.left_out.get("_C_cuda") == LEFT_OUT_BY_REQUEST
 
 
 def _mend(cuda: str) -> str:
@@ -87,6 +98,8 @@ def _mend(cuda: str) -> str:
     )
     if "_C" in record.left_out:
         return f"Install a C++ compiler and {build_again}"
+    if "TORCH_CUDA_ARCH_LIST" in record.left_out.get("_C_cuda", ""):
+        return f"Set TORCH_CUDA_ARCH_LIST to 8.0 or later, or unset it, and {build_again}"
     if obstacle_of_the_driver():
         return f"Install a newer driver, or set CUDA_HOME to an older toolkit and {build_again}"
     if record.toolkit is None or major(record.toolkit) != major(cuda):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,20 @@ OTHER_MAJOR = "torch 2.14.1 is built for CUDA 13.0, and /usr/local/cuda is CUDA 
 def installed(monkeypatch):
     """Pretend an installation on a machine with a GPU: what was built, and what is there."""
 
-    def pretend(record, *, cuda="13.0", gpus=1, driver=None, error="No module named 'x'"):
+    def pretend(
+        record, *, cuda="13.0", gpus=1, driver=None, capabilities=(), error="No module named 'x'"
+    ):
         monkeypatch.setattr(build_record, "build_record", lambda: record)
         monkeypatch.setattr(_build_info, "build_record", lambda: record)
         monkeypatch.setattr(build_record, "driver_version", lambda: driver)
+        monkeypatch.setattr(build_record, "gpu_capabilities", lambda: list(capabilities))
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        gpu = build_record.obstacle_of_the_gpus()
         reason = build_record.obstacle_of_the_driver() or build_record.reason_of("_C_cuda", error)
-        monkeypatch.setitem(backends.load_errors, "_C_cuda", reason)
+        monkeypatch.setattr(backends, "gpu_obstacle", gpu)
+        monkeypatch.setattr(backends, "triton_error", gpu)
+        monkeypatch.setitem(backends.load_errors, "_C_cuda", gpu or reason)
 
     return pretend
 
@@ -102,6 +109,30 @@ def test_a_driver_of_the_toolkits_major_serves_it(installed):
     assert "the loader's words. " in the_warning()
 
 
+def test_gpus_that_are_too_old(installed):
+    installed(BuildRecord("2.11.0", "13.0", "13.0", {}), gpus=2, capabilities=[(7, 0), (7, 5)])
+    message = the_warning()
+    assert "the GPU has compute capability 7.5, and 8.0 or later is needed. " in message
+    assert "Everything that has CUDA tensors is computed by slower PyTorch operations" in message
+    assert "build again" not in message
+    reasons = build_info()["reasons"]
+    assert reasons["cuda"] == reasons["triton"] == backends.gpu_obstacle
+
+
+def test_one_gpu_that_is_new_enough_is_enough(installed):
+    installed(BuildRecord("2.11.0", "13.0", "13.0", {}), capabilities=[(7, 5), (8, 0)], error="x")
+    assert build_record.obstacle_of_the_gpus() is None
+    assert "the GPU" not in the_warning()
+
+
+def test_a_build_for_older_architectures_alone(installed):
+    reason = "TORCH_CUDA_ARCH_LIST is '7.5', and 8.0 or later is needed"
+    installed(left_out(reason, toolkit="13.0"), capabilities=[(9, 0)])
+    message = the_warning()
+    assert f"{reason}. " in message
+    assert "Set TORCH_CUDA_ARCH_LIST to 8.0 or later, or unset it, and build again" in message
+
+
 def test_nothing_is_said_where_nothing_is_lost(installed, monkeypatch):
     installed(left_out(LEFT_OUT_BY_REQUEST))
     assert no_warning(), "the build was asked to leave the module out"
@@ -121,21 +152,36 @@ sys.modules["pdp_kernels._C"] = None  # the checkout's
 torch.version.cuda = "13.0"
 torch.cuda.device_count = lambda: 1
 
-class Driver:
+class Libraries:
     def __init__(self, name):
-        if name != "libcuda.so.1":
+        if name != "libcuda.so.1" and (name != "libnvidia-ml.so.1" or not {capabilities}):
             raise OSError(name)
     def cuDriverGetVersion(self, version):
         version._obj.value = 12040
         return 0
+    def nvmlInit_v2(self):
+        return 0
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = len({capabilities})
+        return 0
+    def nvmlDeviceGetHandleByIndex_v2(self, index, gpu):
+        gpu._obj.value = index
+        return 0
+    def nvmlDeviceGetCudaComputeCapability(self, gpu, major, minor):
+        major._obj.value, minor._obj.value = {capabilities}[gpu.value or 0]
+        return 0
+    def nvmlShutdown(self):
+        return 0
 
-ctypes.CDLL = Driver
+ctypes.CDLL = Libraries
 import pdp_kernels
 print(pdp_kernels.build_info()["reasons"]["cuda"])
+for name in ("soft_mask", "soft_mask_nm", "channel_norms", "thresholds"):
+    print(name, torch._C._dispatch_has_kernel_for_dispatch_key("pdp::" + name, "CUDA"))
 """
 
 
-def import_copy(folder, record):
+def import_copy(folder, record, capabilities=()):
     """Run the program on a copy of the package whose CUDA module must not be loaded."""
     package = folder / "pdp_kernels"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build_record.json")
@@ -144,7 +190,8 @@ def import_copy(folder, record):
     (package / "_C_cuda.py").write_text("raise ImportError('this is the CUDA module')\n")
     if record is not None:
         (package / "_build_record.json").write_text(json.dumps(record._asdict()))
-    (folder / "program.py").write_text(textwrap.dedent(PROGRAM))
+    program = PROGRAM.replace("{capabilities}", repr(list(capabilities)))
+    (folder / "program.py").write_text(textwrap.dedent(program))
     result = subprocess.run(
         [sys.executable, "program.py"],
         cwd=folder,
@@ -160,10 +207,30 @@ def test_the_first_import_warns_at_the_users_line(tmp_path):
     result = import_copy(tmp_path, None)
     line = PROGRAM.splitlines().index("import pdp_kernels") + 1
     assert f"program.py:{line}: UserWarning: pdp_kernels has no CUDA kernels" in result.stderr
-    assert result.stdout == "the package was not built (this is the CUDA module)\n"
+    assert result.stdout.startswith("the package was not built (this is the CUDA module)\n")
 
 
 def test_kernels_that_the_driver_cannot_run_are_not_loaded(tmp_path):
     result = import_copy(tmp_path, BuildRecord("2.11.0", "13.0", "13.0", {}))
     assert result.stdout.startswith("the NVIDIA driver serves CUDA 12.4")
     assert "UserWarning: pdp_kernels has no CUDA kernels" in result.stderr
+
+
+def test_no_kernel_is_registered_for_gpus_that_are_too_old(tmp_path):
+    record = BuildRecord("2.11.0", "12.8", "12.8", {})
+    result = import_copy(tmp_path, record, [(7, 0), (7, 5)])
+    reason, *registered = result.stdout.splitlines()
+    assert reason == "the GPU has compute capability 7.5, and 8.0 or later is needed"
+    assert registered == [
+        f"{name} False" for name in ("soft_mask", "soft_mask_nm", "channel_norms", "thresholds")
+    ]
+    assert "UserWarning: pdp_kernels has no CUDA kernels" in result.stderr
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_a_gpu_that_is_new_enough_takes_the_kernels_that_are_there(tmp_path):
+    record = BuildRecord("2.11.0", "12.8", "12.8", {})
+    result = import_copy(tmp_path, record, [(7, 5), (9, 0)])
+    reason, *registered = result.stdout.splitlines()
+    assert reason == "this is the CUDA module"
+    assert registered[:3] == [f"{n} True" for n in ("soft_mask", "soft_mask_nm", "channel_norms")]

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 
 from pdp_kernels.ops import arguments
-from pdp_kernels.ops.build_record import obstacle_of_the_driver, reason_of
+from pdp_kernels.ops.build_record import (
+    obstacle_of_the_driver,
+    obstacle_of_the_gpus,
+    reason_of,
+)
 from pdp_kernels.ops.schemas import library
 
 
@@ -22,14 +26,21 @@ def _load(module: str) -> str | None:
     return None
 
 
-# Why an extension module is not loaded, for each; None if it is. With a driver that cannot run the
-# CUDA module, its kernels must not be registered: those of other backends would not be reached.
+# Why no kernel runs on this machine's GPUs, or None.
+gpu_obstacle: str | None = obstacle_of_the_gpus() if torch.version.cuda else None
+
+# Why an extension module is not loaded, for each; None if it is. With a GPU or a driver that cannot
+# run the CUDA module, its kernels must not be registered: those of other backends would not be
+# reached.
 load_errors: dict[str, str | None] = {
     "_C": _load("_C"),
-    "_C_cuda": (obstacle_of_the_driver() if torch.version.cuda else None) or _load("_C_cuda"),
+    "_C_cuda": gpu_obstacle
+    or (obstacle_of_the_driver() if torch.version.cuda else None)
+    or _load("_C_cuda"),
 }
 
-has_triton: bool = find_spec("triton") is not None
+# Why Triton's kernels are not registered, or None.
+triton_error: str | None = gpu_obstacle if find_spec("triton") else "No module named 'triton'"
 
 # The operators that Triton serves, by file in triton_kernels.
 TRITON_OPERATORS: dict[str, tuple[str, ...]] = {
@@ -62,7 +73,7 @@ def _on_first_call(file: str, name: str) -> Callable[..., Any]:
     return call
 
 
-if has_triton:
+if triton_error is None:
     for _file, _names in (TRITON_OPERATORS | TRITON_SUBSTITUTES).items():
         for _name in _names:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pdp::{_name}", "CUDA"):

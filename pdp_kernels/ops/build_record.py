@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 RECORD = Path(__file__).parents[1] / "_build_record.json"
 LEFT_OUT_BY_REQUEST = "it was left out by PDP_BUILD_CUDA=0"
+# The oldest GPUs that kernels are compiled for, by setup.py and by Triton, whose own list of
+# supported hardware begins there too.
+OLDEST_CAPABILITY = (8, 0)
 
 
 class BuildRecord(NamedTuple):
@@ -47,8 +50,43 @@ def obstacle_of_the_driver() -> str | None:
     driver = driver_version()
     if driver is None or driver[0] >= major(record.toolkit):
         return None
-    served = ".".join(map(str, driver))
+    served = _dotted(driver)
     return f"the NVIDIA driver serves CUDA {served}, and the module is built with {record.toolkit}"
+
+
+def obstacle_of_the_gpus() -> str | None:
+    """Return why no GPU of the machine can run the kernels, or None. Does not initialise CUDA."""
+    newest = max(gpu_capabilities(), default=OLDEST_CAPABILITY)
+    if newest >= OLDEST_CAPABILITY:
+        return None
+    return f"the GPU has compute capability {_dotted(newest)}, and 8.0 or later is needed"
+
+
+def gpu_capabilities() -> list[tuple[int, int]]:
+    """Return the compute capabilities of the machine's NVIDIA GPUs, as NVML has them."""
+    found = []
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return []
+        count = ctypes.c_uint()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for index in range(count.value):
+            gpu, first, second = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+            numbers = (ctypes.byref(first), ctypes.byref(second))
+            if (
+                nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(gpu)) == 0
+                and nvml.nvmlDeviceGetCudaComputeCapability(gpu, *numbers) == 0
+            ):
+                found.append((first.value, second.value))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):  # no NVML, or one without these functions
+        return []
+    return found
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def major(version: str) -> int:
