@@ -219,7 +219,8 @@ std::vector<Tensor> soft_mask_list_backward(std::vector<std::optional<Tensor>> g
 }
 
 cpu::GroupLayout group_layout(const Tensor& ordered, int64_t members, int64_t dim) {
-  return {static_cast<int>(members), ordered.stride(dim)};
+  // A group of one may be along a dimension of size 1, whose stride is arbitrary.
+  return {static_cast<int>(members), members > 1 ? ordered.stride(dim) : 1};
 }
 
 std::tuple<Tensor, Tensor> soft_mask_nm(Tensor weight, Tensor tau, int64_t m, Tensor pruned,

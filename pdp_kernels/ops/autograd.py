@@ -226,7 +226,8 @@ class _BackwardOnce(Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             "a masked weight cannot be differentiated twice: its backward is the paper's Eq. 2, a "
-            "given estimate of the gradient"
+            "given estimate of the gradient. (torch.compile differentiates the gradients of "
+            "torch.func again where their inputs require gradients: detach these)"
         )
 
     @staticmethod

@@ -132,8 +132,8 @@ class HardPDP(Masking):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"shares": self.sparsities}
+        return super().state_dict() | {"sparsities": self.sparsities}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.sparsities = state["shares"]
+        self.sparsities = state["sparsities"]

@@ -157,3 +157,14 @@ def test_constants_of_the_example_are_right():
     layers = [torch.tensor([1.0, -2.0, 3.0, -4.0]), torch.tensor([5.0, 6.0])]
     assert pdp_thresholds(layers, [0.25, 0.5]).tolist() == [1.5, 5.5]
     assert pdp_thresholds(layers, [0, 1]).tolist() == [-math.inf, math.inf]
+
+
+@pytest.mark.parametrize("pruned", [0, 1])
+def test_groups_of_one_may_be_along_a_dimension_of_stride_0(pruned):
+    weight = torch.ones(()).expand(1)
+    tau, pruned = torch.tensor(0.1), torch.tensor(pruned)
+    expected = 1.0 - pruned
+    w_hat, mask = torch.ops.pdp.soft_mask_nm(weight, tau, 1, pruned, 0, False, None, True)
+    grad = torch.ops.pdp.soft_mask_nm_backward(weight, None, weight, tau, 1, pruned, 0, False)
+    kept = torch.ops.pdp.hard_mask_nm(weight, 1, pruned, 0)
+    assert w_hat == mask == grad == kept == expected
