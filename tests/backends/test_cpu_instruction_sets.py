@@ -136,6 +136,27 @@ def test_soft_masks_and_gradients_stay_within_budget(kernels, dtype, relative):
     check_soft_mask(kernels, largest, 1.0, 1e-4, relative)  # w^2 / tau overflows
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_and_gradients_do_not_depend_on_the_place_in_the_weight(kernels, dtype):
+    """Vectors and what remains at the end round alike."""
+    weight, grad = torch.randn(2, 1033).to(dtype).unbind()
+    constants = (torch.tensor(0.7), torch.tensor(0.1), False)
+    if dtype == torch.float64:
+        constants = (*(each.double() for each in constants[:2]), False)
+
+    def results(begin):
+        own_weight, own_grad = weight[begin:].clone(), grad[begin:].clone()
+        return (
+            *kernels.soft_mask(own_weight, *constants, dtype, True),
+            kernels.soft_mask_backward(own_grad, None, own_weight, *constants),
+        )
+
+    whole = results(0)
+    for begin in (1, 2, 7, 16, 1000, 1032):
+        for part, result in zip(results(begin), whole, strict=True):
+            assert_same_numbers(part, result[begin:])
+
+
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_soft_masks_stay_within_budget_in_every_output_type(kernels, dtype, out_dtype):

@@ -24,9 +24,8 @@ SEPARATE_SOURCES = [
 FLAGS = re.findall(
     r'"(-[^"]+)"', re.search(r"\nFLAGS = .*\nFLAGS \+= .*\n", (ROOT / "setup.py").read_text())[0]
 )
-# Each instruction set of csrc/cpu/parallel.h, and the x86-64 level of the CPUs that run it. Before
-# GCC 12 it is the last two that are chosen from.
-LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4, "avx2": 3, "avx512f": 4}
+# Each instruction set of csrc/cpu/parallel.h, and the x86-64 level of the CPUs that run it.
+LEVELS = {"x86-64": 1, "x86-64-v3": 3, "x86-64-v4": 4, "avx2": 3}
 GATHERS = {"portable": 1, "avx2": 3, "avx512": 4}  # each with the level it needs
 
 
