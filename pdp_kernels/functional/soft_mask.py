@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 
 from pdp_kernels.distributed.shards import is_distributed, map_shards
 from pdp_kernels.functional.threshold import threshold_of
@@ -181,10 +182,13 @@ def _as_temperature(name: str, value: float | Tensor, weight: Tensor) -> Tensor:
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """Return the dtype of w_hat under autocast, which leaves float64 alone; None outside of it."""
-    # device.type makes a string on each call, which takes longer than all the rest.
-    device_type = "cpu" if weight.is_cpu else "cuda" if weight.is_cuda else weight.device.type
-    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
-        return None  # the meta device's, for example
+    if weight.is_cpu or weight.is_cuda:
+        # device.type makes a string on each call, which takes longer than all the rest.
+        device_type = "cpu" if weight.is_cpu else "cuda"
+    else:
+        device_type = weight.device.type
+        if not is_autocast_available(device_type):
+            return None
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None

@@ -85,7 +85,7 @@ class MaskedWeight(Function):
 
 # Under torch.func, Dynamo inlines the forward of a Function and drops its backward, so that
 # compiled gradients would be 0 (pytorch issue 193279). A call left in its graph keeps both.
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def mask_weight(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return `MaskedWeight` of its arguments."""
     return MaskedWeight.apply(*arguments)
@@ -142,7 +142,7 @@ class MaskedChannels(Function):
         return map_over_batch(MaskedChannels.apply, info.batch_size, in_dims, args)
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def mask_channels(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return `MaskedChannels` of its arguments."""
     return MaskedChannels.apply(*arguments)
