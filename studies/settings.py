@@ -103,7 +103,11 @@ def channel_temperatures() -> list[Setting]:
     return [
         Setting("pdp", "pdp", {}),
         *(softness_setting(*each, *time) for time in times for each in temperatures),
-        Setting("pdp, uniform", "pdp", {"allocation": "uniform"}),
+        Setting(
+            "pdp, uniform, 0.3 to 0.001",
+            "pdp",
+            {"allocation": "uniform", "relative_tau": (0.3, 0.001)},
+        ),
         *(
             timed_setting("one-shot", "one-shot", {}, *time)
             for time in ((0.0, 0.0), (0.0, 0.6), (0.15, 0.4))

@@ -92,7 +92,7 @@ class PDPConfig:
             "2:4", which keeps N of every M consecutive inputs.
         tau: the temperature as in `pdp_mask`, a number or (start, end).
         relative_tau: the same, relative to the squared threshold. If neither is given, the
-            recommended (1.0, 0.02), or (0.3, 0.001) for the pattern "channel".
+            recommended (1.0, 0.02), or (0.3, 0.0001) for the pattern "channel".
         gradient_tau: the least temperature of the gradient: Eq. 2 takes max(temperature,
             gradient_tau), in the same units, and the mask the temperature alone. 0 is Eq. 2 of the
             mask itself. Default 0, but 1.0 for N:M patterns with a relative temperature: there

@@ -9,7 +9,7 @@ RELATIVE_TAU = (1.0, 0.02)  # at the end of the warm-up, and of the training
 GROUP_GRADIENT_TAU = 1.0  # of N:M groups
 # Channels gather at the threshold, where a mask of 1/2 serves them well as long as it is soft. Only
 # a mask that is much sharper in the end leaves them on one side or the other.
-CHANNEL_RELATIVE_TAU = (0.3, 0.001)
+CHANNEL_RELATIVE_TAU = (0.3, 0.0001)
 # The least density of a layer under a global budget, as a fraction of the average one. In the
 # studies no layer that trained well came near a tenth, and one whose weights are small was not
 # emptied (studies/results/allocation).

@@ -177,7 +177,7 @@ def test_from_dict_takes_known_keys_only():
     ("pattern", "temperatures", "gradient_tau"),
     [
         ("unstructured", (1.0, 0.02), 0.0),
-        ("channel", (0.3, 0.001), 0.0),
+        ("channel", (0.3, 0.0001), 0.0),
         ("2:4", (1.0, 0.02), 1.0),
     ],
 )
@@ -243,7 +243,7 @@ def test_for_epochs_takes_a_positive_number():
         ("2:4", False, (1.0, 0.02), 1.0),
         ("1:4", False, (0.3, 0.005), 0.3),
         ("2:4", True, (0.3, 0.005), 0.0),
-        ("channel", True, (0.3, 0.001), 0.0),
+        ("channel", True, (0.3, 0.0001), 0.0),
     ],
 )
 def test_an_override_with_its_own_pattern_has_what_is_recommended_for_it(
