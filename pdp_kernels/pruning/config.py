@@ -25,7 +25,7 @@ from pdp_kernels.pruning.config_checks import (
 )
 from pdp_kernels.pruning.patterns import Pattern, parse_pattern
 from pdp_kernels.pruning.plain_data import from_plain, to_plain
-from pdp_kernels.pruning.recommended import FINETUNING_LEAST_DENSITY, LEAST_DENSITY, Recommended
+from pdp_kernels.pruning.recommended import FINETUNING_LEAST_DENSITY, LEAST_DENSITY
 
 PAPER_WARMUP = 16.0  # epochs; s of arXiv 2305.11203, Algorithm 1
 PAPER_EPSILON = 0.015  # fraction of the ramp per epoch
@@ -304,14 +304,17 @@ class PDPConfig:
         }
         if "epsilon" not in changes:
             values["ramp"] = setting.ramp * epochs
-        values = values | changes
         if changes.get("tau") is None:
-            values = _temperatures(setting) | values
-            if changes.get("relative_tau") is None and isinstance(values.get("overrides"), Mapping):
-                values["overrides"] = {
-                    entry: _with_temperatures(entry, override, finetuning, changes)
-                    for entry, override in values["overrides"].items()
-                }
+            values["relative_tau"] = setting.relative_tau
+            values["gradient_tau"] = setting.gradient_tau
+        values |= changes
+        overrides = changes.get("overrides")
+        are_given = any(changes.get(name) is not None for name in ("tau", "relative_tau"))
+        if isinstance(overrides, Mapping) and not are_given:
+            values["overrides"] = {
+                entry: _with_temperatures(entry, override, finetuning, changes)
+                for entry, override in overrides.items()
+            }
         return cls(**values)
 
     @classmethod
@@ -442,10 +445,6 @@ class PDPConfig:
 
     def _parsed(self, name: str, pattern: str) -> Pattern:
         return parse_pattern(name, pattern, self.channel_dim, self.channel_norm)
-
-
-def _temperatures(setting: Recommended) -> dict[str, Any]:
-    return {"relative_tau": setting.relative_tau, "gradient_tau": setting.gradient_tau}
 
 
 def _with_temperatures(

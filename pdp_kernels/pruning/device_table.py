@@ -65,6 +65,9 @@ class DeviceTables:
                 not allocated yet, so that all weights are kept.
         """
         self._set_schedule(self._weights(), config, progress, final_counts)
+        if final_counts is None:  # a state of the warm-up has been loaded, perhaps after its end
+            for table in self.tables:
+                table.forget_prune_counts()
 
     def step(
         self, config: PDPConfig, progress: float, final_counts: Mapping[str, int] | None
@@ -96,7 +99,8 @@ class DeviceTables:
         for table in self.tables:
             table.set_temperatures(config, progress)
             table.set_group_counts(ramp)
-            table.set_prune_counts(final_counts, ramp)
+            if final_counts is not None:
+                table.set_prune_counts(final_counts, ramp)
 
     def _follow(self, weights: Sequence[Tensor]) -> None:
         """Make new tables if weights have moved to another device or dtype since the last step.
@@ -163,7 +167,6 @@ class DeviceTable:
         self._selected = [mask for mask in self.masks if isinstance(mask, SelectedMask)]
         size = len(self._selected)
         self._written_counts: Mapping[str, int] | None = None  # the source of _final_counts
-        self._keeps_all = False  # whether all prune counts are known to be 0
         self._final_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self._scaled_counts = torch.zeros(size, dtype=torch.float64, device=device)
         self._prune_counts = torch.zeros(size, dtype=torch.int64, device=device)
@@ -207,16 +210,15 @@ class DeviceTable:
         for prunable, count in self._group_counts.items():
             count.fill_(math.floor(ramp * prunable + 0.5))
 
-    def set_prune_counts(self, final_counts: Mapping[str, int] | None, ramp: float) -> None:
-        """Set each prune count to round(ramp * final count), or to 0 if none are allocated."""
+    def forget_prune_counts(self) -> None:
+        """Keep all weights, as before any counts are allocated."""
+        self._written_counts = None
+        self._prune_counts.zero_()
+
+    def set_prune_counts(self, final_counts: Mapping[str, int], ramp: float) -> None:
+        """Set each prune count to round(ramp * final count)."""
         if not self._selected:
             return
-        if final_counts is None:
-            if not self._keeps_all:  # a state of the warm-up has been loaded
-                self._prune_counts.zero_()
-            self._written_counts, self._keeps_all = None, True
-            return
-        self._keeps_all = False
         if self._written_counts is not final_counts:
             targets = self.targets[: len(self._selected)]
             counts = [final_counts[target.name] for target in targets]

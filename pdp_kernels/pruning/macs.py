@@ -34,7 +34,6 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
         called = holder.layer if holder.attention is None else holder.attention
         handles.append(called.register_forward_hook(count, with_kwargs=True))
 
-    # FlopCounterMode misses the kernels of fused attention.
     flops = FlopCounterMode(display=False)
     before: list[int] = []  # what was counted when a recurrent layer was called
     corrections: list[int] = []
@@ -56,6 +55,7 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
         for index, target in enumerate(targets):
             for holder in target.holders:
                 count_calls(index, holder)
+        # FlopCounterMode misses the kernels of fused attention.
         with evaluated(model), sdpa_kernel(SDPBackend.MATH), flops:
             run_model(model, inputs)
     finally:

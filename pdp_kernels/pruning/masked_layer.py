@@ -44,11 +44,12 @@ class MaskedLayer(nn.Module):
     pdp_shown: dict[str, Tensor | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(each, torch.fx.Proxy) for each in (*args, *kwargs.values())):
-            raise RuntimeError(
-                "torch.fx cannot trace layers that PDPPruner masks, as their weights would become "
-                "constants: trace pruner.pruned_copy(), or the model after finalize"
-            )
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, torch.fx.Proxy):
+                raise RuntimeError(
+                    "torch.fx cannot trace layers that PDPPruner masks, as their weights would "
+                    "become constants: trace pruner.pruned_copy(), or the model after finalize"
+                )
         shown = []
         try:
             others = layers_read(self, self.training) if self._modules else ()

@@ -112,8 +112,7 @@ class MaskedWeights:
 
     def prune(self) -> None:
         """Set what the masks prune to zero and take the masks off, the copies' ones too."""
-        own = Follower(self.model, self.targets, self.masks)
-        for model, targets, masks in (own, *self._followers):
+        for model, targets, masks in ((self.model, self.targets, self.masks), *self._followers):
             for target, mask in zip(targets, masks, strict=True):
                 mask.prune(target.weight)
             unmask_model(model)

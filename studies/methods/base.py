@@ -150,6 +150,17 @@ def prunable_names(model: nn.Module, budget: Budget) -> list[str]:
     return names
 
 
+def layers_behind(model: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the linear layers, convolutions and batch norms behind a layer, with their names.
+
+    They are in the order in which the network has them.
+    """
+    kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d)
+    ordered = [(name, each) for name, each in model.named_modules() if isinstance(each, kinds)]
+    place = next(place for place, (_, each) in enumerate(ordered) if each is layer)
+    return ordered[place + 1 :]
+
+
 def group_size(pattern: str) -> tuple[int, int]:
     """Return N and M of a pattern such as "2:4"."""
     n, m = pattern.split(":")

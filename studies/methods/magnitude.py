@@ -15,6 +15,7 @@ from studies.methods.base import (
     global_masks,
     largest_masks,
     layer_masks,
+    layers_behind,
 )
 
 
@@ -55,11 +56,10 @@ class Slimming(OneShot):
 
     def __init__(self, model: nn.Module, budget: Budget):
         super().__init__(model, budget)
-        layers = list(model.modules())
         self.scales: list[nn.Parameter] = []
         for layer in self.layers:
-            after = layers[layers.index(layer) :]
-            norm = next((x for x in after if isinstance(x, nn.BatchNorm2d)), None)
+            behind = (each for _, each in layers_behind(model, layer))
+            norm = next((each for each in behind if isinstance(each, nn.BatchNorm2d)), None)
             if norm is None or norm.num_features != layer.weight.shape[0]:
                 raise ValueError("model must have a batch norm after every layer that is pruned")
             self.scales.append(norm.weight)

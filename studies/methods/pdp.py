@@ -14,6 +14,7 @@ from studies.methods.base import (
     Masking,
     Method,
     global_masks,
+    layers_behind,
     prunable_names,
     sparsity_of,
 )
@@ -93,18 +94,15 @@ class PDP(Method):
 def names_behind_norms(model: nn.Module, budget: Budget) -> list[str]:
     """Return the layers behind those of the budget, if a batch norm lies behind each of these.
 
-    Otherwise return an empty list. Layers are in the order in which the network has them.
+    Otherwise return an empty list.
     """
-    kinds = (nn.Linear, nn.Conv2d, nn.BatchNorm2d)
-    ordered = [(name, each) for name, each in model.named_modules() if isinstance(each, kinds)]
-    places = {name: place for place, (name, _) in enumerate(ordered)}
-    behind = []
+    names = []
     for name in prunable_names(model, budget):
-        following = ordered[places[name] + 1 : places[name] + 3]
-        if len(following) < 2 or not isinstance(following[0][1], nn.BatchNorm2d):
+        behind = layers_behind(model, model.get_submodule(name))
+        if len(behind) < 2 or not isinstance(behind[0][1], nn.BatchNorm2d):
             return []
-        behind.append(following[1][0])
-    return behind
+        names.append(behind[1][0])
+    return names
 
 
 class HardPDP(Masking):

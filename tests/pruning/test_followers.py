@@ -8,23 +8,11 @@ import torch
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner, hard_mask
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
-
-
-def pruned_mlp(sparsity=0.7):
-    model = mlp()
-    return model, PDPPruner(model, PDPConfig(sparsity, warmup=0, ramp=0))
-
-
-def outputs(model, inputs):
-    return [model.train(training)(inputs) for training in (True, False)]
+from tests.support.models import outputs, two_layers, two_pruned_layers
 
 
 def test_an_average_of_weights_follows_the_schedule_and_is_finalized():
-    model = mlp()
+    model = two_layers()
     pruner = PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=1))
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
@@ -50,13 +38,13 @@ def test_an_average_of_weights_follows_the_schedule_and_is_finalized():
 
 
 def test_only_a_copy_can_follow():
-    _, pruner = pruned_mlp()
+    _, pruner = two_pruned_layers()
     with pytest.raises(ValueError, match="copy must have the weights"):
         pruner.follow(nn.Sequential(nn.Linear(24, 32)))
 
 
 def test_a_follower_that_moves_leaves_the_model_as_it_is():
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     average = copy.deepcopy(model)
     pruner.follow(average)
     pruner.step(0.5)
@@ -79,7 +67,7 @@ def test_a_follower_that_moves_leaves_the_model_as_it_is():
 
 
 def test_loading_into_a_follower_says_nothing_of_the_model():
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     average = copy.deepcopy(model)
     pruner.follow(average)
     pruner.step(1.0)

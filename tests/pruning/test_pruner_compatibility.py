@@ -12,21 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from pdp_kernels import PDPConfig, PDPPruner, hard_mask, pdp_mask
-
-AT_ONCE = {"warmup": 0, "ramp": 0}
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
-
-
-def pruned_mlp(sparsity=0.7):
-    model = mlp()
-    return model, PDPPruner(model, PDPConfig(sparsity, **AT_ONCE))
-
-
-def outputs(model, inputs):
-    return [model.train(training)(inputs) for training in (True, False)]
+from tests.support.models import AT_ONCE, outputs, two_layers, two_pruned_layers
 
 
 def assert_same_outputs(model, other):
@@ -36,18 +22,18 @@ def assert_same_outputs(model, other):
 
 
 def test_state_dict_keys_and_values_are_those_of_the_plain_model():
-    plain = mlp()
+    plain = two_layers()
     expected = {name: value.clone() for name, value in plain.state_dict().items()}
     PDPPruner(plain, PDPConfig(0.7, **AT_ONCE))
     plain(torch.randn(3, 24))
     state = plain.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    mlp().load_state_dict(state)
+    two_layers().load_state_dict(state)
 
 
 def test_loading_a_state_dict_by_assignment_is_followed():
-    model, other = mlp(), mlp()
+    model, other = two_layers(), two_layers()
     pruner = PDPPruner(model, PDPConfig(0.7, scope="layer", **AT_ONCE))
     model.load_state_dict(other.state_dict(), assign=True)
     pruner.step(1)
@@ -55,7 +41,7 @@ def test_loading_a_state_dict_by_assignment_is_followed():
 
 
 def test_deepcopy_is_independent():
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     twin = copy.deepcopy(model)
     assert_same_outputs(model, twin)
     inputs = torch.randn(5, 24)
@@ -70,7 +56,7 @@ def test_deepcopy_is_independent():
 
 
 def test_pickled_and_saved_models_stay_masked():
-    model, _ = pruned_mlp()
+    model, _ = two_pruned_layers()
     assert_same_outputs(model, pickle.loads(pickle.dumps(model)))
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -82,7 +68,7 @@ def test_pickled_and_saved_models_stay_masked():
 
 
 def test_a_copy_or_a_loaded_model_can_be_pruned_on():
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     loaded = pickle.loads(pickle.dumps(model))
     goes_on = PDPPruner(loaded, pruner.config)
     goes_on.load_state_dict(pruner.state_dict())
@@ -212,7 +198,7 @@ def test_hugging_faces_conv1d_is_a_linear_with_a_transposed_weight(monkeypatch):
 
 
 def test_functional_call_computes_with_what_it_is_given():
-    model, _ = pruned_mlp()
+    model, _ = two_pruned_layers()
     replaced = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
     inputs = torch.randn(3, 24)
     threshold = model[0].pdp_masks["weight"].threshold
@@ -233,7 +219,7 @@ def test_functional_call_computes_with_what_it_is_given():
 @pytest.mark.parametrize("pattern", ["unstructured", "channel"])
 def test_a_compiled_training_step_is_one_graph_for_all_of_the_schedule(pattern):
     torch._dynamo.reset()
-    model = mlp()
+    model = two_layers()
     config = PDPConfig(0.7, pattern=pattern, warmup=1, ramp=2)
     pruner = PDPPruner(model, config)
     reference = copy.deepcopy(model)
@@ -262,7 +248,7 @@ def test_a_compiled_training_step_is_one_graph_for_all_of_the_schedule(pattern):
 
 def test_a_compiled_n_m_step_is_compiled_once():
     torch._dynamo.reset()
-    model = mlp()
+    model = two_layers()
     pruner = PDPPruner(model, PDPConfig(pattern="2:4", warmup=1, ramp=4, ramp_shape="linear"))
     graphs = []
     compiled = torch.compile(
@@ -280,7 +266,7 @@ def test_a_compiled_n_m_step_is_compiled_once():
 
 def test_inductor_compiles_training_and_evaluation():
     torch._dynamo.reset()
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     compiled = torch.compile(model, fullgraph=True)
     inputs = torch.randn(5, 24)
     for training in (True, False):
@@ -293,7 +279,7 @@ def test_inductor_compiles_training_and_evaluation():
 
 
 def test_the_finalized_model_exports():
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     pruner.finalize()
     inputs = torch.randn(5, 24)
     exported = torch.export.export(model.eval(), (inputs,)).module()
@@ -302,7 +288,7 @@ def test_the_finalized_model_exports():
 
 
 def test_autocast_masks_in_the_low_precision(device):
-    model = mlp().to(device)
+    model = two_layers().to(device)
     PDPPruner(model, PDPConfig(0.7, **AT_ONCE))
     seen = []
     matmul = functional.linear
@@ -319,7 +305,7 @@ def test_autocast_masks_in_the_low_precision(device):
 
 
 def test_a_step_that_a_grad_scaler_skips_does_not_count(device):
-    model = mlp().to(device)
+    model = two_layers().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pruner = PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=1))
     pruner.attach(optimizer, steps_per_epoch=10)
@@ -336,7 +322,7 @@ def test_a_step_that_a_grad_scaler_skips_does_not_count(device):
 
 
 def test_gradients_accumulate_over_microbatches():
-    model, _ = pruned_mlp()
+    model, _ = two_pruned_layers()
     inputs = torch.randn(8, 24, dtype=torch.float64)
     model.double()
     expected = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
@@ -347,7 +333,7 @@ def test_gradients_accumulate_over_microbatches():
 
 
 def test_several_optimizers_may_step():
-    model = mlp()
+    model = two_layers()
     pruner = PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=1))
     first = torch.optim.SGD(model[0].parameters(), lr=0.1)
     last = torch.optim.AdamW(model[2].parameters(), lr=0.01)
@@ -365,7 +351,7 @@ def test_several_optimizers_may_step():
 
 
 def test_a_model_that_moves_takes_its_masks_along(device):
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     expected = outputs(model, torch.ones(1, 24))
     model.to(device, torch.float64)
     inputs = torch.ones(1, 24, dtype=torch.float64, device=device)
@@ -380,7 +366,7 @@ def test_a_model_that_moves_takes_its_masks_along(device):
 def test_checkpointed_layers_are_masked_when_they_run_again():
     from torch.utils.checkpoint import checkpoint
 
-    model, _ = pruned_mlp()
+    model, _ = two_pruned_layers()
     inputs = torch.randn(5, 24)
     plain = torch.autograd.grad(model(inputs).sum(), list(model.parameters()))
     again = torch.autograd.grad(
@@ -390,7 +376,7 @@ def test_checkpointed_layers_are_masked_when_they_run_again():
 
 
 def test_fx_cannot_trace_masks():
-    model, pruner = pruned_mlp()
+    model, pruner = two_pruned_layers()
     with pytest.raises(RuntimeError, match=r"torch\.fx cannot trace.*pruned_copy\(\)"):
         torch.fx.symbolic_trace(model)
     traced = torch.fx.symbolic_trace(pruner.pruned_copy())

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pdp_kernels import PDPConfig
+from pdp_kernels import PDPConfig, PDPPruner
 
 AT_ONCE = {"warmup": 0, "ramp": 0}
 CONFIG = PDPConfig(sparsity=0.8, scope="layer", warmup=0, ramp=4)
@@ -37,6 +37,20 @@ def train(model, pruner, progresses, optimizer=None, seed=1):
         optimizer.step()
         optimizer.zero_grad()
         pruner.step(progress)
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def two_pruned_layers(sparsity=0.7):
+    model = two_layers()
+    return model, PDPPruner(model, PDPConfig(sparsity, **AT_ONCE))
+
+
+def outputs(model, inputs):
+    """Return the outputs in training mode and in evaluation mode."""
+    return [model.train(training)(inputs) for training in (True, False)]
 
 
 def small_model():
