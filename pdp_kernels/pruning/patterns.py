@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pdp_kernels.ops.arguments import MAX_GROUP
-from pdp_kernels.pruning.layers import WeightSlot
+from pdp_kernels.pruning.layers import WeightSlot, weight_slots
 from pdp_kernels.pruning.masks import ChannelMask, GroupMask, UnstructuredMask, WeightMask
 from pdp_kernels.pruning.recommended import (
     CHANNEL_RELATIVE_TAU,
@@ -98,6 +98,8 @@ class GroupPattern(Pattern):
         return weight.numel()
 
     def misfit(self, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]) -> str | None:
+        if unknown := _unknown_dimensions(weight, layers):
+            return unknown
         if weight.shape[slot.inputs] % self.m == 0:
             return None
         return (
@@ -129,6 +131,8 @@ class ChannelPattern(Pattern):
         return weight.shape[self._dim(slot)]
 
     def misfit(self, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]) -> str | None:
+        if unknown := _unknown_dimensions(weight, layers):
+            return unknown
         if self._dim(slot) != 1 or all(getattr(layer, "groups", 1) == 1 for layer in layers):
             return None
         return (
@@ -141,6 +145,16 @@ class ChannelPattern(Pattern):
 
     def _dim(self, slot: WeightSlot) -> int:
         return slot.outputs if self.channels == "output" else slot.inputs
+
+
+def _unknown_dimensions(weight: Tensor, layers: Sequence[nn.Module]) -> str | None:
+    """Return that nothing tells which dimensions are inputs and outputs, or None if it is known."""
+    if weight.dim() < 3 or weight_slots(layers[0]):
+        return None
+    return (
+        f'must have the pattern "unstructured", as nothing tells which of its dimensions are '
+        f"inputs and outputs, got shape {tuple(weight.shape)} in a {type(layers[0]).__name__}"
+    )
 
 
 def parse_pattern(name: str, pattern: str, channels: str, norm: str) -> Pattern:

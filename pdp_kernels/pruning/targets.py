@@ -54,6 +54,11 @@ class Holder:
     def weight_name(self) -> str:
         return f"{self.layer_name}.{self.slot.name}" if self.layer_name else self.slot.name
 
+    @property
+    def parameter(self) -> Tensor | None:
+        """The weight as it is now, or None if the layer computes it from other parameters."""
+        return dict(self.layer._parameters).get(self.slot.name)  # a ScriptModule's have no get
+
     def matches(self, entry: str | type) -> bool:
         """Whether an entry of a configuration matches this layer or its weight."""
         layers = [self.layer] if self.attention is None else [self.layer, self.attention]
@@ -61,7 +66,11 @@ class Holder:
             return any(isinstance(layer, entry) for layer in layers)
         names = (self.layer_name, self.weight_name)
         types = (cls.__name__ for layer in layers for cls in type(layer).__mro__)
-        return any(fnmatchcase(name, entry) for name in names) or entry in types
+        return (
+            entry in names  # a name may have the special characters of a glob
+            or any(fnmatchcase(name, entry) for name in names)
+            or entry in types
+        )
 
     def is_meant_by(self, entry: str | type) -> bool:
         """Whether an entry of include means this layer: an adapter only if it means no other."""
@@ -114,6 +123,7 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
     targets = []
     wanted = [holders for holders in candidates if _is_wanted(holders, config)]
     _check_not_quantized(wanted, config)
+    _check_not_computed(wanted, config)
     for holders in wanted:
         _check_prunable(holders)
         target = Target(holders, _plan(holders, config))
@@ -151,7 +161,7 @@ def _check_not_quantized(wanted: list[list[Holder]], config: PDPConfig) -> None:
     """Raise one TypeError for all weights that a library has quantized."""
     found = {}
     for holders in wanted:
-        weight = holders[0].layer._parameters.get(holders[0].slot.name)
+        weight = holders[0].parameter
         if weight is not None and is_quantized(weight):
             found[holders[0].weight_name] = weight
     if found:
@@ -160,6 +170,18 @@ def _check_not_quantized(wanted: list[list[Holder]], config: PDPConfig) -> None:
         raise TypeError(
             f"model's {name} must be an ordinary tensor, got {type(weight).__name__}: prune first "
             f"and quantize the pruned model; exclude={left_out!r} leaves out what is quantized"
+        )
+
+
+def _check_not_computed(wanted: list[list[Holder]], config: PDPConfig) -> None:
+    """Raise one ValueError for all weights that are no parameters of their layers."""
+    found = [holders[0].weight_name for holders in wanted if holders[0].parameter is None]
+    if found:
+        left_out = [*config.exclude, *found]
+        raise ValueError(
+            f"model must hold {', '.join(found)} as parameters, got what layers compute from "
+            f"others: remove the parametrizations first; exclude={left_out!r} leaves out what is "
+            "computed"
         )
 
 
@@ -180,10 +202,10 @@ def _candidates(model: nn.Module) -> list[list[Holder]]:
             if weight is not None and _dimensions(weight) >= 2
         ]
         for slot in slots:
-            weight = layer._parameters.get(slot.name)
+            holder = Holder(name, layer, slot, attentions.get(id(layer)))
+            weight = holder.parameter
             # A parametrized weight has no Parameter: an error, but only if it is to be pruned.
             key = id(weight) if weight is not None else (id(layer), slot.name)
-            holder = Holder(name, layer, slot, attentions.get(id(layer)))
             holder.tuners = adapted.tuners.get(id(layer), ())
             holder.is_adapter = id(layer) in adapted.instead_of
             other = adapted.instead_of.get(id(layer))
@@ -265,12 +287,12 @@ def _check_prunable(holders: list[Holder]) -> None:
                 f"model's {name} cannot be pruned: a {type(layer).__name__} keeps its weights in a "
                 "list of its own; exclude it"
             )
-        weight = layer._parameters.get(holder.slot.name)
-        if weight is None:
+        if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(
-                f"model must hold {name} as a parameter, got one that is computed from others: "
-                "remove the parametrization first, or exclude it"
+                f"model's {name} cannot be pruned: masks would not reach the compiled forward of a "
+                "torch.jit.ScriptModule; prune before you script, or exclude it"
             )
+        weight = parameter_of(layer, holder.slot.name)
         if is_lazy(weight):
             raise ValueError(f"model's {name} must have its shape: run the lazy layer once first")
         for tuner in holder.tuners:

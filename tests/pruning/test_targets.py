@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdp_kernels import PDPConfig, PDPPruner
+from pdp_kernels import PDPConfig, PDPPruner, prune_one_shot, sensitivity
 from tests.support.models import AT_ONCE, mlp, zeros_of
 
 
@@ -112,6 +112,16 @@ def parametrized():
     return nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)))
 
 
+def scripted():
+    return nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Linear(8, 8)))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(4, 16, 8))
+
+
 def patched():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].forward = lambda inputs: inputs
@@ -133,11 +143,29 @@ BAD_MODELS = {
     "only empty": (nn.Linear(0, 4), {}, ValueError, "model must have a weight"),
     "no model": ([], {}, TypeError, "model must be a torch.nn.Module, got list"),
     "lazy": (lazy(), {}, ValueError, "0.weight must have its shape: run the lazy layer"),
-    "parametrized": (parametrized(), {}, ValueError, "must hold 0.weight as a parameter"),
+    "parametrized": (parametrized(), {}, ValueError, "must hold 0.weight as parameters"),
     "flattened": (flattened(), {}, ValueError, "0.weight must have two dimensions or more"),
     "patched": (patched(), {}, ValueError, "layer '0' must have the forward of its class"),
     "complex": (complex_weights(), {}, TypeError, "model's 0.weight must have dtype.*complex64"),
     "lstm": (nn.LSTM(4, 4), {"include": [nn.LSTM]}, ValueError, "LSTM keeps its weights in a list"),
+    "scripted": (
+        scripted(),
+        {"include": ["*"]},
+        ValueError,
+        "1.weight cannot be pruned:.*forward of a torch.jit.ScriptModule",
+    ),
+    "N:M of experts": (
+        Experts(),
+        {"pattern": "2:4", "sparsity": None, "include": ["gate_up"]},
+        ValueError,
+        r"gate_up must have the pattern .unstructured.*\(4, 16, 8\) in a Experts: exclude=",
+    ),
+    "channels of experts": (
+        Experts(),
+        {"pattern": "channel", "include": ["gate_up"]},
+        ValueError,
+        "gate_up must have the pattern .unstructured.*inputs and outputs",
+    ),
     "groups of 3": (
         nn.Linear(6, 4),
         {"pattern": "2:4", "sparsity": None},
@@ -179,3 +207,62 @@ def test_a_model_that_cannot_be_pruned_raises_and_stays(case):
         PDPPruner(model, config)
     if before is not None:
         assert [type(layer) for layer in model.modules()] == before
+
+
+def test_layers_of_torchscript_are_left_alone():
+    inputs = torch.randn(3, 8)
+    for exclude in ((), ["1"]):
+        model = scripted()
+        pruner = PDPPruner(model, PDPConfig(0.5, exclude=exclude, **AT_ONCE))
+        assert list(pruner.prune_counts) == ["0.weight"]
+        assert pruner.report().unpruned == [("1", 64)]
+        model(inputs).sum().backward()
+        before = model.eval()(inputs)
+        torch.testing.assert_close(pruner.pruned_copy()(inputs), before)
+        pruner.finalize()
+        torch.testing.assert_close(model(inputs), before)
+    assert prune_one_shot(scripted(), 0.5).pruned == 32
+    assert list(sensitivity(scripted(), lambda model: 1.0, [0.5]).values) == ["0.weight"]
+
+
+def spectral():
+    normed = [nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)) for _ in range(2)]
+    return nn.Sequential(*normed, nn.Linear(8, 8), nn.Linear(8, 4))
+
+
+def test_all_parametrized_layers_are_named_with_what_leaves_them_out():
+    with pytest.raises(ValueError, match=r"0\.weight, 1\.weight as parameters") as error:
+        PDPPruner(spectral(), PDPConfig(0.5, exclude=["3"], **AT_ONCE))
+    assert "exclude=['3', '0.weight', '1.weight'] leaves out" in str(error.value)
+    config = PDPConfig(0.5, exclude=["3", "0.weight", "1.weight"], **AT_ONCE)
+    assert list(PDPPruner(spectral(), config).prune_counts) == ["2.weight"]
+
+
+def test_the_original_of_a_spectral_norm_is_pruned_exactly():
+    torch.manual_seed(0)
+    model = spectral()
+    config = PDPConfig(0.5, warmup=0, ramp=1, include=["*parametrizations.weight"])
+    pruner = PDPPruner(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = torch.randn(16, 8)
+    for progress in (0.5, 1.0):
+        model(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pruner.step(progress)
+    expected = pruner.pruned_copy().eval()(inputs)
+    assert torch.equal(model.eval()(inputs), expected)
+    pruner.finalize()
+    assert torch.equal(model(inputs), expected)
+    for layer in model[:2]:
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert sum(int((layer.weight == 0).sum()) for layer in model[:2]) == 64
+
+
+def test_a_name_with_the_characters_of_a_glob_stands_for_itself():
+    model = nn.ModuleDict({"a[0]": nn.Linear(6, 4), "b": nn.Linear(8, 4)})
+    with pytest.raises(ValueError, match=r"exclude=\['a\[0\]\.weight'\] leaves out"):
+        PDPPruner(model, PDPConfig(None, pattern="2:4", **AT_ONCE))
+    for name in ("a[0]", "a[0].weight"):
+        pruner = PDPPruner(model, PDPConfig(0.5, exclude=[name], **AT_ONCE))
+        assert list(pruner.prune_counts) == ["b.weight"]
