@@ -123,8 +123,8 @@ def check_masks(
         if target.weight.shape != shape:
             raise RuntimeError(
                 f"{target.name} had shape {tuple(shape)} and now has "
-                f"{tuple(target.weight.shape)}: FullyShardedDataParallel flattens weights, "
-                "fully_shard does not"
+                f"{tuple(target.weight.shape)}: make a new pruner after replacing a weight by one "
+                "of another shape. FullyShardedDataParallel flattens weights too: use fully_shard"
             )
         if not _is_tied(target):
             names = ", ".join(holder.weight_name for holder in target.holders)

@@ -115,10 +115,12 @@ class DeviceTables:
         for index, weight in enumerate(weights):
             places.setdefault((weight.device, threshold_dtype([weight])), []).append(index)
         if not are_held or places != self._places:
-            self.tables = [
-                DeviceTable(place, members, self._targets, self._masks)
-                for place, members in places.items()
-            ]
+            # Backward refuses tensors of inference mode, and the training may go on after it.
+            with torch.inference_mode(False):
+                self.tables = [
+                    DeviceTable(place, members, self._targets, self._masks)
+                    for place, members in places.items()
+                ]
         self._places, self._devices, self._dtypes = places, devices, dtypes
         self._taus = list(map(_tau, self._masks))
 

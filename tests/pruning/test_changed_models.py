@@ -47,6 +47,10 @@ CHANGES = {
     "another parent": (lambda m: m.__setitem__(1, nn.Sequential(small_model())), "no longer has"),
     "no layer": (lambda m: m[1][0].__delitem__(0), "no longer has the layer"),
     "a smaller weight": (lambda m: set_data(m[1][0][0]), r"had shape \(32, 16\) and now has \(8,"),
+    "another shape": (
+        lambda m: setattr(m[1][0][0], "weight", nn.Parameter(torch.randn(8, 16))),
+        r"had shape \(32, 16\) and now has \(8, 16\): make a new pruner after replacing",
+    ),
     "a flat weight": (lambda m: set_flat_data(m[1][0][0]), r"and now has \(512,\)"),
     "no weight": (lambda m: m[1][0][0].__delattr__("weight"), "must stay a Parameter"),
     "masks of another pruner": (lambda m: take_masks_over(m[1][0]), "no longer has the masks"),

@@ -1,5 +1,6 @@
 """The constants of all masks are in few tensors, which a step writes in few operations."""
 
+import copy
 import itertools
 
 import pytest
@@ -130,6 +131,21 @@ def test_masks_of_a_model_that_moved_away_and_back_follow_the_schedule(pattern):
         for mode in (True, False):
             outputs = [model.train(mode)(torch.ones(16)) for model in models]
             assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
+def test_a_training_follows_a_pruner_that_begins_in_inference_mode(pattern):
+    sparsity = None if pattern == "2:4" else 0.5
+    config = PDPConfig(sparsity, pattern=pattern, warmup=0, ramp=4)
+    model = small_model()
+    with torch.inference_mode():
+        pruner = PDPPruner(model, config)
+    model(torch.ones(16)).sum().backward()
+    pruner.step(1.0)
+    own = copy.deepcopy(pruner)
+    with torch.inference_mode():
+        own.step(2.0)
+    own.model(torch.ones(16)).sum().backward()
 
 
 def test_masks_of_groups_that_prune_as_many_hold_one_count():
