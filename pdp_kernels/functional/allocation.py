@@ -13,7 +13,7 @@ from torch import Tensor
 from pdp_kernels.distributed.order_statistics import select_key
 from pdp_kernels.distributed.replicas import check_same_on_all_ranks
 from pdp_kernels.distributed.shards import ShardedList, is_sharded
-from pdp_kernels.functional.validation import check_one_of, check_ratio, check_weights
+from pdp_kernels.functional.validation import check_fraction, check_one_of, check_weights
 from pdp_kernels.ops.reference import magnitude_keys, threshold_dtype
 
 Allocation = Literal["magnitude", "lamp", "erk", "uniform"]
@@ -77,10 +77,10 @@ def global_prune_counts(
         [2, 1]
     """
     check_weights("weights", weights, one_device=False)
-    check_ratio("sparsity", sparsity)
+    check_fraction("sparsity", sparsity)
     check_one_of("allocation", allocation, get_args(Allocation))
-    check_ratio("max_layer_sparsity", max_layer_sparsity)
-    return allocate(weights, weights, sparsity, allocation, max_layer_sparsity)
+    check_fraction("max_layer_sparsity", max_layer_sparsity)
+    return allocate(weights, weights, float(sparsity), allocation, float(max_layer_sparsity))
 
 
 def allocate(

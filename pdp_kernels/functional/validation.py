@@ -68,12 +68,15 @@ def check_weights(name: str, weights: Sequence[Tensor], one_device: bool = True)
 
 
 def check_ratio(name: str, ratio: object) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, NUMBERS):
-        raise TypeError(
-            f"{name} must be a number in [0, 1] or a tensor of them, got {type(ratio).__name__}"
-        )
-    if not 0 <= float(ratio) <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {ratio}")
+    """Accept a number in [0, 1], where a tensor of them is accepted too."""
+    check_fraction(name, ratio, "a number in [0, 1] or a tensor of them")
+
+
+def check_fraction(name: str, fraction: object, accepted: str = "a number in [0, 1]") -> None:
+    if isinstance(fraction, bool) or not isinstance(fraction, NUMBERS):
+        raise TypeError(f"{name} must be {accepted}, got {type(fraction).__name__}")
+    if not 0 <= float(fraction) <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {fraction}")
 
 
 def check_ratio_tensor(
@@ -125,7 +128,8 @@ def check_temperature(
     if isinstance(tau, bool) or not isinstance(tau, NUMBERS):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(tau).__name__}")
     limits = torch.finfo(dtype)
-    if not limits.tiny <= tau <= limits.max:
+    number = tau if isinstance(tau, int) else float(tau)  # NumPy's compare in their own precision
+    if not limits.tiny <= number <= limits.max:
         raise ValueError(
             f"{name} must be positive and finite (at least {limits.tiny:.2g} and at most "
             f"{limits.max:.2g}), got {tau}"

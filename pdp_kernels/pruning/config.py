@@ -10,11 +10,11 @@ from pdp_kernels.functional.soft_mask import PAPER_TAU
 from pdp_kernels.functional.soft_mask_channel import Norm
 from pdp_kernels.functional.validation import (
     NORMS,
+    check_fraction,
     check_non_negative,
     check_number,
     check_one_of,
     check_positive,
-    check_ratio,
 )
 from pdp_kernels.pruning.config_checks import (
     check_entries,
@@ -54,6 +54,21 @@ class LayerPlan(NamedTuple):
     temperatures: tuple[float, float]
     gradient_tau: float
 
+
+# The fields that hold numbers, or pairs or mappings of them.
+_NUMBERS = (
+    "sparsity",
+    "tau",
+    "relative_tau",
+    "gradient_tau",
+    "anneal",
+    "warmup",
+    "ramp",
+    "epsilon",
+    "reallocate",
+    "least_density",
+    "max_layer_sparsity",
+)
 
 # The fields that say when and how softly weights are pruned, but not which or how many.
 SCHEDULE_FIELDS = (
@@ -159,8 +174,8 @@ class PDPConfig:
     overrides: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("tau", "relative_tau"):  # a list of two is the pair that it means
-            object.__setattr__(self, name, from_plain(name, getattr(self, name)))
+        for name in _NUMBERS:  # NumPy's compute in a precision of their own
+            object.__setattr__(self, name, from_plain(name, to_plain(getattr(self, name))))
         check_one_of("scope", self.scope, get_args(Scope))
         check_one_of("ramp_shape", self.ramp_shape, get_args(RampShape))
         check_one_of("allocation", self.allocation, get_args(Allocation))
@@ -176,20 +191,21 @@ class PDPConfig:
         if self.gradient_tau is not None:
             check_non_negative("gradient_tau", self.gradient_tau)
         check_times(self.warmup, self.ramp, self.epsilon, self.anneal, self.reallocate)
-        check_ratio("least_density", self.least_density)
+        check_fraction("least_density", self.least_density)
         if self.least_density == 1:
             raise ValueError(
                 f'least_density must be in [0, 1), got {self.least_density}: allocation="uniform" '
                 "gives all layers the same density"
             )
         if self.max_layer_sparsity is not None:
-            check_ratio("max_layer_sparsity", self.max_layer_sparsity)
+            check_fraction("max_layer_sparsity", self.max_layer_sparsity)
         for name in ("include", "exclude"):
             entries = getattr(self, name)
             if name == "exclude" or entries is not None:
                 check_entries(name, entries)
                 object.__setattr__(self, name, tuple(entries))
         check_overrides(self.overrides, self.sparsity, self.pattern, self._parsed)
+        object.__setattr__(self, "overrides", from_plain("overrides", to_plain(self.overrides)))
 
     @classmethod
     def paper(cls, sparsity: float, **changes: Any) -> "PDPConfig":
@@ -292,10 +308,12 @@ class PDPConfig:
         cls, sparsity: Any, epochs: float, finetuning: bool, changes: dict[str, Any]
     ) -> "PDPConfig":
         check_positive("epochs", epochs)
+        epochs = float(epochs)
         pattern = parse_pattern("pattern", changes.get("pattern", cls.pattern), "output", "rms")
         setting = pattern.recommended(finetuning)
         warmup = changes.get("warmup", setting.warmup * epochs)
         check_number("warmup", warmup)
+        warmup = float(warmup)
         values: dict[str, Any] = {
             "sparsity": sparsity,
             "warmup": warmup,

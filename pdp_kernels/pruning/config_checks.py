@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from pdp_kernels.functional.validation import (
+    check_fraction,
     check_non_negative,
     check_number,
     check_positive,
-    check_ratio,
     check_temperature,
 )
 from pdp_kernels.pruning.patterns import Pattern
@@ -22,7 +22,8 @@ def check_sparsity(sparsity: Any, scope: str, pattern: Pattern) -> None:
     if isinstance(sparsity, Mapping):
         _check_fractions(sparsity, scope)
     elif sparsity is not None:
-        check_ratio("sparsity", sparsity)
+        accepted = 'a number in [0, 1], or with scope "layer" a mapping from strings to them'
+        check_fraction("sparsity", sparsity, accepted)
     fixed = pattern.fixed_sparsity
     if fixed is None:
         if sparsity is None:
@@ -42,7 +43,7 @@ def _check_fractions(fractions: Mapping[Any, Any], scope: str) -> None:
     if not fractions:
         raise ValueError("sparsity must hold at least one fraction, got an empty mapping")
     for key, fraction in fractions.items():
-        check_ratio(f"sparsity[{key!r}]", fraction)
+        check_fraction(f"sparsity[{key!r}]", fraction)
 
 
 def check_temperatures(prefix: str, tau: Any, relative_tau: Any) -> None:
@@ -125,4 +126,4 @@ def _check_override(name: str, changes: Mapping[str, Any]) -> None:
     if changes.get("gradient_tau") is not None:
         check_non_negative(f"{name}: gradient_tau", changes["gradient_tau"])
     if changes.get("sparsity") is not None:
-        check_ratio(f"{name}: sparsity", changes["sparsity"])
+        check_fraction(f"{name}: sparsity", changes["sparsity"])

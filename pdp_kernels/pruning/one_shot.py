@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pdp_kernels.distributed.shards import reshard
 from pdp_kernels.functional.soft_mask_nm import hard_mask_nm
-from pdp_kernels.functional.validation import check_one_of, check_plain_weight
+from pdp_kernels.functional.validation import NUMBERS, check_one_of, check_plain_weight
 from pdp_kernels.pruning.activations import check_inputs_known, sum_input_squares
 from pdp_kernels.pruning.budgets import check_budgets, final_counts
 from pdp_kernels.pruning.config import PDPConfig
@@ -110,7 +110,7 @@ def _targets(
 ) -> tuple[list[Target], PDPConfig]:
     """Return the weights to prune, and the configuration."""
     if not isinstance(config, PDPConfig):
-        if isinstance(config, bool) or not isinstance(config, (int, float)):
+        if isinstance(config, bool) or not isinstance(config, NUMBERS):
             raise TypeError(
                 f"config must be a sparsity or a PDPConfig, got {type(config).__name__}"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pdp_kernels.distributed.shards import local_shard, reshard
-from pdp_kernels.functional.validation import check_ratio
+from pdp_kernels.functional.validation import check_fraction
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import check_unmasked
 from pdp_kernels.pruning.masks import SelectedMask
@@ -120,7 +120,8 @@ def sensitivity(
     if len(sparsities) == 0:
         raise ValueError("sparsities must hold at least one fraction, got none")
     for index, sparsity in enumerate(sparsities):
-        check_ratio(f"sparsities[{index}]", sparsity)
+        check_fraction(f"sparsities[{index}]", sparsity)
+    fractions = list(map(float, sparsities))
     targets = find_targets(model, config)
     for target in targets:
         if target.plan.pattern.fixed_sparsity is not None:
@@ -131,10 +132,10 @@ def sensitivity(
     check_unmasked(model, "scan it before the pruner is made, or pruner.pruned_copy()")
     baseline = float(evaluate(model))
     values = {
-        target.name: [_value(model, target, sparsity, evaluate) for sparsity in sparsities]
+        target.name: [_value(model, target, fraction, evaluate) for fraction in fractions]
         for target in targets
     }
-    return SensitivityReport(baseline, list(map(float, sparsities)), values)
+    return SensitivityReport(baseline, fractions, values)
 
 
 def _value(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -191,6 +192,13 @@ def test_every_allocation_keeps_the_caps_and_the_total(allocation, cap):
     counts = global_prune_counts(layers, 0.9, allocation=allocation, max_layer_sparsity=cap)
     assert sum(counts) == math.floor(0.9 * sum(sizes) + 0.5)
     assert all(count <= math.floor(cap * n) for count, n in zip(counts, sizes, strict=True))
+
+
+@pytest.mark.parametrize("allocation", ["magnitude", "uniform"])
+def test_numbers_of_numpy_count_as_their_doubles(allocation):
+    layers, ratio = [torch.randn(100_000), torch.randn(100_003)], np.float16(0.9)
+    options = {"allocation": allocation, "max_layer_sparsity": np.float16(0.95)}
+    assert sum(global_prune_counts(layers, ratio, **options)) == 179_983
 
 
 def test_another_allocation_raises():

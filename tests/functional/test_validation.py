@@ -135,6 +135,7 @@ def test_a_float64_weight_needs_a_float64_threshold():
         (math.inf, ValueError, "positive and finite.*got inf"),
         (1e-60, ValueError, "at least 1.2e-38.*got 1e-60"),
         (1e39, ValueError, r"at most 3.4e\+38.*got 1e\+39"),
+        (np.float16(0), ValueError, "positive and finite.*got 0"),
         (10**400, ValueError, "positive and finite.*got 1000"),
         ("1e-4", TypeError, "number or a 0-d tensor, got str"),
         (True, TypeError, "number or a 0-d tensor, got bool"),

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from pdp_kernels import PDPConfig
@@ -99,6 +100,16 @@ BAD = {
     "sparsity missing": ({"sparsity": None}, ValueError, "sparsity must be given.*unstructured"),
     "sparsity above 1": ({"sparsity": 1.1}, ValueError, r"sparsity must be in \[0, 1\], got 1.1"),
     "sparsity of text": ({"sparsity": "0.9"}, TypeError, "sparsity.*got str"),
+    "sparsity of a tensor": (
+        {"sparsity": torch.tensor(0.5)},
+        TypeError,
+        r'a number in \[0, 1\], or with scope "layer" a mapping from strings to them, got Tensor',
+    ),
+    "fraction of a tensor": (
+        {"sparsity": {"fc": torch.tensor(0.5)}, "scope": "layer"},
+        TypeError,
+        r"sparsity\['fc'\] must be a number in \[0, 1\], got Tensor",
+    ),
     "sparsity NaN": ({"sparsity": math.nan}, ValueError, "sparsity.*got nan"),
     "fractions, global": ({"sparsity": {"fc": 0.5}}, ValueError, 'scope must be "layer".*global'),
     "no fractions": ({"sparsity": {}, "scope": "layer"}, ValueError, "sparsity.*empty mapping"),
@@ -288,3 +299,14 @@ def test_numpy_numbers_become_plain_ones():
     values = config.to_dict()
     assert type(values["sparsity"]) is float and type(values["warmup"]) is float
     assert PDPConfig.from_dict(json.loads(json.dumps(values))) == config
+
+
+def test_numbers_of_numpy_are_those_of_their_double():
+    half, double = np.float16(0.9), float(np.float16(0.9))
+    layer = {"sparsity": half, "tau": (half, 0.1)}
+    config = PDPConfig({"a": half}, scope="layer", epsilon=half, overrides={"b": layer})
+    assert config.ramp_epochs == 1 / double
+    assert type(config.sparsity["a"]) is float and config.sparsity == {"a": double}
+    plan = config.plan(config.overrides["b"])
+    assert type(plan.sparsity) is float and plan.temperatures == (double, 0.1)
+    assert PDPConfig.for_epochs(0.5, half) == PDPConfig.for_epochs(0.5, double)

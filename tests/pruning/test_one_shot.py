@@ -1,7 +1,9 @@
 """Pruning at once: what a pruner would prune, in plain weights, or a clear error."""
 
 import copy
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from pdp_kernels import (
     PDPConfig,
     PDPPruner,
     freeze_zeros,
+    hard_mask,
     prune_one_shot,
 )
 from tests.support.activations import normal
@@ -46,6 +49,15 @@ def test_magnitude_prunes_what_finalize_prunes(name, dtype):
     for value, other in zip(model.parameters(), finalized.parameters(), strict=True):
         assert torch.equal(value, other)
     assert report.layers == [layer._replace(flipped=None) for layer in pruner.report().layers]
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, Fraction])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_any_real_number_is_a_sparsity(number, scope):
+    model = nn.Linear(700, 1001, bias=False)
+    expected = int((~hard_mask(model.weight, number(0.9))).sum())
+    assert prune_one_shot(model, PDPConfig(number(0.9), scope=scope)).pruned == expected
+    assert prune_one_shot(model, number(0.9)).pruned == expected
 
 
 @pytest.mark.parametrize("name", ["global", "layer", "LAMP"])
@@ -152,6 +164,7 @@ class Unused(nn.Module):
 GOOD, BAD = torch.ones(2, 24), torch.full((2, 24), torch.inf)
 WANDA = {"method": "wanda", "calibration": [GOOD]}
 ERRORS = {
+    "tensor": (mlp, torch.tensor(0.5), {}, TypeError, "a sparsity or a PDPConfig, got Tensor"),
     "config": (mlp, "0.5", {}, TypeError, "a sparsity or a PDPConfig, got str"),
     "bool": (mlp, True, {}, TypeError, "a sparsity or a PDPConfig, got bool"),
     "sparsity": (mlp, 1.5, {}, ValueError, r"sparsity must be in \[0, 1\], got 1\.5"),

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,10 +72,18 @@ def masked_model():
     return model
 
 
+def test_numbers_of_numpy_prune_as_their_doubles():
+    model = nn.Linear(500, 200, bias=False)
+    report = sensitivity(model, lambda _: int((model.weight == 0).sum()), [np.float16(0.9)])
+    assert report.values == {"weight": [89990]}
+    assert report.sparsities == [float(np.float16(0.9))]
+
+
 @pytest.mark.parametrize(
     "model, sparsities, config, error, message",
     [
         (small_model, [1.5], None, ValueError, r"sparsities\[0\] must be in \[0, 1\], got 1\.5"),
+        (small_model, [torch.tensor(0.5)], None, TypeError, r"a number in \[0, 1\], got Tensor"),
         (small_model, [], None, ValueError, "at least one fraction, got none"),
         (small_model, [0.5], {}, TypeError, "config must be a PDPConfig or None, got dict"),
         (small_model, [0.5], PDPConfig(pattern="2:4"), ValueError, r"any sparsity for 0\.weight"),
