@@ -12,7 +12,8 @@ from torch.sparse import (
 
 from pdp_kernels.functional.compress import COMPRESSED_DTYPES, compress_2to4
 from pdp_kernels.functional.validation import check_divisible, check_pattern, check_plain_weight
-from pdp_kernels.pruning.layers import layer_weights
+from pdp_kernels.pruning.adapters import find_adapted
+from pdp_kernels.pruning.layers import WeightSlot, layer_weights, weight_slots
 
 
 class GroupCheck(NamedTuple):
@@ -42,7 +43,8 @@ class SemiStructuredReport(NamedTuple):
 
     Attributes:
         converted: the names of the converted weights.
-        skipped: the reason for each weight that was not converted, by name.
+        skipped: the reason for each weight that was not converted, by name, of all that `PDPPruner`
+            prunes by default.
 
     Examples:
         >>> report = to_semi_structured(torch.nn.Linear(64, 32), strict=False)
@@ -55,30 +57,33 @@ class SemiStructuredReport(NamedTuple):
 
 
 @overload
-def check_nm(model_or_tensor: Tensor, n: int = 2, m: int = 4, dim: int = -1) -> GroupCheck: ...
+def check_nm(
+    model_or_tensor: Tensor, n: int = 2, m: int = 4, dim: int | None = None
+) -> GroupCheck: ...
 
 
 @overload
 def check_nm(
-    model_or_tensor: nn.Module, n: int = 2, m: int = 4, dim: int = -1
+    model_or_tensor: nn.Module, n: int = 2, m: int = 4, dim: int | None = None
 ) -> list[GroupCheck]: ...
 
 
 def check_nm(
-    model_or_tensor: Tensor | nn.Module, n: int = 2, m: int = 4, dim: int = -1
+    model_or_tensor: Tensor | nn.Module, n: int = 2, m: int = 4, dim: int | None = None
 ) -> GroupCheck | list[GroupCheck]:
     """Return whether at most n of every m consecutive weights along dim are nonzero.
 
     N counts the kept weights (section 3.4 of arXiv 2305.11203). NaN counts as a nonzero.
 
     Args:
-        model_or_tensor: a dense floating point tensor, or a module. In a module, the weights of
-            those Linear and Conv1d/2d/3d layers are checked whose size along dim is a multiple of
-            m. A weight that several layers share is checked once, under the first layer's name.
+        model_or_tensor: a dense floating point tensor, or a module. In a module, those weights are
+            checked that `PDPPruner` prunes by default and whose size along dim is a multiple of m.
+            A weight that several layers share is checked once, under the first layer's name.
         n: nonzeros allowed per group, 1 <= n < m.
         m: elements per group, at most 32.
-        dim: the dimension along which the groups lie: -1 for Linear layers; 1, the input channels,
-            for convolutions too.
+        dim: the dimension along which the groups lie. Default: the last one of a tensor; in a
+            module the inputs of each weight, as `PDPPruner` prunes it (1, but 0 of transposed
+            convolutions and Hugging Face's Conv1D).
 
     Returns:
         A `GroupCheck` with an empty name for a tensor, a list of them for a module.
@@ -92,21 +97,22 @@ def check_nm(
         >>> check_nm(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 2.0, 0.0, 3.0]]))
         GroupCheck(name='', ok=False, broken=1, first_broken=(1, 0))
     """
-    check_pattern(n, m, dim)
+    check_pattern(n, m, -1 if dim is None else dim)
     if not isinstance(model_or_tensor, nn.Module):
+        dim = -1 if dim is None else dim
         check_plain_weight("model_or_tensor", model_or_tensor)
         check_divisible("model_or_tensor", model_or_tensor, m, dim)
         return _check_groups("", model_or_tensor, n, m, dim)
-    checks = [
-        _check_groups(names[0], weight, n, m, dim)
-        for names, weight, _ in layer_weights(model_or_tensor)
-        if not isinstance(weight, SparseSemiStructuredTensor) and _divisible(weight, m, dim)
-    ]
+    checks = []
+    for name, weight, inputs in _weights(model_or_tensor):
+        along = inputs if dim is None else dim
+        if not isinstance(weight, SparseSemiStructuredTensor) and _divisible(weight, m, along):
+            checks.append(_check_groups(name, weight, n, m, along))
     if not checks:
         raise ValueError(
-            f"model_or_tensor must have a dense weight of a Linear or convolution layer whose size "
-            f"along dim {dim} is a multiple of m = {m}, got a {type(model_or_tensor).__name__} "
-            "without any"
+            "model_or_tensor must have a dense weight that PDPPruner prunes by default and whose "
+            f"size along {'its inputs' if dim is None else f'dim {dim}'} is a multiple of m = {m}, "
+            f"got a {type(model_or_tensor).__name__} without any"
         )
     return checks
 
@@ -133,11 +139,12 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
     Returns:
         A `SemiStructuredReport`. Its reasons are the dtype (not bfloat16 or float16), the shape (no
         multiple of PyTorch's), the pattern (with the first group that is not 2:4), and the device
-        (not CUDA of compute capability 8.0 or later; 8.x for CUTLASS).
+        (not CUDA of compute capability 8.0 or later; 8.x for CUTLASS). Last it names what is no
+        candidate: other layers that `PDPPruner` prunes by default.
 
     Raises:
         TypeError: model is no module.
-        ValueError: strict, and some weight cannot be converted. The message lists all reasons.
+        ValueError: strict, and some candidate cannot be converted. The message lists all reasons.
 
     Examples:
         >>> to_semi_structured(torch.nn.Linear(64, 32).half(), strict=False).skipped
@@ -158,11 +165,41 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
     if strict and report.skipped:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in report.skipped.items())
         raise ValueError(f"weights that cannot be semi-structured:{reasons}")
+    report.skipped.update(_no_candidates(model))
     for weight, layers in convertible:
         parameter = nn.Parameter(_compressed(weight.detach(), backend), requires_grad=False)
         for layer in layers:
             layer.weight = parameter
     return report
+
+
+def _weights(model: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """Return what `PDPPruner` prunes by default: first names, weights, and their inputs' dims."""
+    found: dict[int, tuple[str, Tensor, int]] = {}
+    others = set()  # such as the weight that an embedding shares with a Linear layer
+    adapters = find_adapted(model).instead_of
+    for name, layer in model.named_modules():
+        slots = [] if id(layer) in adapters else weight_slots(layer)
+        if not slots:
+            others.update(map(id, layer.parameters(recurse=False)))
+        for slot in slots:
+            weight = getattr(layer, slot.name)
+            found.setdefault(id(weight), (_weight_name(name, slot), weight, slot.inputs))
+    return [each for key, each in found.items() if key not in others]
+
+
+def _no_candidates(model: nn.Module) -> dict[str, str]:
+    """Return, by name, that a weight that `PDPPruner` prunes by default is not a Linear layer's."""
+    return {
+        _weight_name(name, slot): f"is of a {type(layer).__name__}, not of a Linear layer"
+        for name, layer in model.named_modules()
+        if not isinstance(layer, nn.Linear)
+        for slot in weight_slots(layer)
+    }
+
+
+def _weight_name(layer_name: str, slot: WeightSlot) -> str:
+    return f"{layer_name}.{slot.name}" if layer_name else slot.name
 
 
 def _backend() -> type[SparseSemiStructuredTensor]:

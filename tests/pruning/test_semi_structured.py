@@ -12,7 +12,7 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from pdp_kernels import GroupCheck, check_nm, to_semi_structured
+from pdp_kernels import GroupCheck, PDPConfig, PDPPruner, check_nm, to_semi_structured
 from pdp_kernels.pruning import semi_structured
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
@@ -71,6 +71,51 @@ def test_checks_every_layer_of_a_module_once():
     assert check_nm(shared) == [GroupCheck("weight", True, 0, None)]
 
 
+class Conv1D(nn.Module):
+    """As that of transformers: a Linear of weight (inputs, outputs)."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+
+class AllKinds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1d = Conv1D(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=4, vdim=4)
+        self.conv = nn.Conv2d(8, 6, 3)
+        self.up = nn.ConvTranspose1d(4, 6, 3)
+        self.head = nn.Linear(8, 6)
+        self.embedding = nn.Embedding(6, 8)
+        self.tied = nn.Linear(8, 6)
+        self.tied.weight = self.embedding.weight
+
+
+def test_checks_what_a_pruner_prunes_along_the_inputs():
+    model = AllKinds()
+    config = PDPConfig(None, pattern="2:4", warmup=0, ramp=0)
+    pruner = PDPPruner(model, config)
+    names = [layer.name for layer in pruner.report().layers]
+    assert {check.name: check.ok for check in check_nm(model)} == dict.fromkeys(names, False)
+    pruner.finalize()
+    assert {check.name: check.ok for check in check_nm(model)} == dict.fromkeys(names, True)
+    with torch.no_grad():
+        model.conv1d.weight[4:7, 3] = 1.0
+    assert check_nm(model)[0] == GroupCheck("conv1d.weight", False, 1, (1, 3))
+
+
+def test_checks_the_base_layers_of_a_model_of_peft():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"], r=4)
+    )
+    assert [check.name for check in check_nm(model)] == ["base_model.model.0.base_layer.weight"]
+
+
 def test_checks_the_weight_that_a_parametrization_gives():
     linear = make_2to4(nn.Linear(8, 4))
     nn.utils.parametrize.register_parametrization(linear, "weight", nn.Softplus())
@@ -84,7 +129,7 @@ def test_a_pattern_outside_of_its_range_raises(n, m):
 
 
 @pytest.mark.parametrize("name", ["n", "m", "dim"])
-@pytest.mark.parametrize("value", [2.0, "2", None, True])
+@pytest.mark.parametrize("value", [2.0, "2", [2], True])
 def test_a_pattern_of_another_type_raises(name, value):
     with pytest.raises(TypeError, match=f"{name} must be an int, got {type(value).__name__}"):
         check_nm(torch.zeros(4, 4), **{name: value})
@@ -104,8 +149,10 @@ def test_a_size_that_holds_no_groups_raises(shape, dim):
 
 def test_models_without_a_weight_to_check_raise():
     for model in (nn.ReLU(), nn.Linear(6, 4), nn.Embedding(4, 4)):
-        with pytest.raises(ValueError, match=r"model_or_tensor must have.*dim -1.*m = 4"):
+        with pytest.raises(ValueError, match=r"model_or_tensor must have.*its inputs.*m = 4"):
             check_nm(model)
+    with pytest.raises(ValueError, match=r"size along dim 0 is a multiple of m = 4"):
+        check_nm(nn.Linear(4, 6), dim=0)
     with pytest.raises(TypeError, match=r"model_or_tensor must be a torch\.Tensor, got list"):
         check_nm([1.0])
 
@@ -125,13 +172,17 @@ def test_reports_why_a_weight_is_skipped():
         parametrizations.weight_norm(linear_2to4()),
         linear_2to4(),
         nn.Conv2d(8, 8, 1),
+        nn.MultiheadAttention(8, 2),
     )
-    assert list(reasons) == [f"{index}.weight" for index in range(5)]
+    others = ["6.out_proj.weight", "5.weight", "6.in_proj_weight"]
+    assert list(reasons) == [*[f"{index}.weight" for index in range(5)], *others]
     assert "dtype torch.float32" in reasons["0.weight"]
     assert "shape (64, 100) is not a positive multiple of (" in reasons["1.weight"]
     assert reasons["2.weight"] == "group (7, 3) of 4 has 4 nonzeros, not 2 (1 such groups)"
     assert "computed from other parameters" in reasons["3.weight"]
     assert "device cpu" in reasons["4.weight"]
+    assert reasons["5.weight"] == "is of a Conv2d, not of a Linear layer"
+    assert reasons["6.in_proj_weight"] == "is of a MultiheadAttention, not of a Linear layer"
 
 
 def test_strict_lists_every_reason_and_changes_nothing(on_any_device):
@@ -181,7 +232,7 @@ def test_converts_what_is_2to4_and_leaves_the_rest(on_any_device):
     others = [model[0].bias, model[1].weight, model[2].weight]
     report = to_semi_structured(model, strict=False)
     assert report.converted == ["0.weight"]
-    assert list(report.skipped) == ["1.weight"]
+    assert list(report.skipped) == ["1.weight", "2.weight"]
     assert isinstance(model[0].weight, SparseSemiStructuredTensorCUTLASS)
     assert isinstance(model[0].weight, nn.Parameter)
     assert not model[0].weight.requires_grad
@@ -194,6 +245,12 @@ def test_shared_weights_are_converted_once_and_stay_shared(on_any_device):
     model[1].weight = model[0].weight
     assert to_semi_structured(model).converted == ["0.weight", "1.weight"]
     assert model[0].weight is model[1].weight
+
+
+def test_strict_is_about_linear_layers_alone(on_any_device):
+    report = to_semi_structured(nn.Sequential(linear_2to4(), nn.Conv2d(8, 8, 1)))
+    assert report.converted == ["0.weight"]
+    assert list(report.skipped) == ["1.weight"]
 
 
 def test_a_second_conversion_skips(on_any_device):
