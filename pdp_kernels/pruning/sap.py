@@ -19,8 +19,11 @@ from pdp_kernels.functional.validation import (
     check_scope,
 )
 from pdp_kernels.pruning.layers import layer_weights
+from pdp_kernels.pruning.masked_layer import check_unmasked
 from pdp_kernels.pruning.optimizers import torch_optimizer
 from pdp_kernels.pruning.plots import new_figure
+
+_MASKED = "finalize its pruner first, or give pruner.pruned_copy()"
 
 
 class SAPRound(NamedTuple):
@@ -100,7 +103,8 @@ class SAPPruner:
         TypeError: as `sap_prune_counts`; rewind is no bool; model is no module; a weight is a
             DTensor, or of a dtype that `pq_index` does not accept.
         ValueError: as `sap_prune_counts`; another scope; a weight is computed from other
-            parameters; weights are on several devices; the model has no weight to prune.
+            parameters; weights are on several devices; the model has no weight to prune, or has the
+            masks of a `PDPPruner`.
 
     Examples:
         >>> model = torch.nn.Linear(6, 1, bias=False)
@@ -128,22 +132,25 @@ class SAPPruner:
         check_scope(scope)
         if not isinstance(rewind, bool):
             raise TypeError(f"rewind must be a bool, got {type(rewind).__name__}")
-        self._weights = _prunable_weights(model)
+        weights = _prunable_weights(model)
+        self._model = model
         self._settings = _Settings(
             float(p), float(q), float(eta), float(gamma), float(beta), scope, rewind
         )
+        self._names = list(weights)
         self._masks = [
             torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-            for weight in self._weights.values()
+            for weight in weights.values()
         ]
-        self._state = dict(model.named_parameters()) | dict(model.named_buffers()) if rewind else {}
-        self._initial = {name: value.detach().clone() for name, value in self._state.items()}
+        state = dict(model.named_parameters()) | dict(model.named_buffers()) if rewind else {}
+        self._initial = {name: value.detach().clone() for name, value in state.items()}
+        self._shapes = _shapes(dict(model.named_parameters()) | state)
         self.history: list[SAPRound] = []
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """A bool mask of each weight's shape, by weight name; True where kept."""
-        return dict(zip(self._weights, self._masks, strict=True))
+        return dict(zip(self._names, self._masks, strict=True))
 
     @property
     def sparsity(self) -> float:
@@ -165,11 +172,13 @@ class SAPPruner:
 
         Raises:
             TypeError: accuracy is no number.
-            ValueError: an unpruned weight is NaN or infinite. The model does not change.
+            ValueError: an unpruned weight is NaN or infinite; or as `mask_weights`. Nothing
+                changes.
         """
         if accuracy is not None and (isinstance(accuracy, bool) or not isinstance(accuracy, Real)):
             raise TypeError(f"accuracy must be a number or None, got {type(accuracy).__name__}")
-        weights = [weight.detach() for weight in self._weights.values()]
+        state = self._state()
+        weights = [weight.detach() for weight in self._weights()]
         p, q = self._settings.p, self._settings.q
         together = pq_index(weights, p, q, mask=self._masks, scope="global")
         overall = float(together)
@@ -184,13 +193,13 @@ class SAPPruner:
             for before, after in zip(kept_before, _kept_counts(self._masks), strict=True)
         ]
         for name, value in self._initial.items():
-            self._state[name].copy_(value)
+            state[name].copy_(value)
         self.mask_weights()
         done = SAPRound(
             round=len(self.history) + 1,
             pq_index=overall,
             pq_indices=self._summary(indices),
-            pruned=dict(zip(self._weights, pruned, strict=True)),
+            pruned=dict(zip(self._names, pruned, strict=True)),
             sparsity_before=sparsity_before,
             sparsity_after=self.sparsity,
             accuracy=None if accuracy is None else float(accuracy),
@@ -200,12 +209,21 @@ class SAPPruner:
 
     @torch.no_grad()
     def mask_weights(self) -> None:
-        """Set the pruned weights to 0: call it after each optimizer step, or use `attach`."""
-        for weight, mask in zip(self._weights.values(), self._masks, strict=True):
+        """Set the pruned weights to 0: call it after each optimizer step, or use `attach`.
+
+        Raises:
+            ValueError: the model has parameters, or buffers to rewind, of other names or shapes
+                than at construction, or the masks of a `PDPPruner`.
+        """
+        self._state()
+        for weight, mask in zip(self._weights(), self._masks, strict=True):
             weight.masked_fill_(~mask, 0)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Call `mask_weights` after each step of the optimizer.
+
+        An optimizer that calls a closure several times in a step, as LBFGS does, moves the pruned
+        weights within the step: the closure then sees them.
 
         Args:
             optimizer: an optimizer of the model's parameters.
@@ -222,13 +240,14 @@ class SAPPruner:
         """Return masks, initial values, settings and history, without the model's own state.
 
         Returns:
-            A dict of tensors and plain data, which torch.save writes.
+            A dict of tensors and plain data, whose structure stays the same as rounds are added.
+            torch.distributed.checkpoint needs that, and takes a pruner as it takes a model.
         """
         return {
             "settings": self._settings._asdict(),
             "masks": self.masks,
             "initial": dict(self._initial),
-            "history": [done._asdict() for done in self.history],
+            "history": [tuple(done) for done in self.history],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -259,10 +278,10 @@ class SAPPruner:
             )
             if got != expected:
                 raise ValueError(f"state_dict must have {key} of shapes {expected}, got {got}")
-        history = [SAPRound(**done) for done in state_dict["history"]]
+        history = [SAPRound(*done) for done in state_dict["history"]]
         self._masks = [
-            state_dict["masks"][name].to(weight.device, torch.bool)
-            for name, weight in self._weights.items()
+            state_dict["masks"][name].to(mask.device, torch.bool)
+            for name, mask in self.masks.items()
         ]
         self._initial = {
             name: state_dict["initial"][name].to(value) for name, value in self._initial.items()
@@ -299,6 +318,26 @@ class SAPPruner:
             axes.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
 
+    def _state(self) -> dict[str, Tensor]:
+        """Return the parameters, and the buffers to rewind, that the model holds now."""
+        check_unmasked(self._model, _MASKED)
+        state = dict(self._model.named_parameters())
+        for name, buffer in self._model.named_buffers():
+            if name in self._initial:
+                state[name] = buffer
+        found = _shapes(state)
+        if found != self._shapes:
+            changed = sorted({name for name, _ in found.items() ^ self._shapes.items()})
+            raise ValueError(
+                "model must have parameters and buffers of the names and shapes that it had when "
+                f"the pruner was made, got others for {', '.join(changed)}: make a new pruner"
+            )
+        return state
+
+    def _weights(self) -> list[Tensor]:
+        """Return the prunable weights that the model holds now."""
+        return [self._model.get_parameter(name) for name in self._names]
+
     def _indices(self, weights: list[Tensor], together: Tensor) -> list[Tensor]:
         """Return the PQ Indices: together's, one () per layer, or one (rows,) per layer."""
         p, q, masks = self._settings.p, self._settings.q, self._masks
@@ -333,13 +372,14 @@ class SAPPruner:
         if self._settings.scope == "global":
             return {"global": float(indices[0])}
         means = [float(index.mean()) for index in indices]
-        return dict(zip(self._weights, means, strict=True))
+        return dict(zip(self._names, means, strict=True))
 
 
 def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of Linear and convolution layers, each once, by their first name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_unmasked(model, _MASKED)
     weights = {names[0]: weight for names, weight, _ in layer_weights(model)}
     for name, weight in weights.items():
         if not isinstance(weight, nn.Parameter):
@@ -359,6 +399,10 @@ def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:
         found = " and ".join(f"{device} for {name}" for device, name in devices.items())
         raise ValueError(f"model must have its weights on one device, got {found}")
     return weights
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _prune_group(weights: Sequence[Tensor], masks: Sequence[Tensor], count: Tensor) -> list[Tensor]:

@@ -1,14 +1,16 @@
 """SAP prunes as many weights as the PQ Index says: the smallest ones, and for good."""
 
+import copy
 import io
 import math
 import sys
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from pdp_kernels import SAPPruner, SAPRound, pq_index, sap_prune_counts
+from pdp_kernels import PDPConfig, PDPPruner, SAPPruner, SAPRound, pq_index, sap_prune_counts
 
 SCOPES = ("neuron", "layer", "global")
 INDEX = torch.tensor(0.5, dtype=torch.float64)
@@ -230,6 +232,87 @@ def test_rewinds_all_but_the_pruned_weights():
         assert torch.equal(value, torch.where(mask, start[name], torch.zeros_like(value)))
 
 
+def replaced_by_loading(model):
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+
+
+def replaced_parameter(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def replaced_layer(model):
+    model[0] = copy.deepcopy(model[0])
+
+
+@pytest.mark.parametrize("replace", [replaced_by_loading, replaced_parameter, replaced_layer])
+def test_weights_that_are_replaced_are_pruned_and_rewound(replace):
+    model = mlp()
+    start = model[0].weight.detach().clone()
+    pruner = SAPPruner(model)
+    replace(model)
+    train(model, pruner, 0)
+    done = pruner.step()
+    mask = pruner.masks["0.weight"]
+    assert done.pruned["0.weight"] == (~mask).sum() > 0
+    assert torch.equal(model[0].weight, torch.where(mask, start, 0))
+    replace(model)
+    train(model, pruner, 1)
+    assert not model[0].weight[~mask].any()
+
+
+def test_a_buffer_that_the_model_assigns_is_rewound():
+    model = two_layers()
+    model.register_buffer("average", torch.ones(3))
+    pruner = SAPPruner(model)
+    model.average = 0.9 * model.average
+    pruner.step()
+    assert torch.equal(model.average, torch.ones(3))
+
+
+def another_layer(model):
+    model.append(nn.Linear(3, 3))
+
+
+def wider_layer(model):
+    model[0] = nn.Linear(6, 16)
+
+
+def untied(model):
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+
+
+def longer_buffer(model):
+    model.average = torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (another_layer, r"5\.bias, 5\.weight"),
+        (wider_layer, r"0\.weight"),
+        (untied, r"1\.weight"),
+        (longer_buffer, "average"),
+        (lambda model: PDPPruner(model, PDPConfig(0.5)), "masks of a pruner, got them on 0"),
+    ],
+)
+def test_a_model_of_another_form_raises_and_nothing_changes(change, name):
+    layers = [nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(16, 3), nn.ReLU(), nn.Linear(3, 3)]
+    model = nn.Sequential(*layers)
+    model[1].weight = model[0].weight
+    model.register_buffer("average", torch.ones(3))
+    pruner = SAPPruner(model)
+    pruner.step()
+    change(model)
+    before = copy.deepcopy((model.state_dict(), pruner.masks))
+    for call in (pruner.step, pruner.mask_weights):
+        with pytest.raises(ValueError, match=f"model must .*{name}"):
+            call()
+    for found, expected in zip((model.state_dict(), pruner.masks), before, strict=True):
+        for key, value in expected.items():
+            assert torch.equal(found[key], value)
+    assert len(pruner.history) == 1
+
+
 def test_without_rewind_other_weights_stay():
     model = mlp()
     pruner = SAPPruner(model, rewind=False)
@@ -291,6 +374,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(scope):
         assert torch.equal(resumed.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("rewind", [True, False])
+def test_a_sharded_checkpoint_of_later_rounds_loads(tmp_path, rewind):
+    pruner = SAPPruner(mlp(), rewind=rewind)
+    pruner.step(accuracy=0.5)
+    pruner.step()
+    dcp.save({"sap": pruner}, checkpoint_id=tmp_path)
+    fresh = SAPPruner(mlp(seed=1), rewind=rewind)
+    dcp.load({"sap": fresh}, checkpoint_id=tmp_path)
+    assert fresh.history == pruner.history
+    for part in ("masks", "initial"):
+        expected = pruner.state_dict()[part]
+        for name, value in fresh.state_dict()[part].items():
+            assert torch.equal(value, expected[name])
+
+
 def test_a_state_of_another_run_changes_nothing():
     pruner = SAPPruner(two_layers())
     pruner.step()
@@ -337,6 +435,10 @@ def test_models_that_cannot_be_pruned_raise():
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match=r"0\.weight as a parameter.*computed from others"):
         SAPPruner(normed)
+    masked = nn.Sequential(nn.Linear(3, 3))
+    PDPPruner(masked, PDPConfig(0.5))
+    with pytest.raises(ValueError, match="masks of a pruner, got them on 0: finalize its pruner"):
+        SAPPruner(masked)
     scattered = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
     with pytest.raises(ValueError, match=r"one device, got cpu for 0\.weight and meta for 1"):
         SAPPruner(scattered)
