@@ -1,13 +1,13 @@
-"""Layers that hold prunable weights, and layers that read the weights of others."""
+"""Layers that hold prunable weights, and modules that read the weights of layers in them."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pdp_kernels.distributed.shards import is_distributed
-from pdp_kernels.pruning.adapters import base_layer, is_tuner
 
 PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_INPUTS = ("query", "key", "value")  # of torch.nn.MultiheadAttention, in this order
@@ -65,41 +65,22 @@ def weight_slots(layer: nn.Module) -> list[WeightSlot]:
     return []
 
 
-def layers_read(layer: nn.Module, training: bool) -> list[nn.Module]:
-    """Return the child layers whose weights a layer reads in this mode without calling them."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return [layer.out_proj]
-    if isinstance(layer, nn.TransformerEncoderLayer) and not training:
-        # Without gradients it computes everything in one fused call.
-        return [layer.linear1, layer.linear2, layer.self_attn, layer.self_attn.out_proj]
-    if is_tuner(layer):
-        return [base_layer(layer)]  # DoRA needs its norm, HRA rotates it
-    projection = _timm_projection(layer)
-    return [] if projection is None else [projection]
+def may_read_weights(cls: type[nn.Module]) -> bool:
+    """Whether the forward of such a module may read the weights of layers in it uncalled.
 
-
-def _timm_projection(layer: nn.Module) -> nn.Module | None:
-    """Return the projection of an attention of timm that uses its weight with another bias."""
-    children = layer._modules
-    if getattr(layer, "q_bias", None) is not None:  # BEiT, EVA, Swin Transformer V2
-        projection = children.get("qkv")
-    else:
-        projection = children.get("qkv_proj")  # MobileViTV2's cross attention reads rows of it
-    return projection if projection is not None and _is_of_library(layer, "timm") else None
+    The attention of Swin Transformers does, Mamba's mixer, and DoRA of PEFT; two layers of torch.
+    """
+    if issubclass(cls, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return True
+    if issubclass(cls, torch.fx.GraphModule):
+        return False  # it writes a new forward into its class when its graph changes
+    return not str(getattr(cls.forward, "__module__", None)).startswith("torch.")
 
 
 def _is_hugging_face_conv1d(layer: nn.Module) -> bool:
     """Whether it is the Conv1D of transformers (GPT-2): a Linear of weight (inputs, outputs)."""
-    return _is_of_library(layer, "transformers", "Conv1D")
-
-
-def _is_of_library(layer: nn.Module, library: str, name: str | None = None) -> bool:
-    """Whether a library defines the layer's class, or a base of it; of this name, if one is given.
-
-    The library need not be installed.
-    """
     return any(
-        cls.__module__.partition(".")[0] == library and name in (None, cls.__name__)
+        cls.__module__.partition(".")[0] == "transformers" and cls.__name__ == "Conv1D"
         for cls in type(layer).__mro__
     )
 

@@ -1,28 +1,32 @@
 """Layers that compute with a masked weight: the class changes, the Parameter stays.
 
-A layer shows the masked weight as its weight only while a forward runs. Everyone else (optimizer,
-state_dict, DDP's buckets, FSDP's shards) sees the Parameter under its own name.
+A layer shows the masked weight as its weight only while a forward of it, or of a module around it,
+runs. Everyone else (optimizer, state_dict, DDP's buckets, FSDP's shards) sees the Parameter under
+its own name.
 """
 
 import copyreg
 import functools
 import sys
+import threading
+import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from pdp_kernels.pruning.adapters import is_tuner, is_tuner_class, merged_adapters
+from pdp_kernels.pruning.adapters import is_tuner_class, merged_adapters
 from pdp_kernels.pruning.layers import (
     is_quantized,
-    layers_read,
+    may_read_weights,
     not_a_parameter,
     parameter_of,
     quantized,
 )
 from pdp_kernels.pruning.mask_buckets import MaskBuckets, bucketed
 from pdp_kernels.pruning.masks import UnstructuredMask, WeightMask
+from pdp_kernels.pruning.user_warnings import warn_user
 
 DATA_PARALLEL = (
     "torch.nn.DataParallel cannot run layers that PDPPruner masks, as its replicas would share one "
@@ -43,6 +47,13 @@ class MaskedLayer(nn.Module):
     pdp_masks: dict[str, WeightMask]
     pdp_shown: dict[str, Tensor | None]
 
+    def __init_subclass__(cls) -> None:
+        """Do nothing, where a user's class might enter each of its subclasses into a registry."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a plain layer: a new one has no masks."""
+        return original_class(cls)(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for each in (*args, *kwargs.values()):
             if isinstance(each, torch.fx.Proxy):
@@ -50,20 +61,7 @@ class MaskedLayer(nn.Module):
                     "torch.fx cannot trace layers that PDPPruner masks, as their weights would "
                     "become constants: trace pruner.pruned_copy(), or the model after finalize"
                 )
-        shown = []
-        try:
-            others = layers_read(self, self.training) if self._modules else ()
-            for layer in (self, *others):
-                if not isinstance(layer, MaskedLayer):
-                    continue
-                for name, mask in layer.pdp_masks.items():
-                    if layer.pdp_shown[name] is None:
-                        layer.pdp_shown[name] = _masked(layer, name, mask)
-                        shown.append((layer, name))
-            return super().forward(*args, **kwargs)
-        finally:
-            for layer, name in shown:
-                layer.pdp_shown[name] = None
+        return _run(super().forward, args, kwargs, self)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "MaskedLayer":
         module: Any = super()  # torch leaves _apply without annotations
@@ -84,19 +82,32 @@ class MaskedLayer(nn.Module):
         return _reduced(super().__reduce_ex__(protocol), _masked_class, tuple(self.pdp_masks))
 
 
-class MaskedModel(nn.Module):
-    """The first base of a masked model's class, if several of its weights may be in buckets.
+class MaskedParent(nn.Module):
+    """The first base of the class of a module that has masked layers in it.
 
-    Code that asks for the class finds the name that it had.
+    Its forward may read their weights without calling them. Code that asks for the class finds the
+    name that it had.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Do nothing, as that of `MaskedLayer`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a plain module, as where a Sequential makes one of its slice."""
+        return original_class(cls)(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(super().__reduce_ex__(protocol), _parent_class)
+
+
+class MaskedModel(MaskedParent):
+    """The first base of a masked model's class, if several of its weights may be in buckets.
 
     Attributes:
         pdp_buckets: the buckets from which its layers take their masked weights.
     """
 
     pdp_buckets: MaskBuckets
-
-    def __init_subclass__(cls) -> None:
-        """Do nothing, where a user's class might enter each of its subclasses into a registry."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__
@@ -105,50 +116,56 @@ class MaskedModel(nn.Module):
         return self.pdp_buckets.run(self, lambda: call(*args, **kwargs))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(super().__reduce_ex__(protocol), _model_class)
+        return _reduced(nn.Module.__reduce_ex__(self, protocol), _model_class)
 
 
 def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) -> None:
-    """Mask these layers, and parents that read their weights directly.
+    """Mask these layers, and the modules that have them in them.
 
     Args:
         model: the model, changed in place.
         masks: for each layer the masks of its weights, by name.
     """
-    for layer, own in masks.items():
-        _mask_layer(layer, own)
-    mask_parents(model)
+    classes = [_masked_class(type(layer), tuple(own)) for layer, own in masks.items()]
+    for (layer, own), cls in zip(masks.items(), classes, strict=True):
+        masked = cast(MaskedLayer, layer)
+        masked.pdp_masks = own
+        masked.pdp_shown = dict.fromkeys(own)
+        layer.__class__ = cls
     unstructured = [
         mask for own in masks.values() for mask in own.values() if type(mask) is UnstructuredMask
     ]
-    # A GraphModule writes a new forward into its class when its graph changes.
     if len(unstructured) > 1 and not isinstance(model, (MaskedLayer, torch.fx.GraphModule)):
-        cls: type = type(model)
+        cls = type(model)
         cast(MaskedModel, model).pdp_buckets = MaskBuckets()
         model.__class__ = _model_class(cls)
+    mask_parents(model)
 
 
 def mask_parents(model: nn.Module) -> None:
-    """Mask the layers that read or change the weights of masked ones, where they are not yet.
+    """Mask the modules that may read the weights of masked layers in them, where they are not yet.
 
     Raises:
         RuntimeError: adapters have been merged into a masked weight.
     """
-    parents = []
-    for layer in model.modules():
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parents: dict[str, None] = {}
+    for name, layer in modules.items():
         if isinstance(layer, MaskedLayer):
+            parts = name.split(".") if name else []
+            parents.update({".".join(parts[:length]): None for length in range(len(parts))})
+    for name in parents:
+        parent = modules[name]
+        if isinstance(parent, (MaskedLayer, MaskedParent)) or not may_read_weights(type(parent)):
             continue
-        children = [c for c in layers_read(layer, training=False) if isinstance(c, MaskedLayer)]
-        if children and merged_adapters(layer):
+        if merged_adapters(parent):
             raise RuntimeError(
-                f"PEFT has merged adapters {merged_adapters(layer)} into weights that PDPPruner "
+                f"PEFT has merged adapters {merged_adapters(parent)} into weights that PDPPruner "
                 "masks, and the masks would prune the sums: call unmerge_adapter(), or finalize "
                 "before you merge"
             )
-        if children or is_tuner(layer):
-            parents.append(layer)
-    for layer in parents:
-        _mask_layer(layer, {})
+        cls: type = type(parent)
+        parent.__class__ = _parent_class(cls)
 
 
 def unmask_model(model: nn.Module) -> None:
@@ -156,11 +173,11 @@ def unmask_model(model: nn.Module) -> None:
     for layer in model.modules():
         cls: type = type(layer)
         if isinstance(layer, MaskedLayer):
-            layer.__class__ = original_class(cls)
             del layer.pdp_masks, layer.pdp_shown
         elif isinstance(layer, MaskedModel):
-            layer.__class__ = original_class(cls)
             del layer.pdp_buckets
+        if _is_masked(cls):
+            layer.__class__ = original_class(cls)
 
 
 def check_unmasked(model: nn.Module, advice: str) -> None:
@@ -176,14 +193,17 @@ def check_unmasked(model: nn.Module, advice: str) -> None:
         )
 
 
-@functools.cache
 def original_class(cls: type) -> type:
-    """Return the class that a layer or model of this class had before it was masked.
+    """Return the class that a layer or module of this class had before it was masked.
 
     FSDP may have put a class of its own on top of the masked one; the result then has it too.
     """
-    if cls.__bases__[0] in (MaskedLayer, MaskedModel):
+    if cls.__bases__[0] in (MaskedLayer, MaskedParent, MaskedModel):
         return cls.__bases__[1]
+    return _cached(_wrapper_of_original, cls)
+
+
+def _wrapper_of_original(cls: type) -> type:
     bases = tuple(original_class(base) if _is_masked(base) else base for base in cls.__bases__)
     namespace = {
         name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")
@@ -193,15 +213,20 @@ def original_class(cls: type) -> type:
 
 
 def _is_masked(cls: type) -> bool:
-    return MaskedLayer in cls.__mro__ or MaskedModel in cls.__mro__
+    return MaskedLayer in cls.__mro__ or MaskedParent in cls.__mro__
 
 
-def _mask_layer(layer: nn.Module, masks: dict[str, WeightMask]) -> None:
-    cls: type = type(layer)
-    masked = cast(MaskedLayer, layer)
-    masked.pdp_masks = masks
-    masked.pdp_shown = dict.fromkeys(masks)
-    layer.__class__ = _masked_class(cls, tuple(masks))
+# Weak: a class that a function defines, and all that its methods hold, may go with its last module.
+_classes: "weakref.WeakValueDictionary[tuple[Any, ...], type]" = weakref.WeakValueDictionary()
+
+
+def _cached(make: Callable[..., type], *args: Any) -> type:
+    """Return a class of these arguments: the same one, as long as anything has it."""
+    key = make, *args
+    made = _classes.get(key)
+    if made is None:
+        made = _classes[key] = make(*args)
+    return made
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -213,7 +238,8 @@ def _is_in_onnx_export() -> bool:
 def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
     """Return the weight for a forward: softly masked in training, else with exact zeros."""
     weight = parameter_of(layer, name)
-    if layer.training and not torch.compiler.is_compiling():
+    softly = layer.training and not mask.follows
+    if softly and not torch.compiler.is_compiling():
         w_hat = bucketed(weight, mask)
         if w_hat is not None:
             return w_hat
@@ -225,23 +251,137 @@ def _masked(layer: MaskedLayer, name: str, mask: WeightMask) -> Tensor:
             "torch.onnx cannot export the masks of PDPPruner: export pruner.pruned_copy(), or the "
             "model after finalize"
         )
-    return mask.soft(weight) if layer.training else mask.hard(weight)
+    return mask.soft(weight) if softly else mask.hard(weight)
 
 
-@functools.cache
+class _Read(NamedTuple):
+    """A masked weight that a forward has read as the weight of a layer."""
+
+    layer: MaskedLayer
+    name: str
+    w_hat: Tensor
+    contents: tuple[int, int] | None
+
+    def check(self, reader: MaskedLayer | None) -> None:
+        """Tell of a forward that has written into the masked weight.
+
+        Args:
+            reader: the layer whose forward it was. It has computed with what it wrote.
+
+        Warns:
+            UserWarning: the layer itself has written.
+
+        Raises:
+            RuntimeError: a module around the layer has, in vain.
+        """
+        if self.contents is None or _contents(self.w_hat) == self.contents:
+            return
+        cls = original_class(type(self.layer))
+        text = (
+            f"writes into the {self.name} of a {cls.__name__} that PDPPruner masks, which does not "
+            "reach the Parameter: change the Parameter after optimizer.step instead, or exclude "
+            "the layer"
+        )
+        if self.layer is not reader:
+            raise RuntimeError(f"the forward of a module {text}")
+        warn_user(f"the layer's forward {text}")
+
+
+class _Running(threading.local):
+    """What the innermost forward of a masked layer or parent in this thread has read."""
+
+    reads: list[_Read] | None = None
+
+
+_running = _Running()
+
+
+def _run(forward: Callable[..., Any], args: Any, kwargs: Any, layer: MaskedLayer | None) -> Any:
+    """Return what a forward returns, which reads masked weights as those of their layers.
+
+    Args:
+        forward: the forward of a module.
+        args: its arguments.
+        kwargs: its arguments by name.
+        layer: the module, if its own weights are masked.
+    """
+    # Dynamo knows no thread-local variables. Where it compiles, all code reads masked weights.
+    is_eager = not torch.compiler.is_compiling()
+    outer = _running.reads if is_eager else None
+    reads: list[_Read] = []
+    try:
+        if layer is not None:
+            for name in layer.pdp_masks:
+                if layer.pdp_shown[name] is None:
+                    layer.pdp_shown[name] = _read(layer, name, reads)
+        if is_eager:
+            _running.reads = reads
+        result = forward(*args, **kwargs)
+        if is_eager:
+            for read in reads:
+                read.check(layer)
+        return result
+    finally:
+        if is_eager:
+            _running.reads = outer
+        for read in reads:
+            read.layer.pdp_shown[read.name] = None
+
+
+def _read(layer: MaskedLayer, name: str, reads: list[_Read]) -> Tensor:
+    """Return a masked weight, and note that a forward has read it."""
+    w_hat = _masked(layer, name, layer.pdp_masks[name])
+    reads.append(_Read(layer, name, w_hat, _contents(w_hat)))
+    return w_hat
+
+
+def _contents(w_hat: Tensor) -> tuple[int, int] | None:
+    """Return what changes when code writes into a tensor. None where nothing shows that."""
+    if (
+        torch.compiler.is_compiling()
+        or type(w_hat) is not Tensor
+        or w_hat.is_inference()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    return w_hat._version, w_hat.data_ptr()
+
+
 def _masked_class(cls: type, names: tuple[str, ...]) -> type:
+    return _cached(_make_masked_class, cls, names)
+
+
+def _make_masked_class(cls: type, names: tuple[str, ...]) -> type:
     # FSDP and Dynamo report the class by its name and module.
     namespace: dict[str, Any] = {"__module__": __name__}
     namespace.update({name: _shown_or_parameter(name) for name in names})
-    if is_tuner_class(cls):
-        namespace["merge"] = _refuse_merge
     return type(f"Masked{cls.__name__}", (MaskedLayer, cls), namespace)
 
 
-@functools.cache
+def _parent_class(cls: type) -> type:
+    return _cached(_make_parent_class, cls, MaskedParent)
+
+
 def _model_class(cls: type) -> type:
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (MaskedModel, cls), names)
+    return _cached(_make_parent_class, cls, MaskedModel)
+
+
+def _make_parent_class(cls: type, base: type) -> type:
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace: dict[str, Any] = {name: getattr(cls, name) for name in names}
+    if may_read_weights(cls):
+        namespace["forward"] = _reading_forward(cls)
+    if is_tuner_class(cls):
+        namespace["merge"] = _refuse_merge
+    return type(cls.__name__, (base, cls), namespace)
+
+
+def _reading_forward(cls: Any) -> Callable[..., Any]:
+    @functools.wraps(cls.forward)  # whose signature others inspect
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(cls.forward, (self, *args), kwargs, None)
+
+    return forward
 
 
 def _refuse_merge(*_: Any, **__: Any) -> None:
@@ -253,8 +393,18 @@ def _refuse_merge(*_: Any, **__: Any) -> None:
 
 def _shown_or_parameter(name: str) -> property:
     def get(layer: MaskedLayer) -> Tensor:
-        shown = layer.pdp_shown[name]
-        return parameter_of(layer, name) if shown is None else shown
+        w_hat = layer.pdp_shown[name]
+        if w_hat is not None:
+            return w_hat
+        if torch.compiler.is_compiling():
+            return _masked(layer, name, layer.pdp_masks[name])
+        if _running.reads is None:
+            return parameter_of(layer, name)
+        w_hat = _read(layer, name, _running.reads)
+        # Not with gradients: a checkpointed layer must save the same when it runs again.
+        if not torch.is_grad_enabled():
+            layer.pdp_shown[name] = w_hat
+        return w_hat
 
     def set(layer: MaskedLayer, value: object) -> None:
         raise not_a_parameter(layer, name)
@@ -274,5 +424,4 @@ def _reduced(reduced: Any, masked_class: Callable[..., type], *names: tuple[str,
 def _new(
     masked_class: Callable[..., type], cls: type, names: tuple[tuple[str, ...], ...], *args: Any
 ) -> Any:
-    masked: Any = masked_class(cls, *names)
-    return masked.__new__(masked, *args)
+    return cls.__new__(masked_class(cls, *names), *args)

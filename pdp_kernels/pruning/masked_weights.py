@@ -59,6 +59,8 @@ class MaskedWeights:
         if got != expected:
             raise ValueError(f"copy must have the weights {expected}, got {got}")
         follower = Follower(model, targets, [copy.copy(mask) for mask in self.masks])
+        for mask in follower.masks:
+            mask.follows = True
         _put_on(model, targets, follower.masks)
         self._followers.append(follower)
 

@@ -149,7 +149,7 @@ def test_the_masked_weights_end_with_the_graph():
     model, seen = prepared(Chain(), torch.ones(4, 8)), []
 
     def run(layer, inputs):
-        masked = mask_buckets.bucketed(layer.weight, layer.pdp_masks["weight"])
+        masked = mask_buckets.bucketed(layer._parameters["weight"], layer.pdp_masks["weight"])
         seen.append(weakref.ref(masked))
         return layer(inputs)
 

@@ -25,9 +25,16 @@ pytest.importorskip("transformers")
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
-from transformers import BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import (
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    Trainer,
+)
 
-from pdp_kernels import PDPConfig
+from pdp_kernels import PDPConfig, PDPPruner
 from pdp_kernels.integrations import transformers as integration
 from pdp_kernels.integrations.transformers import PDPCallback
 
@@ -263,3 +270,15 @@ def test_the_program_of_the_module_runs(tmp_path, monkeypatch):
     ]
     model = BertForSequenceClassification.from_pretrained(tmp_path / "pruned")
     assert zeros(model, targets(callback)) == expected_zeros(callback, 0.9)
+
+
+def test_the_mixer_of_mamba_reads_masked_weights():
+    """It passes the weight of its convolution to a function, and that of dt_proj."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "state_size": 4, "time_step_rank": 2}
+    model = MambaForCausalLM(MambaConfig(num_hidden_layers=2, **sizes))
+    pruner = PDPPruner(model, PDPConfig(0.5, warmup=0, ramp=0))
+    inputs = torch.randint(0, 32, (2, 8))
+    model.train()(inputs, labels=inputs).loss.backward()
+    with torch.no_grad():
+        expected = pruner.pruned_copy().eval()(inputs).logits
+        assert torch.equal(model.eval()(inputs).logits, expected)
