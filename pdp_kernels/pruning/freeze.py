@@ -1,7 +1,7 @@
 """Fine-tuning of a pruned model whose zeros stay zero."""
 
-from collections.abc import Iterable
-from typing import TypeGuard
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,10 @@ class FrozenZeros:
     """
 
     def __init__(self, weights: list[Tensor], optimizer: Optimizer) -> None:
-        self._zeros = [(weight, local_shard(weight) == 0) for weight in weights]
+        self._weights = weights
+        self._zeros = [local_shard(weight) == 0 for weight in weights]
         self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self.mask_gradients()),
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(lambda *_: self._mask_weights()),
         ]
 
@@ -44,22 +45,60 @@ class FrozenZeros:
         """Set the gradients of the zeros to 0, as happens before each step of the optimizer.
 
         Call this method earlier if something else reads the gradients before the step, as
-        torch.nn.utils.clip_grad_norm_ does.
+        torch.nn.utils.clip_grad_norm_ does: their norm includes the gradients of zeros otherwise.
+        With a GradScaler call it between scaler.unscale_ and the clipping.
         """
-        for weight, zeros in self._zeros:
-            if weight.grad is not None:
-                local_shard(weight.grad).masked_fill_(zeros, 0)
+        for weight, zeros in self._masked_weights():
+            if weight.grad is None:
+                continue
+            gradient = local_shard(weight.grad)
+            if gradient.is_sparse:  # an embedding has rows for the indices of a batch
+                zeros, gradient = zeros[tuple(gradient._indices())], gradient._values()
+            gradient.masked_fill_(zeros, 0)
 
     def remove(self) -> None:
         """Remove the hooks, so that the optimizer may change the zeros again."""
         for handle in self._handles:
             handle.remove()
 
+    def _before_step(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Mask the gradients, and those that a closure of the step will make."""
+        self.mask_gradients()
+        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            args = (args[0], self._masked(args[1]), *args[2:])
+        if callable(kwargs.get("closure")):
+            kwargs = kwargs | {"closure": self._masked(kwargs["closure"])}
+        return args, kwargs
+
+    def _masked(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure of the loss as a function of the weights that are not frozen.
+
+        A line search needs that: its directions may have entries at zeros, from the steps of LBFGS
+        before the call.
+        """
+
+        def masked_closure() -> Any:
+            self._mask_weights()
+            loss = closure()
+            self.mask_gradients()
+            return loss
+
+        return masked_closure
+
     @torch.no_grad()
     def _mask_weights(self) -> None:
         # An optimizer that mixes the elements of a gradient changes zeros of gradient 0 too.
-        for weight, zeros in self._zeros:
-            local_shard(weight).masked_fill_(zeros, 0)
+        # By .data, because a closure may differentiate a graph from before the step.
+        for weight, zeros in self._masked_weights():
+            local_shard(weight.data).masked_fill_(zeros, 0)
+
+    def _masked_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the weights with the masks of their zeros, which follow them to other devices."""
+        pairs = zip(self._weights, self._zeros, strict=True)
+        self._zeros = [zeros.to(weight.device) for weight, zeros in pairs]
+        return zip(self._weights, self._zeros, strict=True)
 
 
 @torch.no_grad()
@@ -67,9 +106,12 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
     """Keep the weights that are zero now at zero, while an optimizer trains the others.
 
     The call sets their entries in the optimizer's state (momentum and the like) to 0 once. From
-    then on each step sets their gradients to 0 before it, and the weights to 0 after it. Code that
-    uses a GradScaler or gradient clipping needs no change. The quantized state of an 8-bit
-    optimizer stays as it is, which changes no zero.
+    then on each step sets their gradients to 0 before it, and the weights to 0 after it. A closure
+    of the step, as LBFGS takes one, gives the loss of the weights with these zeros. The state of
+    LBFGS and the quantized state of an 8-bit optimizer stay as they are, which changes no zero.
+
+    Code that clips gradients by their norm calls `FrozenZeros.mask_gradients` before it, and after
+    unscale_ of a GradScaler. Otherwise the norm includes the gradients of the zeros.
 
     Args:
         weights: parameters of the optimizer; any may be a DTensor.

@@ -269,27 +269,36 @@ class PDPPruner:
     def freeze(self, optimizer: Optimizer) -> FrozenZeros:
         """Keep the zeros while the finalized model is trained further: `freeze_zeros`.
 
-        Weights that do not train (requires_grad=False, not in the optimizer) need nothing.
+        Freezes the pruned weights that the optimizer has. With several optimizers call it once for
+        each that trains pruned weights. Weights that do not train (requires_grad=False) need
+        nothing.
 
         Args:
-            optimizer: the optimizer that trains the model's weights.
+            optimizer: an optimizer that trains pruned weights of the model.
 
         Returns:
             The `FrozenZeros`, whose remove() ends it.
 
+        Warns:
+            UserWarning: as `freeze_zeros`.
+
         Raises:
             RuntimeError: the pruner is not finalized.
-            TypeError: as `freeze_zeros`.
-            ValueError: as `freeze_zeros`.
+            TypeError: optimizer is no torch.optim.Optimizer.
+            ValueError: the optimizer has none of the pruned weights, though some are trained; or
+                none of the model's.
         """
         if not self._finalized:
             raise RuntimeError("freeze keeps the zeros that finalize makes: call finalize first")
         reshard(self.model)
         optimizer = torch_optimizer(optimizer)
         trained = parameter_ids(optimizer)
-        weights = [target.weight for target in self._weights.targets]
-        weights = [weight for weight in weights if weight.requires_grad or id(weight) in trained]
-        return freeze_zeros(weights, optimizer) if weights else FrozenZeros([], optimizer)
+        targets = self._weights.targets
+        weights = [target.weight for target in targets if id(target.weight) in trained]
+        if weights:
+            return freeze_zeros(weights, optimizer)
+        check_optimizer(optimizer, self.model, targets)
+        return FrozenZeros([], optimizer)
 
     def report(self, inputs: Any = None) -> PruningReport:
         """Return what is pruned so far, for each layer and in total: `PruningReport`.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros
+from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros, prune_one_shot
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-2),
@@ -62,6 +62,97 @@ def test_gradients_of_zeros_can_be_kept_out_of_clipping():
     assert torch.nn.utils.clip_grad_norm_([weight], 2.0) == 4
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.tensor([0.0, 0.0]))
+
+
+@pytest.mark.parametrize("steps_before", [0, 5])
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_lowers_the_loss_of_the_model_with_its_zeros(line_search, steps_before):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
+    inputs = torch.randn(64, 8)
+    labels = torch.sin(inputs @ torch.randn(8, 8))
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), 1 if line_search else 0.1, max_iter=10, line_search_fn=line_search
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    for _ in range(steps_before):  # directions of all weights, which the optimizer keeps
+        optimizer.step(closure)
+    prune_one_shot(model, 0.7)
+    weights = [model[0].weight, model[2].weight]
+    zeros = [weight == 0 for weight in weights]
+    freeze_zeros(weights, optimizer)
+    losses = [closure().item()]
+    for _ in range(8):
+        optimizer.step(closure=closure)
+        losses.append(closure().item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(weight == 0, zero) for weight, zero in zip(weights, zeros, strict=True))
+
+
+def test_gradients_that_a_closure_makes_are_masked():
+    weight = nn.Parameter(torch.tensor([0.0, 2.0]))
+    optimizer = torch.optim.Adam([weight], lr=0.5)
+    freeze_zeros([weight], optimizer)
+    loss = weight.square().sum() + weight.sum()
+    assert optimizer.step(lambda: (loss.backward(), loss)[1]) is loss
+    assert weight.grad.tolist() == [0, 5]
+    assert optimizer.state[weight]["exp_avg"][0] == 0
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_zeros_of_an_embedding_with_sparse_gradients_stay(coalesced):
+    embedding = nn.Embedding(6, 2, sparse=True)
+    embedding.weight.data = torch.arange(12.0).view(6, 2) % 3
+    zeros = embedding.weight == 0
+    before = embedding.weight.detach().clone()
+    optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=0.1)
+    freeze_zeros([embedding.weight], optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        embedding(torch.tensor([1, 3, 3, 0])).sum().backward()
+        if coalesced:
+            embedding.weight.grad = embedding.weight.grad.coalesce()
+        optimizer.step()
+    assert torch.equal(embedding.weight == 0, zeros)
+    assert not optimizer.state[embedding.weight]["exp_avg"][zeros].any()
+    trained = torch.tensor([True, True, False, True, False, False])
+    assert torch.equal((embedding.weight != before).any(1), trained)
+
+
+def test_frozen_zeros_follow_a_model_to_another_device(device):
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[0.0, 2.0, 0.0, 1.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    freeze_zeros([model.weight], optimizer)
+    model.to(device)
+    model(torch.ones(1, 4, device=device)).sum().backward()
+    optimizer.step()
+    assert model.weight.tolist() == [[0.0, 1.5, 0.0, 0.5]]
+
+
+def test_each_optimizer_keeps_the_zeros_of_its_own_weights():
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8), nn.Linear(8, 2))
+    pruner = PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=0, exclude=["3"]))
+    pruner.finalize()
+    zeros = [model[0].weight == 0, model[2].weight == 0]
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[2])]
+    for optimizer in optimizers:
+        pruner.freeze(optimizer)
+    model(torch.randn(16, 24)).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(model[0].weight == 0, zeros[0])
+    assert torch.equal(model[2].weight == 0, zeros[1])
+    with pytest.raises(
+        ValueError, match=r"optimizer must have a weight that the pruner prunes, such as 0\.weight"
+    ):
+        pruner.freeze(torch.optim.SGD(model[3].parameters(), lr=0.1))
 
 
 def test_an_infinite_gradient_of_a_zero_is_dropped():
