@@ -13,48 +13,57 @@ from pdp_kernels.pruning.evaluation import evaluated, run_model
 from pdp_kernels.pruning.layers import ATTENTION_INPUTS, first_argument
 from pdp_kernels.pruning.targets import Holder, Target
 
+# FlopCounterMode misses their kernels, in which each vector of the first input uses each matrix.
+_MISSED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+
 
 @torch.no_grad()
 def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[int, list[int]]:
     """Return the dense multiply-accumulates of the model and of each target.
 
-    The model runs once, in evaluation mode. torch's FlopCounterMode counts the model (two
-    operations are one multiply-accumulate), except recurrent layers, whose inputs say how often
-    they use their weights: it misses their fused kernels. The inputs and outputs of layers give the
-    count of a target; a weight that several layers use counts in each of them.
+    The model runs once, in evaluation mode. torch's FlopCounterMode counts the model and each layer
+    (two operations are one multiply-accumulate), except recurrent and bilinear layers, whose inputs
+    say how often they use their weights. A weight that several layers use counts in each of them.
     """
     counts = [0] * len(targets)
+    indices: dict[nn.Module, list[int]] = {
+        layer: [] for layer in model.modules() if isinstance(layer, _MISSED)
+    }
     handles = []
-
-    def count_calls(index: int, holder: Holder) -> None:
-        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            uses = _uses_of_each_element(holder, args, kwargs, output)
-            counts[index] += round(uses * targets[index].weight.numel())
-
-        called = holder.layer if holder.attention is None else holder.attention
-        handles.append(called.register_forward_hook(count, with_kwargs=True))
-
     flops = FlopCounterMode(display=False)
-    before: list[int] = []  # what was counted when a recurrent layer was called
+    before: list[int] = []  # what was counted when a layer was called
     corrections: list[int] = []
 
-    def begin_recurrent(*_: object) -> None:
+    def begin(*_: object) -> None:
         before.append(flops.get_total_flops())
 
-    def end_recurrent(
-        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object
-    ) -> None:
+    def end(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: object) -> None:
         counted = (flops.get_total_flops() - before.pop()) // 2
-        corrections.append(_recurrent_macs(layer, first_argument(args, kwargs)) - counted)
+        macs = counted
+        if isinstance(layer, _MISSED):
+            macs = max(counted, _vectors(first_argument(args, kwargs)) * _matrix_size(layer))
+        corrections.append(macs - counted)
+        for index in indices[layer]:
+            counts[index] += macs * targets[index].weight.numel() // _matrix_size(layer)
+
+    def count_projections(index: int, holder: Holder) -> None:
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: object) -> None:
+            uses = _uses_of_each_element(holder.slot.name, args, kwargs)
+            counts[index] += round(uses * targets[index].weight.numel())
+
+        attention = holder.layer if holder.attention is None else holder.attention
+        handles.append(attention.register_forward_hook(count, with_kwargs=True))
 
     try:
-        for layer in model.modules():
-            if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-                handles.append(layer.register_forward_pre_hook(begin_recurrent))
-                handles.append(layer.register_forward_hook(end_recurrent, with_kwargs=True))
         for index, target in enumerate(targets):
             for holder in target.holders:
-                count_calls(index, holder)
+                if holder.attention is not None or isinstance(holder.layer, nn.MultiheadAttention):
+                    count_projections(index, holder)
+                elif not _has_matrices_inside(holder.layer):
+                    indices.setdefault(holder.layer, []).append(index)
+        for layer in indices:
+            handles.append(layer.register_forward_pre_hook(begin))
+            handles.append(layer.register_forward_hook(end, with_kwargs=True))
         # FlopCounterMode misses the kernels of fused attention.
         with evaluated(model), sdpa_kernel(SDPBackend.MATH), flops:
             run_model(model, inputs)
@@ -64,34 +73,27 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
     return flops.get_total_flops() // 2 + sum(corrections), counts
 
 
-def _recurrent_macs(layer: nn.Module, inputs: torch.Tensor | PackedSequence) -> int:
-    """Return the multiply-accumulates of a recurrent layer: each step uses each matrix once."""
-    if isinstance(inputs, PackedSequence):
-        inputs = inputs.data
-    matrices = (weight for weight in layer.parameters(recurse=False) if weight.dim() == 2)
-    return _vectors(inputs) * sum(matrix.numel() for matrix in matrices)
+def _matrix_size(layer: nn.Module) -> int:
+    """Return the number of elements in the layer's own matrices, among which products divide."""
+    own = layer._parameters.values()
+    return sum(each.numel() for each in own if each is not None and each.dim() >= 2)
 
 
-def _uses_of_each_element(
-    holder: Holder, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> float:
-    """Return the number of products that use one element of the weight, in one layer call."""
-    layer, name = holder.layer, holder.slot.name
-    if holder.attention is not None or isinstance(layer, nn.MultiheadAttention):
-        arguments = dict(zip(ATTENTION_INPUTS, args, strict=False)) | kwargs
-        query, key, value = (_vectors(arguments[name]) for name in ATTENTION_INPUTS)
-        by_name = {"k_proj_weight": key, "v_proj_weight": value}
-        # The joint projection multiplies a third of its rows with each of them.
-        return (query + key + value) / 3 if name == "in_proj_weight" else by_name.get(name, query)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return first_argument(args, kwargs).numel() / layer.in_channels
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return output.numel() / layer.out_channels
-    if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-        return 0
-    return _vectors(output)
+def _has_matrices_inside(layer: nn.Module) -> bool:
+    """Whether layers in it have matrices, whose products are not told from those of its own."""
+    return any(_matrix_size(inner) for child in layer.children() for inner in child.modules())
 
 
-def _vectors(tensor: torch.Tensor) -> int:
+def _uses_of_each_element(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return the number of products that use one element of an attention's weight, in one call."""
+    arguments = dict(zip(ATTENTION_INPUTS, args, strict=False)) | kwargs
+    query, key, value = (_vectors(arguments[name]) for name in ATTENTION_INPUTS)
+    by_name = {"k_proj_weight": key, "v_proj_weight": value}
+    # The joint projection multiplies a third of its rows with each of them.
+    return (query + key + value) / 3 if name == "in_proj_weight" else by_name.get(name, query)
+
+
+def _vectors(inputs: torch.Tensor | PackedSequence) -> int:
     """Return the number of vectors along the last dimension."""
+    tensor = inputs.data if isinstance(inputs, PackedSequence) else inputs
     return math.prod(tensor.shape[:-1])

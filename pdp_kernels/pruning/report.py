@@ -33,7 +33,9 @@ class LayerReport(NamedTuple):
         soft: the fraction of weights in the soft zone, 0.1 < m < 0.9; None after finalize.
         flipped: how many decisions of the hard mask changed since the previous report; None in the
             first.
-        macs: multiply-accumulates of one inference with all weights; None without an input.
+        macs: multiply-accumulates of one inference with all weights; None without an input. 0 for
+            a weight beside layers with weights of their own, as a class token: what uses it cannot
+            be told.
         kept_macs: multiply-accumulates of one inference with the kept weights; None without an
             input.
 
@@ -254,7 +256,9 @@ class ReportHistory:
             decisions = [mask.kept(weight) for mask, weight in zip(masks, weights, strict=True)]
             values = [mask.values(weight) for mask, weight in zip(masks, weights, strict=True)]
         is_first = not self._decisions
-        counts = _count(weights, decisions, self._decisions or decisions, values)
+        pairs = zip(self._decisions or decisions, decisions, strict=True)
+        before = [then.to(now.device) for then, now in pairs]  # the model may have moved
+        counts = _count(weights, decisions, before, values)
         self._decisions = decisions
         total = sum(weight.numel() for weight in weights)
         if not is_first:

@@ -53,6 +53,20 @@ def test_flips_are_counted_since_the_report_before():
     assert report.flips == [(1, 0.0), (2, 0.5)]
 
 
+def test_flips_are_counted_across_a_move_to_another_device(device):
+    model = nn.Linear(4, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    pruner = pruned(model, sparsity=0.5)
+    pruner.report()
+    model.to(device)
+    model.weight.data = torch.tensor([[3.0, 2.0, 1.0, 4.0]], device=device)
+    pruner.step(1)
+    assert pruner.report().layers[0].flipped == 2
+    pruner.finalize()
+    model.to("cpu")
+    assert pruner.report().layers[0].flipped == 0
+
+
 @pytest.mark.parametrize("pattern", ["channel", "1:4"])
 def test_channels_and_groups_count_weights(pattern):
     model = nn.Conv2d(8, 4, 3)
@@ -111,6 +125,65 @@ def test_a_looked_up_embedding_multiplies_nothing():
     pruner = pruned(model, sparsity=0.5, scope="layer", include=[nn.Embedding, nn.Linear])
     report = pruner.report(torch.arange(6))
     assert [layer.macs for layer in report.layers] == [0, 6 * 16 * 4]
+
+
+class Pair(nn.Bilinear):
+    def forward(self, x):
+        return super().forward(x, x)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        return x @ self.matrix.T, self.matrix.sum()
+
+
+@pytest.mark.parametrize(
+    ("layer", "products"),
+    [
+        (Pair(8, 8, 6), 8 * 8 * 6),
+        (nn.LSTMCell(8, 6), 4 * 6 * (8 + 6)),
+        (nn.GRUCell(8, 6), 3 * 6 * (8 + 6)),
+        (Scaled(), 8 * 6),
+    ],
+)
+def test_layers_of_other_types_count_their_products(layer, products):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x):
+            hidden = self.layer(x)
+            return self.head(hidden[0] if isinstance(hidden, tuple) else hidden)
+
+    include = [nn.Linear, type(layer)]
+    pruner = pruned(Network(), sparsity=0.5, scope="layer", include=include)
+    report = pruner.report(torch.randn(5, 8))
+    assert sum(layer.macs for layer in report.layers) == 5 * (products + 6 * 4)
+    assert report.macs == 2 * report.kept_macs == 5 * (products + 6 * 4)
+
+
+def test_weights_beside_other_layers_count_no_products():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(1, 1, 8))
+            self.norm = nn.LayerNorm((3, 8))
+            self.body = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.body(self.norm(torch.cat([self.first.expand(len(x), 1, 8), x], 1)))
+
+    pruner = pruned(Tokens(), sparsity=0.5, scope="layer", include=["first", "norm", "body"])
+    report = pruner.report(torch.randn(5, 2, 8))
+    macs = {layer.name: layer.macs for layer in report.layers}
+    assert macs == {"first": 0, "norm.weight": 0, "norm.bias": 0, "body.weight": 5 * 3 * 8 * 4}
+    assert report.macs == 2 * report.kept_macs == 5 * 3 * 8 * 4
 
 
 def test_plot_names_the_package_it_misses(tmp_path, monkeypatch):
