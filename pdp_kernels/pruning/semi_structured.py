@@ -176,7 +176,7 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
 def _weights(model: nn.Module) -> list[tuple[str, Tensor, int]]:
     """Return what `PDPPruner` prunes by default: first names, weights, and their inputs' dims."""
     found: dict[int, tuple[str, Tensor, int]] = {}
-    others = set()  # such as the weight that an embedding shares with a Linear layer
+    others: set[int] = set()  # such as the weight that an embedding shares with a Linear layer
     adapters = find_adapted(model).instead_of
     for name, layer in model.named_modules():
         slots = [] if id(layer) in adapters else weight_slots(layer)
