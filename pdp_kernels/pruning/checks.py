@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.distributed.shards import local_shard
+from pdp_kernels.functional.validation import check_non_negative
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.layers import is_quantized, parameter_of, quantized
 from pdp_kernels.pruning.masked_layer import mask_parents
@@ -163,11 +164,44 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence
         raise ValueError(
             f"state_dict must have the weights {own['weights']}, got {state['weights']}"
         )
-    if state["thresholds"].keys() != own["thresholds"].keys():
+    thresholds = state["thresholds"]
+    names = list(thresholds) if isinstance(thresholds, Mapping) else thresholds
+    if names != list(own["thresholds"]):
         raise ValueError(
-            f"state_dict must have thresholds of {list(own['thresholds'])}, "
-            f"got {list(state['thresholds'])}"
+            f"state_dict must have thresholds of {list(own['thresholds'])}, got {names}"
         )
+
+
+def check_state_values(state: Mapping[str, Any], targets: Sequence[Target], missing: int) -> None:
+    """Raise an error if a state of this model has a value that no pruner has.
+
+    Args:
+        state: the state, which `check_state` has accepted.
+        targets: the weights to prune.
+        missing: the prune count of weights that have none yet.
+    """
+    check_non_negative("state_dict['progress']", state["progress"])
+    counts = state["prune_counts"]
+    name = "state_dict['prune_counts']"
+    if not isinstance(counts, Tensor) or counts.is_floating_point():
+        raise TypeError(f"{name} must be an integer tensor, got {_described(counts)}")
+    sizes = [target.units for target in targets]
+    given = counts.flatten().tolist()
+    are_counts = len(given) == len(sizes) and all(
+        0 <= count <= size for count, size in zip(given, sizes, strict=True)
+    )
+    if not are_counts and given != [missing] * len(sizes):
+        raise ValueError(f"{name} must have {len(sizes)} counts, at most {sizes}, got {given}")
+    for of_weight, threshold in state["thresholds"].items():
+        name = f"state_dict['thresholds'][{of_weight!r}]"
+        if not isinstance(threshold, Tensor) or not threshold.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {_described(threshold)}")
+        if threshold.shape != () or threshold.isnan():
+            raise ValueError(f"{name} must be a 0-d tensor that is not NaN, got {threshold}")
+
+
+def _described(value: object) -> str:
+    return f"one of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_length(config: PDPConfig, epochs: float) -> None:

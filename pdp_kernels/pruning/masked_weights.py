@@ -27,10 +27,10 @@ class Follower(NamedTuple):
 
 
 class MaskedWeights:
-    """Masks on the weights of a model, in place of any that are there.
+    """Masks for the weights of a model, which `put_on` puts there.
 
     Args:
-        model: the model, changed in place.
+        model: the model.
         targets: its weights to prune.
 
     Attributes:
@@ -47,7 +47,10 @@ class MaskedWeights:
         self._tables = DeviceTables(targets, self.masks)
         self._followers: list[Follower] = []
         self._snapshot: Snapshot | None = None  # of the model when a check found all well
-        _put_on(model, targets, self.masks)
+
+    def put_on(self) -> None:
+        """Mask the model, in place of any masks that are there."""
+        _put_on(self.model, self.targets, self.masks)
 
     def follow(self, model: nn.Module, targets: list[Target]) -> None:
         """Put the masks on a copy of the model too.

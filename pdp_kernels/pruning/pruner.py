@@ -19,6 +19,7 @@ from pdp_kernels.pruning.checks import (
     check_length,
     check_optimizer,
     check_state,
+    check_state_values,
 )
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
@@ -118,6 +119,11 @@ class PDPPruner:
         self.progress: float = 0.0
         self.prune_counts: dict[str, int] | None = None
         self._weights = MaskedWeights(model, targets)
+        reshard(model)
+        if self._allocates_at(0.0):  # which may raise, while the model is as it was
+            with torch.no_grad():
+                self.prune_counts = self._allocate()
+        self._weights.put_on()
         self.step(0.0)
 
     @torch.no_grad()
@@ -139,7 +145,8 @@ class PDPPruner:
 
         Raises:
             TypeError: progress is no number.
-            ValueError: progress is negative or not finite.
+            ValueError: progress is negative or not finite; or LAMP, which is due, meets a weight
+                that is not finite.
             RuntimeError: the pruner is finalized; another pruner has taken over the model; or a
                 weight's shape has changed.
         """
@@ -231,6 +238,7 @@ class PDPPruner:
                 the end of the ramp lose accuracy when they are pruned at once.
 
         Raises:
+            ValueError: as `step`, if nothing was allocated before.
             RuntimeError: as `step`.
         """
         self._check_owns_model()
@@ -372,14 +380,16 @@ class PDPPruner:
                 from the progress of the state.
 
         Raises:
-            TypeError: state_dict is no mapping.
-            ValueError: the state is of another configuration or of another model. Nothing changes.
+            TypeError: state_dict is no mapping, or a value in it is of another type.
+            ValueError: the state is of another configuration or of another model, or has a value
+                that no pruner has. Nothing changes.
             RuntimeError: as `step`.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         self._check_owns_model()
         check_state(state_dict, self.state_dict(), SCHEDULE_FIELDS if new_schedule else ())
+        check_state_values(state_dict, self._weights.targets, _NOT_ALLOCATED)
         counts = state_dict["prune_counts"].tolist()
         is_allocated = _NOT_ALLOCATED not in counts
         names = state_dict["weights"]

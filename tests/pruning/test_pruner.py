@@ -384,3 +384,21 @@ def test_attach_steps_after_each_optimizer_step():
     handle.remove()
     train(model, Nothing, range(1), optimizer)
     assert pruner.progress == 20 / 7
+
+
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_a_pruner_that_cannot_be_made_leaves_the_model_as_it_was(has_masks):
+    model = mlp()
+    earlier = PDPPruner(model, PDPConfig(0.5, warmup=0, ramp=1)) if has_masks else None
+    types = [type(each) for each in model.modules()]
+    weight = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        PDPPruner(model, PDPConfig(0.5, warmup=0, allocation="lamp"))
+    assert [type(each) for each in model.modules()] == types
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    if earlier is not None:
+        earlier.step(1.0)
+        earlier.finalize()

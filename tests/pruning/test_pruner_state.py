@@ -69,6 +69,41 @@ def test_a_state_of_another_pruner_is_refused_and_changes_nothing():
     assert after == before
 
 
+WRONG_VALUES = {
+    "progress": ["a", -1.0, float("nan")],
+    "prune_counts": [
+        [1, 2, 3],
+        torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor([1, 2]),
+        torch.tensor([100_000, 2, 3]),
+        torch.tensor([-7, 2, 3]),
+        torch.tensor([-1, 2, 3]),
+    ],
+    "thresholds": [
+        None,
+        dict.fromkeys(["0.weight", "2.weight", "4.weight"], 0.1),
+        dict.fromkeys(["0.weight", "2.weight", "4.weight"], torch.ones(1)),
+        dict.fromkeys(["0.weight", "2.weight", "4.weight"], torch.tensor(torch.nan)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG_VALUES.items() for value in values]
+)
+def test_a_state_with_values_that_no_pruner_has_is_refused_and_changes_nothing(key, value):
+    model = mlp()
+    pruner = PDPPruner(model, CONFIGS["global"])
+    train(model, pruner, [1.0, 3.0])
+    before = copy.deepcopy(pruner.state_dict())
+    with pytest.raises((TypeError, ValueError), match=f"state_dict.*{key}"):
+        pruner.load_state_dict({**before, key: value})
+    after = pruner.state_dict()
+    assert after["progress"] == before["progress"]
+    for name in ("prune_counts", "thresholds"):
+        assert str(after[name]) == str(before[name])
+
+
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_going_back_to_the_warm_up_takes_the_masks_off(name, again):
