@@ -2,7 +2,8 @@
 
 A channel does not matter to a layer that reads it if the layer's weights for it are all zero, or if
 the channel is zero for every input: all layers that compute it have zero weights for it, and what
-biases, batch norms and activations make of that is zero too.
+biases, batch norms and activations make of that is zero too. Functions between the layers may read
+it all the same: `remove_dead_channels` runs the model to see.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch_pruning._helpers import _HybridIndex  # type: ignore[import-untyped]
 
 from pdp_kernels.integrations.channel_graph import Reads, has_channels, trace
+from pdp_kernels.integrations.channel_values import Channels
 from pdp_kernels.pruning.layers import parameter_of, weight_slots
 
 _CONVOLUTION = nn.modules.conv._ConvNd
@@ -29,8 +31,6 @@ _BY_CHANNEL = {
     _OPTYPE.RESHAPE,
     _OPTYPE.ELEMENTWISE,
 }
-# Functions that Torch-Pruning takes for elementwise ones.
-_MIXING = ("layernorm", "groupnorm", "rmsnorm", "vectornorm", "softmax", "attention", "bmm")
 
 
 class ChannelGroups:
@@ -115,6 +115,12 @@ class ChannelGroups:
             for item in filter(self._is_output, group.items)
         }
 
+    def sides(self, group: Any) -> tuple[Channels, Channels]:
+        """Return the outputs that a group removes from layers, and the inputs."""
+        sides = [filter(on_side, group.items) for on_side in (self._is_output, self._is_input)]
+        outputs, inputs = ({item.dep.target.module: item.idxs for item in side} for side in sides)
+        return outputs, inputs
+
     def modules(self, group: Any) -> list[nn.Module]:
         """Return the model's modules that a group changes."""
         return [m for m in (item.dep.target.module for item in group.items) if m in self.names]
@@ -157,12 +163,8 @@ class ChannelGroups:
                 return f"they are coupled with {self._graph._param_to_name[module]}"
             elif node.type not in _BY_CHANNEL:
                 return f"{name or node.type.name.lower()} computes with several of them at once"
-            elif node.type == _OPTYPE.ELEMENTWISE:
-                if not node.inputs and not self._is_constant(node):
-                    return "they are coupled with inputs of the model"
-                function = _function_of(node)
-                if any(mixing in function.lower() for mixing in _MIXING):
-                    return f"{function} computes with several of them at once"
+            elif node.type == _OPTYPE.ELEMENTWISE and self._is_input_of_model(node):
+                return "they are coupled with inputs of the model"
             if isinstance(module, nn.Module):
                 shared = [p for p in module.parameters(recurse=False) if self._owners.get(p, 1) > 1]
                 if shared:
@@ -243,12 +245,14 @@ class ChannelGroups:
         """Whether a node makes its output of other channels, or of inputs of the model."""
         if self._computes(node.module):
             return not _is_depthwise(node.module) or not node.inputs
-        return not node.inputs and not self._is_constant(node)
+        return self._is_input_of_model(node)
 
-    def _is_constant(self, node: Any) -> bool:
-        """Whether a node without inputs computes with parameters alone."""
+    def _is_input_of_model(self, node: Any) -> bool:
+        """Whether a node computes with no other node, and not with parameters alone."""
+        if node.inputs:
+            return False
         functions = [function for function, _ in node.grad_fn.next_functions]
-        return all(getattr(function, "variable", None) in self._owners for function in functions)
+        return any(getattr(each, "variable", None) not in self._owners for each in functions)
 
     def _record(self, group: Any, reasons: dict[int, str]) -> None:
         """Record for the dead channels of a group's layers why they stay."""
@@ -272,11 +276,6 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def _is_grouped(module: nn.Module) -> bool:
     return isinstance(module, _CONVOLUTION) and module.groups > 1 and not _is_depthwise(module)
-
-
-def _function_of(node: Any) -> str:
-    """Return the name of the function that a node without a module calls, else an empty string."""
-    return str(node.module._grad_fn) if node.type == _OPTYPE.ELEMENTWISE else ""
 
 
 def _live_outputs(layer: nn.Module) -> Tensor:

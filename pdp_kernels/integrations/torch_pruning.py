@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pdp_kernels.distributed.shards import is_distributed
-from pdp_kernels.pruning.evaluation import evaluated
+from pdp_kernels.integrations.channel_values import replaced
+from pdp_kernels.pruning.evaluation import evaluated, run_model
 from pdp_kernels.pruning.macs import count_macs
 from pdp_kernels.pruning.masked_layer import check_unmasked
 
@@ -34,6 +35,8 @@ except ImportError as _error:
         "pip install torch-pruning"
     ) from _error
 
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)  # of a model's call
+_VALUES_MATTER = "the outputs of the model change with their values"
 _ROUNDING = 1000  # differences of the outputs that pass for rounding, in eps of the largest output
 
 
@@ -125,12 +128,14 @@ def remove_dead_channels(model: nn.Module, example_inputs: Any) -> ChannelRemova
     batch norm behind it, is often a constant that matters: such channels stay, and the report names
     them. Prune inputs instead (``channel_dim="input"``). Channels that a residual connection
     couples are removed only if they are dead in all layers that it joins. Channels that stay, too:
-    outputs of the model, those that a layer norm or an attention computes with together, those of
-    convolutions with groups (except depthwise ones), and those of shared or quantized weights. One
-    removal may make other channels dead; these are removed too.
+    outputs of the model, those that a layer norm, an attention or a maximum computes with together,
+    those of convolutions with groups (except depthwise ones), and those of shared or quantized
+    weights. One removal may make other channels dead; these are removed too.
 
-    After each removal the model runs on the example inputs. If it fails or its outputs differ, the
-    removal is taken back and reported.
+    Before each removal the model runs on the example inputs with large random values, of both
+    signs, in these channels: if its outputs change, something else than the layers reads them, and
+    they stay. After the removal it runs again. If it fails or its outputs differ, the removal is
+    taken back and reported. Outputs here are floating point tensors.
 
     The changed layers have new Parameters: make the optimizer afterwards. The layers keep their
     names. A state_dict of the smaller model loads into any model that was reduced in the same way,
@@ -242,6 +247,9 @@ class _Removal:
             failed, reason = self._failed.get(layer, ([], ""))
             if outputs and outputs == failed:
                 groups.keep(layer, outputs, reason)
+            elif outputs and self._values_matter(groups, layer, outputs):
+                self._failed[layer] = outputs, _VALUES_MATTER
+                groups.keep(layer, outputs, _VALUES_MATTER)
             elif outputs:
                 changed = True
                 if not self._remove(groups, layer, outputs):
@@ -249,6 +257,24 @@ class _Removal:
                 groups.reads = self._reads
         self.kept = groups.kept
         return changed
+
+    def _values_matter(self, groups: ChannelGroups, layer: nn.Module, outputs: list[int]) -> bool:
+        """Whether the model's outputs change with what no layer reads of these channels.
+
+        A function of several channels, such as a maximum, may change with them.
+        """
+        computed, read = groups.sides(groups.group(layer, outputs))
+        try:
+            for sign in (1, -1):
+                with replaced(computed, read, sign), torch.no_grad():
+                    found = run_model(self._model, self._inputs)
+                if _difference(self._expected, _values(found)) > self._tolerance:
+                    return True
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILURES:
+            return True
+        return False
 
     def _remove(self, groups: ChannelGroups, layer: nn.Module, outputs: list[int]) -> bool:
         """Remove outputs of a layer, if the model's outputs stay; return whether they do."""
@@ -263,7 +289,7 @@ class _Removal:
         except torch.OutOfMemoryError:
             _restore(snapshot)
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except _FAILURES as error:
             difference = math.inf
             problem = f"the model would fail without them: {str(error).strip().splitlines()[0]}"
         if difference > self._tolerance:

@@ -177,6 +177,7 @@ class SAPPruner:
         """
         if accuracy is not None and (isinstance(accuracy, bool) or not isinstance(accuracy, Real)):
             raise TypeError(f"accuracy must be a number or None, got {type(accuracy).__name__}")
+        accuracy = None if accuracy is None else as_float(accuracy)
         state = self._state()
         weights = [weight.detach() for weight in self._weights()]
         p, q = self._settings.p, self._settings.q
@@ -202,7 +203,7 @@ class SAPPruner:
             pruned=dict(zip(self._names, pruned, strict=True)),
             sparsity_before=sparsity_before,
             sparsity_after=self.sparsity,
-            accuracy=None if accuracy is None else float(accuracy),
+            accuracy=accuracy,
         )
         self.history.append(done)
         return done
@@ -321,7 +322,7 @@ class SAPPruner:
     def _state(self) -> dict[str, Tensor]:
         """Return the parameters, and the buffers to rewind, that the model holds now."""
         check_unmasked(self._model, _MASKED)
-        state = dict(self._model.named_parameters())
+        state: dict[str, Tensor] = dict(self._model.named_parameters())
         for name, buffer in self._model.named_buffers():
             if name in self._initial:
                 state[name] = buffer

@@ -147,6 +147,33 @@ def test_transposed_convolutions_and_concatenations():
     assert model.up.weight.shape == (5, 6, 2, 2)
 
 
+ALONE = {
+    "exponential": lambda x: x.exp(),
+    "softplus": lambda x: functional.softplus(x).log(),
+    "GELU": functional.gelu,
+    "maximum of pixels": lambda x: x - x.amax((2, 3), keepdim=True),
+    "square": lambda x: x.square() * x.square(),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_functions_of_one_channel_do_not_matter(case, dtype):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, inputs):
+            return self.second(ALONE[case](self.first(inputs)))
+
+    model = Between().to(dtype)
+    kill(model, 1, [2, 5], "second")
+    report = remove_dead_channels(model, torch.randn(2, 3, 8, 8, dtype=dtype))
+    assert report.removed == {"first": [2, 5]} and report.kept == []
+
+
 def test_a_gated_unit_is_removed_from_both_halves():
     class Gated(nn.Module):
         def __init__(self):

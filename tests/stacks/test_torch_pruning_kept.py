@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 pytest.importorskip("torch_pruning")
 
@@ -32,6 +33,12 @@ class Returned(Between):
         return self.second(hidden), hidden
 
 
+class Shaped(Between):
+    def forward(self, inputs):
+        hidden = self.first(inputs)
+        return self.second(hidden), hidden.new_zeros(hidden.shape)
+
+
 class WithInputs(Between):
     def forward(self, inputs):
         return self.second((self.first(inputs) + inputs).relu())
@@ -44,14 +51,18 @@ class Unseen(Between):
         return self.second(self.first(inputs).flip(-1))
 
 
+VALUES = "the outputs of the model change with their values"
 STAY = {
     "layer norm": (lambda: Between(nn.LayerNorm(6)), "function computes with several"),
     "rms norm": (lambda: Between(nn.RMSNorm(6)), "coupled with function.weight"),
-    "softmax": (lambda: Between(nn.Softmax(-1)), "SoftmaxBackward0 computes with several"),
-    "mean": (lambda: Between(lambda x: x - x.mean(-1, keepdim=True)), "outputs .* would change by"),
-    "an output": (lambda: Returned(nn.ReLU()), r"an output of shape \(5, 6\) would have \(5, 4\)"),
+    "softmax": (lambda: Between(nn.Softmax(-1)), VALUES),
+    "rms": (lambda: Between(lambda x: functional.rms_norm(x, (6,))), VALUES),
+    "mean": (lambda: Between(lambda x: x - x.mean(-1, keepdim=True)), VALUES),
+    "an output": (lambda: Returned(nn.ReLU()), VALUES),
+    "a shape": (lambda: Shaped(None), r"an output of shape \(5, 6\) would have \(5, 4\)"),
+    "a number": (lambda: Between(lambda x: x / x.shape[-1]), "the model would change by"),
     "the inputs": (lambda: WithInputs(None, 8), "they are coupled with inputs of the model"),
-    "order": (lambda: Unseen(None), "the outputs of the model would change by"),
+    "order": (lambda: Unseen(None), VALUES),
     "views": (lambda: Between(lambda x: x.view(-1, 2, 3).sin().flatten(1)), "would fail without"),
 }
 
@@ -70,6 +81,39 @@ def test_what_cannot_be_removed_stays_as_it_was_and_is_named(case):
         raise AssertionError(kept[0].reason)
     assert all(value is parameters[name] for name, value in model.named_parameters())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+MIXING = {
+    "amax": lambda x: x.amax(-1, keepdim=True),
+    "amin": lambda x: x.amin(-1, keepdim=True),
+    "argmax": lambda x: x.argmax(-1, keepdim=True).to(x),
+    "topk": lambda x: x.topk(2, -1).values.sum(-1, keepdim=True),
+    "sort": lambda x: x.sort(-1).values.cumsum(-1),
+    "median": lambda x: x.median(-1, keepdim=True).values,
+    "cumsum": lambda x: x.cumsum(-1).mean(-1, keepdim=True),
+    "sum": lambda x: x.clamp(min=2).sum(-1, keepdim=True),
+    "pooling": lambda x: functional.max_pool1d(x, 6),
+    "quantization": lambda x: x.abs().amax(-1, keepdim=True) / 127,
+}
+
+
+@pytest.mark.parametrize("case", MIXING)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_channel_that_a_function_of_several_may_choose_stays(case, side):
+    """One example seldom shows it, where others are larger and smaller than the dead channels."""
+    model = Between(lambda x: x / (1 + MIXING[case](x).square()))
+    first, second = model.first, model.second
+    if side == "input":
+        second.weight.data[:, :2] = 0
+        first.weight.data[:2] *= 1e-6
+    else:
+        first.weight.data[:2] = 0
+    first.bias.data = torch.tensor([0.0, 0.0, -1.0, 1.0, -1.0, 1.0])
+    examples = 0.1 * torch.randn(1, 8)
+    report = remove_dead_channels(model, examples)
+    assert report.removed == {}
+    kept = [each for each in report.kept if each.side == side]
+    assert [(each.channels, each.reason) for each in kept] == [([0, 1], VALUES)]
 
 
 def test_a_unit_that_is_zero_on_the_example_inputs_alone_stays():
