@@ -177,7 +177,6 @@ class SAPPruner:
         """
         if accuracy is not None and (isinstance(accuracy, bool) or not isinstance(accuracy, Real)):
             raise TypeError(f"accuracy must be a number or None, got {type(accuracy).__name__}")
-        accuracy = None if accuracy is None else as_float(accuracy)
         state = self._state()
         weights = [weight.detach() for weight in self._weights()]
         p, q = self._settings.p, self._settings.q
@@ -203,7 +202,7 @@ class SAPPruner:
             pruned=dict(zip(self._names, pruned, strict=True)),
             sparsity_before=sparsity_before,
             sparsity_after=self.sparsity,
-            accuracy=accuracy,
+            accuracy=None if accuracy is None else float(accuracy),
         )
         self.history.append(done)
         return done
