@@ -49,7 +49,8 @@ def global_prune_counts(
 
     "magnitude" finds the k-th magnitude digit by digit, by counting. The weights are never
     concatenated, nor gathered from the ranks that share one. It reads each weight a few times and
-    waits for the device; it is meant to be called once. "lamp" sorts each layer.
+    waits for the device; it is meant to be called once. "lamp" sorts each layer, and holds the
+    scores of all layers, 8 bytes for each weight, on their devices until it returns.
 
     Args:
         weights: L tensors of any shapes and any mix of float64, float32, bfloat16 and float16, on
@@ -64,8 +65,8 @@ def global_prune_counts(
     Raises:
         TypeError: as `pdp_thresholds`.
         ValueError: as `pdp_thresholds`; caps that leave less than k to prune; another allocation;
-            a sharded weight, NaN or inf for "lamp"; weights that are not the same on all ranks that
-            share a DTensor of the list.
+            a weight on the meta device for "magnitude" or "lamp"; a sharded weight, NaN or inf for
+            "lamp"; weights that are not the same on all ranks that share a DTensor of the list.
 
     Examples:
         >>> layers = [torch.tensor([1.0, -2.0, 3.0, -4.0]), torch.tensor([5.0, 6.0])]
@@ -80,6 +81,12 @@ def global_prune_counts(
     check_fraction("sparsity", sparsity)
     check_one_of("allocation", allocation, get_args(Allocation))
     check_fraction("max_layer_sparsity", max_layer_sparsity)
+    meta = [index for index, weight in enumerate(weights) if weight.is_meta]
+    if meta and allocation in ("magnitude", "lamp"):
+        raise ValueError(
+            f'weights must have values for allocation "{allocation}", got one on the meta device '
+            f"for weights[{meta[0]}]"
+        )
     return allocate(weights, weights, float(sparsity), allocation, float(max_layer_sparsity))
 
 
@@ -129,9 +136,10 @@ def _least_values(
 
 
 def lamp_scores(weight: Tensor) -> Tensor:
-    """Return the LAMP scores of a layer in ascending order, (n,), float64 or float32.
+    """Return the LAMP scores of a layer in ascending order, float64 (n,).
 
-    Sums of squares are float64. A layer of zeros has scores of 0.
+    float32 would make ties of scores that differ, and zeros of the least. A layer of zeros has
+    scores of 0.
     """
     if is_sharded(weight):
         raise ValueError(
@@ -143,7 +151,7 @@ def lamp_scores(weight: Tensor) -> Tensor:
         raise ValueError('allocation "lamp" needs finite weights, got NaN or inf')
     squares = (magnitudes / magnitudes[-1:]).square()  # relative to the largest: no overflow
     larger = squares.flip(0).cumsum(0).flip(0)
-    return (squares / larger).nan_to_num(0.0).to(threshold_dtype([weight]))
+    return (squares / larger).nan_to_num(0.0)
 
 
 def _erk_density(shape: tuple[int, ...]) -> Fraction:
@@ -231,7 +239,7 @@ def _counts_below(weights: Sequence[Tensor], count: int, dtype: torch.dtype) -> 
 
 
 def _keys(shard: Tensor, dtype: torch.dtype) -> Tensor:
-    return magnitude_keys(shard.to(dtype))
+    return magnitude_keys(shard.to(dtype).resolve_neg())  # whose bits are read
 
 
 def _below_and_tied(shard: Tensor, dtype: torch.dtype, key: int) -> Tensor:

@@ -110,7 +110,7 @@ def lamp_counts(layers, sparsity):
     for layer in layers:
         squares = layer.flatten().double().square().sort(descending=True).values
         score = (squares / squares.cumsum(0)).flip(0).nan_to_num(0)
-        scores.append(score if layer.dtype == torch.float64 else score.float())
+        scores.append(score)
     return counts_of_sorting(scores, sparsity)
 
 
@@ -131,6 +131,20 @@ def test_lamp_of_a_layer_of_known_scores():
     layers = [torch.tensor([1.0, -2.0, 2.0, 4.0]), torch.full((3,), 1e-30)]
     counts = [global_prune_counts(layers, k / 7, allocation="lamp") for k in range(8)]
     assert counts == [[0, 0], [1, 0], [2, 0], [3, 0], [3, 1], [3, 2], [4, 2], [4, 3]]
+
+
+@pytest.mark.parametrize(
+    "layers, sparsity, expected",
+    [
+        # float32 rounds the least scores of both layers to one number.
+        ([[8847308.0, 15223361.0], [9253716.0, 15922658.0]], 0.25, [0, 1]),
+        # (1e-4 / 2e19)^2 is 0 in float32.
+        ([[3e-4, 4e-4, 2e19], [1e-4, 2e-4, 2e19]], 2 / 6, [0, 2]),
+    ],
+)
+def test_lamp_compares_scores_in_float64(layers, sparsity, expected, device):
+    layers = [torch.tensor(layer, device=device) for layer in layers]
+    assert global_prune_counts(layers, sparsity, allocation="lamp") == expected
 
 
 def test_lamp_does_not_depend_on_the_scale_of_layers():
@@ -240,3 +254,21 @@ def test_a_weight_without_dimensions_is_a_layer_of_one(allocation):
     half = [1, 8] if allocation == "uniform" else [0, 9]
     assert global_prune_counts(layers, 0.5, allocation=allocation) == half
     assert global_prune_counts(layers, 1.0, allocation=allocation) == [1, 16]
+
+
+@pytest.mark.parametrize("allocation", ["magnitude", "lamp"])
+def test_values_of_the_meta_device_raise(allocation):
+    layers = [torch.ones(3), torch.empty(3, device="meta")]
+    message = f'weights must have values for allocation "{allocation}", got.*for weights\\[1\\]'
+    with pytest.raises(ValueError, match=message):
+        global_prune_counts(layers, 0.5, allocation=allocation)
+    assert global_prune_counts(layers, 0.5, allocation="uniform") == [2, 1]
+
+
+@pytest.mark.parametrize("allocation", ["magnitude", "lamp"])
+def test_negated_views_count_by_their_values(allocation):
+    view = torch.tensor([1 + 2j, 1 - 3j, 1 + 0j]).conj().imag
+    assert view.is_neg()
+    layers = [view, torch.tensor([1.0, 4.0])]
+    found = global_prune_counts(layers, 0.4, allocation=allocation)
+    assert found == global_prune_counts([view.clone(), layers[1]], 0.4, allocation=allocation)
