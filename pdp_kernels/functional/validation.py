@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -75,8 +75,16 @@ def check_ratio(name: str, ratio: object) -> None:
 def check_fraction(name: str, fraction: object, accepted: str = "a number in [0, 1]") -> None:
     if isinstance(fraction, bool) or not isinstance(fraction, NUMBERS):
         raise TypeError(f"{name} must be {accepted}, got {type(fraction).__name__}")
-    if not 0 <= float(fraction) <= 1:
+    if not 0 <= as_float(fraction) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {fraction}")
+
+
+def as_float(number: Any) -> float:
+    """Return a number as a float: inf for an integer or fraction that is too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def check_ratio_tensor(
@@ -128,8 +136,8 @@ def check_temperature(
     if isinstance(tau, bool) or not isinstance(tau, NUMBERS):
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(tau).__name__}")
     limits = torch.finfo(dtype)
-    number = tau if isinstance(tau, int) else float(tau)  # NumPy's compare in their own precision
-    if not limits.tiny <= number <= limits.max:
+    # As a float, because NumPy's numbers compare in their own precision.
+    if not limits.tiny <= as_float(tau) <= limits.max:
         raise ValueError(
             f"{name} must be positive and finite (at least {limits.tiny:.2g} and at most "
             f"{limits.max:.2g}), got {tau}"
@@ -200,20 +208,20 @@ def check_number(name: str, value: float) -> None:
 
 def check_positive(name: str, value: float) -> None:
     check_number(name, value)
-    if not 0 < value < math.inf:
+    if not 0 < as_float(value) < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_non_negative(name: str, value: float) -> None:
     check_number(name, value)
-    if not 0 <= value < math.inf:
+    if not 0 <= as_float(value) < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
 def check_exponents(p: float, q: float) -> None:
     for name, value in (("p", p), ("q", q)):
         check_number(name, value)
-    if not 0 < p < q < math.inf:
+    if not 0 < as_float(p) < as_float(q) < math.inf:
         raise ValueError(f"p and q must satisfy 0 < p < q < inf, got p = {p}, q = {q}")
 
 
@@ -281,6 +289,4 @@ def check_sap_settings(p: float, q: float, eta: float, gamma: float, beta: float
     check_exponents(p, q)
     check_non_negative("eta", eta)
     check_positive("gamma", gamma)
-    check_number("beta", beta)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    check_fraction("beta", beta)

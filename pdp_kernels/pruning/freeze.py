@@ -15,7 +15,8 @@ from pdp_kernels.pruning.user_warnings import warn_user
 class FrozenZeros:
     """Hooks of an optimizer that keep zeros at zero, until `remove`.
 
-    `freeze_zeros` and `PDPPruner.freeze` make them. They hold one byte per weight.
+    `freeze_zeros`, `PDPPruner.freeze` and `SAPPruner.attach` make them. They hold one byte per
+    weight.
 
     Args:
         weights: parameters of the optimizer; any may be a DTensor.

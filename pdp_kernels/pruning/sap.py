@@ -1,23 +1,24 @@
 """Sparsity-informed Adaptive Pruning (SAP): the PQ Index sets how much each round prunes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from pdp_kernels.functional.pq_index import Scope, pq_index
 from pdp_kernels.functional.sap_counts import sap_prune_counts
 from pdp_kernels.functional.validation import (
+    as_float,
     check_plain_weight,
     check_sap_settings,
     check_scope,
 )
+from pdp_kernels.pruning.freeze import FrozenZeros
 from pdp_kernels.pruning.layers import layer_weights
 from pdp_kernels.pruning.masked_layer import check_unmasked
 from pdp_kernels.pruning.optimizers import torch_optimizer
@@ -172,18 +173,19 @@ class SAPPruner:
 
         Raises:
             TypeError: accuracy is no number.
-            ValueError: an unpruned weight is NaN or infinite; or as `mask_weights`. Nothing
-                changes.
+            ValueError: an unpruned weight is NaN or infinite; float64 cannot sum the powers |w|^q
+                (`pq_index`); or as `mask_weights`. Nothing changes.
         """
         if accuracy is not None and (isinstance(accuracy, bool) or not isinstance(accuracy, Real)):
             raise TypeError(f"accuracy must be a number or None, got {type(accuracy).__name__}")
+        accuracy = None if accuracy is None else as_float(accuracy)
         state = self._state()
         weights = [weight.detach() for weight in self._weights()]
         p, q = self._settings.p, self._settings.q
         together = pq_index(weights, p, q, mask=self._masks, scope="global")
         overall = float(together)
         if not math.isfinite(overall):
-            raise ValueError(f"model must have finite weights, got a PQ Index of {overall}")
+            _raise_without_index(weights, self._masks, q, overall)
         indices = self._indices(weights, together)
         kept_before, sparsity_before = _kept_counts(self._masks), self.sparsity
 
@@ -202,7 +204,7 @@ class SAPPruner:
             pruned=dict(zip(self._names, pruned, strict=True)),
             sparsity_before=sparsity_before,
             sparsity_after=self.sparsity,
-            accuracy=None if accuracy is None else float(accuracy),
+            accuracy=accuracy,
         )
         self.history.append(done)
         return done
@@ -216,25 +218,26 @@ class SAPPruner:
                 than at construction, or the masks of a `PDPPruner`.
         """
         self._state()
-        for weight, mask in zip(self._weights(), self._masks, strict=True):
-            weight.masked_fill_(~mask, 0)
+        for weight, zeros in self._pruned_weights():
+            weight.masked_fill_(zeros, 0)
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Call `mask_weights` after each step of the optimizer.
+    def attach(self, optimizer: Optimizer) -> FrozenZeros:
+        """Keep the pruned weights at 0 in all steps of the optimizer, those of later rounds too.
 
-        An optimizer that calls a closure several times in a step, as LBFGS does, moves the pruned
-        weights within the step: the closure then sees them.
+        Each step sets their gradients to 0 before it, and the weights to 0 after it. A closure of
+        the step, as LBFGS takes one, gives the loss of the pruned model.
 
         Args:
             optimizer: an optimizer of the model's parameters.
 
         Returns:
-            The handle of the hook, whose remove() ends it.
+            A `FrozenZeros`, whose remove() ends it. Code that clips gradients by their norm calls
+            its mask_gradients() before it.
 
         Raises:
             TypeError: optimizer is no torch.optim.Optimizer.
         """
-        return torch_optimizer(optimizer).register_step_post_hook(lambda *_: self.mask_weights())
+        return _PrunedWeights(self, torch_optimizer(optimizer))
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks, initial values, settings and history, without the model's own state.
@@ -338,6 +341,10 @@ class SAPPruner:
         """Return the prunable weights that the model holds now."""
         return [self._model.get_parameter(name) for name in self._names]
 
+    def _pruned_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the prunable weights with masks of what is pruned."""
+        return zip(self._weights(), (~mask for mask in self._masks), strict=True)
+
     def _indices(self, weights: list[Tensor], together: Tensor) -> list[Tensor]:
         """Return the PQ Indices: together's, one () per layer, or one (rows,) per layer."""
         p, q, masks = self._settings.p, self._settings.q, self._masks
@@ -373,6 +380,30 @@ class SAPPruner:
             return {"global": float(indices[0])}
         means = [float(index.mean()) for index in indices]
         return dict(zip(self._names, means, strict=True))
+
+
+class _PrunedWeights(FrozenZeros):
+    """Hooks of an optimizer that keep at zero what a pruner has pruned by then."""
+
+    def __init__(self, pruner: SAPPruner, optimizer: Optimizer) -> None:
+        super().__init__([], optimizer)
+        self._pruner = pruner
+
+    def _masked_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._pruner._state()
+        return self._pruner._pruned_weights()
+
+
+def _raise_without_index(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], q: float, index: float
+) -> NoReturn:
+    """Raise the error of weights whose PQ Index is not finite."""
+    if not all(w[mask].isfinite().all() for w, mask in zip(weights, masks, strict=True)):
+        raise ValueError(f"model must have finite weights, got a PQ Index of {index}")
+    raise ValueError(
+        f"model must have weights whose powers |w|^q float64 can sum, got a PQ Index of {index} "
+        f"with q = {q}: scale the weights, or take another q"
+    )
 
 
 def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:

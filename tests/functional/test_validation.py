@@ -47,7 +47,7 @@ def test_a_bad_weight_in_a_list_is_named(case):
         pdp_thresholds([WEIGHT, weight], 0.5)
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0001, math.nan, math.inf, 2])
+@pytest.mark.parametrize("ratio", [-0.1, 1.0001, math.nan, math.inf, 2, 10**400, -(10**400)])
 @pytest.mark.parametrize("call", [pdp_mask, pdp_threshold, hard_mask])
 def test_a_sparsity_outside_of_its_range_raises(call, ratio):
     with pytest.raises(ValueError, match=rf"sparsity.*\[0, 1\], got {ratio}"):

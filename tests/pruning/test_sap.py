@@ -219,6 +219,48 @@ def test_attach_masks_until_removed():
     assert not model[0].weight[pruned].any()
 
 
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+def test_lbfgs_lowers_the_loss_of_the_pruned_model(line_search):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
+    inputs = torch.randn(64, 8)
+    labels = torch.sin(inputs @ torch.randn(8, 8))
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), 1 if line_search else 0.1, max_iter=10, line_search_fn=line_search
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    pruner = SAPPruner(model, rewind=False)
+    pruner.attach(optimizer)
+    for _ in range(4):
+        pruner.step()
+        losses = [closure().item()]
+        for _ in range(4):
+            optimizer.step(closure)
+            losses.append(closure().item())
+        assert losses == sorted(losses, reverse=True)
+    assert pruner.sparsity > 0.4
+    assert all(not model.get_parameter(name)[~mask].any() for name, mask in pruner.masks.items())
+
+
+def test_clipping_can_leave_out_the_gradients_of_pruned_weights():
+    model = two_layers()
+    pruner = SAPPruner(model, rewind=False)
+    handle = pruner.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    pruner.step()
+    for layer in model:
+        layer.weight.grad = torch.ones_like(layer.weight)
+    handle.mask_gradients()
+    gradients = {name: model.get_parameter(name).grad != 0 for name in pruner.masks}
+    assert pruner.sparsity > 0
+    assert all(torch.equal(gradients[name], mask) for name, mask in pruner.masks.items())
+
+
 def test_rewinds_all_but_the_pruned_weights():
     model = mlp()
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -456,6 +498,10 @@ def test_models_that_cannot_be_pruned_raise():
         ({"gamma": True}, TypeError, "gamma must be a number, got bool"),
         ({"beta": 1.1}, ValueError, r"beta must be in \[0, 1\], got 1.1"),
         ({"beta": math.nan}, ValueError, r"beta must be in \[0, 1\], got nan"),
+        ({"q": 10**400}, ValueError, "0 < p < q < inf, got p = 0.5, q = 1000"),
+        ({"eta": 10**400}, ValueError, "eta must be at least 0 and finite, got 1000"),
+        ({"gamma": 10**400}, ValueError, "gamma must be positive and finite, got 1000"),
+        ({"beta": 10**400}, ValueError, r"beta must be in \[0, 1\], got 1000"),
     ],
 )
 def test_bad_settings_raise(settings, error, message):
@@ -510,6 +556,20 @@ def test_a_round_that_cannot_be_done_changes_nothing(value):
     assert weights_of(model)[1][1:] == [-1, 1, 0]
     assert pruner.sparsity == 0
     assert pruner.history == []
+
+
+def test_finite_weights_whose_powers_underflow_are_told_from_infinite_ones():
+    model = nn.Linear(3, 3).double()
+    model.weight.data.fill_(1e-160)
+    pruner = SAPPruner(model, p=1.0, q=2.0)
+    message = r"weights whose powers \|w\|\^q float64 can sum, got a PQ Index of nan with q = 2.0"
+    with pytest.raises(ValueError, match=message):
+        pruner.step()
+    assert pruner.sparsity == 0
+
+
+def test_an_accuracy_too_large_for_a_float_is_infinite():
+    assert SAPPruner(two_layers()).step(accuracy=10**400).accuracy == math.inf
 
 
 @pytest.mark.parametrize("accuracy", [None, 0.9])
