@@ -53,7 +53,7 @@ def sum_input_squares(
         W_ij is the sum of X_j^2 over all vectors (of a convolution, all patches) of all batches.
 
     Raises:
-        ValueError: no batch; a weight that no batch reaches; inputs with NaN or inf.
+        ValueError: no batch; a weight that no vector reaches; inputs with NaN or inf.
     """
     sums: list[Tensor | None] = [None] * len(targets)
     handles: list[RemovableHandle] = []
@@ -65,6 +65,8 @@ def sum_input_squares(
         def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             nonlocal is_adding
             if is_adding:  # a call that _squares_before_projection makes
+                return
+            if not first_argument(args, kwargs).numel():  # no vectors
                 return
             is_adding = True
             try:
@@ -106,7 +108,10 @@ def _checked(targets: Sequence[Target], sums: Sequence[Tensor | None]) -> list[T
     found = {name: each for name, each in named if each is not None}
     broken = [name for name, each in found.items() if not each.isfinite().all()]
     if broken:
-        raise ValueError(f"calibration must give finite inputs, got NaN or inf for {broken}")
+        raise ValueError(
+            "calibration must give finite inputs, whose squares float64 can sum, got NaN or inf "
+            f"for {broken}"
+        )
     return list(found.values())
 
 
@@ -133,7 +138,8 @@ def _squares_of(holder: Holder) -> Squares:
 
 def _squares_of_vectors(inputs: Tensor) -> Tensor:
     """Return the sum over all vectors along the last dimension, (features,)."""
-    return torch.ops.pdp.channel_norms(inputs.detach(), inputs.dim() - 1, False).double().square()
+    vectors = inputs.detach().double()  # norms of finite inputs may overflow float32
+    return torch.ops.pdp.channel_norms(vectors, inputs.dim() - 1, False).square()
 
 
 def _squares_of_argument(name: str) -> Squares:

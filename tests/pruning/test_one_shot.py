@@ -191,7 +191,14 @@ ERRORS = {
         0.5,
         WANDA | {"calibration": [GOOD, BAD]},
         ValueError,
-        r"must give finite inputs, got NaN or inf for \['0.weight', '2.weight', '4.weight'\]",
+        r"must give finite inputs.* got NaN or inf for \['0.weight', '2.weight', '4.weight'\]",
+    ),
+    "no vectors": (
+        mlp,
+        0.5,
+        WANDA | {"calibration": [GOOD[:0]]},
+        ValueError,
+        r"must reach every weight to prune, got no inputs for \['0.weight', '2.weight',",
     ),
     "unused": (
         Unused,

@@ -88,6 +88,23 @@ def test_a_dead_input_is_pruned_first():
     assert (model.weight == 0).tolist() == [[False, False, True, False]] * 2
 
 
+def test_inputs_whose_norms_overflow_float32_are_measured():
+    model = nn.Linear(4, 2, bias=False)
+    inputs = torch.full((4, 4), 2e38)
+    inputs[:, 2] = 1e38
+    nn.init.constant_(model.weight, 1e-3)
+    prune_one_shot(model, 0.25, method="wanda", calibration=[inputs])
+    assert (model.weight == 0).tolist() == [[False, False, True, False]] * 2
+
+
+def test_a_batch_without_vectors_adds_nothing():
+    expected, inputs = mlp(), normal(16, 24)
+    model = copy.deepcopy(expected)
+    prune_one_shot(expected, 0.5, method="wanda", calibration=[inputs])
+    prune_one_shot(model, 0.5, method="wanda", calibration=[inputs[:0], inputs])
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+
 def test_groups_along_the_inputs_keep_the_largest_scores():
     model, inputs = nn.Linear(24, 8), normal(30, 24)
     scores = model.weight.detach().double().abs() * inputs.double().norm(dim=0)
