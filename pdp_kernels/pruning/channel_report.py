@@ -48,7 +48,7 @@ def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
         weight have a report each.
 
     Raises:
-        TypeError: model is no torch.nn.Module.
+        TypeError: model is no torch.nn.Module; dim is no int.
         ValueError: dim is neither 0 nor 1.
 
     Examples:
@@ -59,7 +59,9 @@ def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(dim, bool) or dim not in (0, 1):
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    if dim not in (0, 1):
         raise ValueError(f"dim must be 0 (outputs) or 1 (inputs), got {dim!r}")
     return list(_channel_reports(model, dim))
 

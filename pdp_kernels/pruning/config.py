@@ -12,7 +12,6 @@ from pdp_kernels.functional.validation import (
     NORMS,
     check_fraction,
     check_non_negative,
-    check_number,
     check_one_of,
     check_positive,
 )
@@ -312,7 +311,7 @@ class PDPConfig:
         pattern = parse_pattern("pattern", changes.get("pattern", cls.pattern), "output", "rms")
         setting = pattern.recommended(finetuning)
         warmup = changes.get("warmup", setting.warmup * epochs)
-        check_number("warmup", warmup)
+        check_non_negative("warmup", warmup)
         warmup = float(warmup)
         values: dict[str, Any] = {
             "sparsity": sparsity,
@@ -408,9 +407,9 @@ class PDPConfig:
         if self.reallocate is None or before >= self.ramp_end:
             return False
         # Progress is often a sum of fractions: its rounding must not delay a whole number.
+        interval = max(self.reallocate, _ROUNDING)  # the quotients stay finite
         done, due = (
-            math.floor((at - self.warmup) / self.reallocate + _ROUNDING)
-            for at in (before, progress)
+            math.floor((at - self.warmup) / interval + _ROUNDING) for at in (before, progress)
         )
         return due > done
 

@@ -98,6 +98,11 @@ def check_nm(
         GroupCheck(name='', ok=False, broken=1, first_broken=(1, 0))
     """
     check_pattern(n, m, -1 if dim is None else dim)
+    if not isinstance(model_or_tensor, (nn.Module, Tensor)):
+        raise TypeError(
+            "model_or_tensor must be a torch.nn.Module or a torch.Tensor, got "
+            f"{type(model_or_tensor).__name__}"
+        )
     if not isinstance(model_or_tensor, nn.Module):
         dim = -1 if dim is None else dim
         check_plain_weight("model_or_tensor", model_or_tensor)

@@ -1,7 +1,7 @@
 """How much of each layer can be pruned: every layer pruned alone, at several sparsities."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +117,14 @@ def sensitivity(
         config = PDPConfig(0.5, scope="layer")
     if not isinstance(config, PDPConfig):
         raise TypeError(f"config must be a PDPConfig or None, got {type(config).__name__}")
-    if len(sparsities) == 0:
+    if not callable(evaluate):
+        raise TypeError(f"evaluate must be callable, got {type(evaluate).__name__}")
+    if not isinstance(sparsities, Iterable):
+        raise TypeError(
+            f"sparsities must be a list or tuple of fractions, got {type(sparsities).__name__}"
+        )
+    sparsities = list(sparsities)
+    if not sparsities:
         raise ValueError("sparsities must hold at least one fraction, got none")
     for index, sparsity in enumerate(sparsities):
         check_fraction(f"sparsities[{index}]", sparsity)

@@ -65,6 +65,12 @@ def test_a_budget_is_reallocated_at_each_interval_of_the_ramp():
     assert not any(never.reallocates(a, b) for a, b in pairwise(steps))
 
 
+def test_the_shortest_interval_reallocates_at_each_step_of_the_ramp():
+    config = PDPConfig(0.5, warmup=2, ramp=3, reallocate=1e-320)
+    steps = [0, 3, 3.5, 5, 6]
+    assert [config.reallocates(a, b) for a, b in pairwise(steps)] == [True, True, True, False]
+
+
 def test_overrides_change_what_they_name():
     config = PDPConfig(
         0.9,
@@ -130,6 +136,8 @@ BAD = {
     "tau of text": ({"tau": "cold"}, TypeError, "tau must be a number, got str"),
     "warmup": ({"warmup": -1}, ValueError, "warmup must be at least 0 and finite, got -1"),
     "no warmup": ({"warmup": None}, TypeError, "warmup must be a number, got NoneType"),
+    "long warmup": ({"warmup": 10**400}, ValueError, "warmup must be at least 0 and.*got 1000"),
+    "large sparsity": ({"sparsity": 10**400}, ValueError, r"in \[0, 1\], got 1000"),
     "ramp": ({"ramp": math.inf}, ValueError, "ramp must be at least 0 and finite, got inf"),
     "anneal": ({"anneal": -0.5}, ValueError, "anneal must be at least 0 and finite, got -0.5"),
     "epsilon": ({"epsilon": 0}, ValueError, "epsilon must be positive and finite, got 0"),

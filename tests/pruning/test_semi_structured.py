@@ -153,7 +153,7 @@ def test_models_without_a_weight_to_check_raise():
             check_nm(model)
     with pytest.raises(ValueError, match=r"size along dim 0 is a multiple of m = 4"):
         check_nm(nn.Linear(4, 6), dim=0)
-    with pytest.raises(TypeError, match=r"model_or_tensor must be a torch\.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module or a torch\.Tensor, got list"):
         check_nm([1.0])
 
 

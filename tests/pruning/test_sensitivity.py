@@ -85,6 +85,7 @@ def test_numbers_of_numpy_prune_as_their_doubles():
         (small_model, [1.5], None, ValueError, r"sparsities\[0\] must be in \[0, 1\], got 1\.5"),
         (small_model, [torch.tensor(0.5)], None, TypeError, r"a number in \[0, 1\], got Tensor"),
         (small_model, [], None, ValueError, "at least one fraction, got none"),
+        (small_model, 0.5, None, TypeError, "a list or tuple of fractions, got float"),
         (small_model, [0.5], {}, TypeError, "config must be a PDPConfig or None, got dict"),
         (small_model, [0.5], PDPConfig(pattern="2:4"), ValueError, r"any sparsity for 0\.weight"),
         (masked_model, [0.5], None, ValueError, "must not have the masks of a pruner"),
@@ -94,3 +95,8 @@ def test_numbers_of_numpy_prune_as_their_doubles():
 def test_bad_arguments_raise_before_the_first_evaluation(model, sparsities, config, error, message):
     with pytest.raises(error, match=message):
         sensitivity(model(), lambda _: pytest.fail("evaluated"), sparsities, config=config)
+
+
+def test_an_evaluation_that_cannot_be_called_raises():
+    with pytest.raises(TypeError, match="evaluate must be callable, got NoneType"):
+        sensitivity(small_model(), None)
