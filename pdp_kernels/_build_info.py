@@ -101,7 +101,10 @@ def _mend(cuda: str) -> str:
     if "TORCH_CUDA_ARCH_LIST" in record.left_out.get("_C_cuda", ""):
         return f"Set TORCH_CUDA_ARCH_LIST to 8.0 or later, or unset it, and {build_again}"
     if obstacle_of_the_driver():
-        return f"Install a newer driver, or set CUDA_HOME to an older toolkit and {build_again}"
+        return (
+            "Install a newer driver. Or, for a driver of CUDA 12.1 or later, set CUDA_HOME to an "
+            f"older toolkit and {build_again}"
+        )
     if record.toolkit is None or major(record.toolkit) != major(cuda):
         return f"Set CUDA_HOME to a toolkit of CUDA {major(cuda)}, 12.1 or later, and {build_again}"
     return f"The build had torch {record.torch}: {build_again}"

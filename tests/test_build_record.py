@@ -100,7 +100,16 @@ def test_a_driver_older_than_the_toolkit(installed):
     installed(BuildRecord("2.11.0", "13.0", "13.0", {}), cuda="12.6", driver=(12, 4))
     message = the_warning()
     assert "the NVIDIA driver serves CUDA 12.4, and the module is built with 13.0. " in message
-    assert "Install a newer driver, or set CUDA_HOME to an older toolkit and" in message
+    assert "Or, for a driver of CUDA 12.1 or later, set CUDA_HOME to an older toolkit " in message
+
+
+def test_a_driver_that_takes_short_kernel_arguments_alone(installed):
+    record = BuildRecord("2.11.0", "12.8", "12.8", {})
+    installed(record, cuda="12.8", driver=(12, 0))
+    message = the_warning()
+    assert "the NVIDIA driver serves CUDA 12.0, and the module needs 12.1 or later. " in message
+    installed(record, cuda="12.8", driver=(12, 1))
+    assert build_record.obstacle_of_the_driver() is None
 
 
 def test_a_driver_of_the_toolkits_major_serves_it(installed):

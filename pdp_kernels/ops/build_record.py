@@ -11,6 +11,7 @@ LEFT_OUT_BY_REQUEST = "it was left out by PDP_BUILD_CUDA=0"
 # The oldest GPUs that kernels are compiled for, by setup.py and by Triton, whose own list of
 # supported hardware begins there too.
 OLDEST_CAPABILITY = (8, 0)
+OLDEST_DRIVER = (12, 1)  # from this CUDA on kernel arguments may take 32,764 bytes
 
 
 class BuildRecord(NamedTuple):
@@ -48,10 +49,14 @@ def obstacle_of_the_driver() -> str | None:
     if record is None or record.toolkit is None or "_C_cuda" in record.left_out:
         return None
     driver = driver_version()
-    if driver is None or driver[0] >= major(record.toolkit):
+    if driver is None:
         return None
-    served = _dotted(driver)
-    return f"the NVIDIA driver serves CUDA {served}, and the module is built with {record.toolkit}"
+    served = f"the NVIDIA driver serves CUDA {_dotted(driver)}"
+    if driver[0] < major(record.toolkit):
+        return f"{served}, and the module is built with {record.toolkit}"
+    if driver < OLDEST_DRIVER:
+        return f"{served}, and the module needs {_dotted(OLDEST_DRIVER)} or later"
+    return None
 
 
 def obstacle_of_the_gpus() -> str | None:
