@@ -328,3 +328,5 @@ def test_report_names_dead_channels():
         channel_report(torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"dim must be 0 \(outputs\) or 1 \(inputs\), got 2"):
         channel_report(model, dim=2)
+    with pytest.raises(TypeError, match="dim must be an int, got float"):
+        channel_report(model, dim=1.0)
