@@ -53,7 +53,8 @@ def sum_input_squares(
         W_ij is the sum of X_j^2 over all vectors (of a convolution, all patches) of all batches.
 
     Raises:
-        ValueError: no batch; a weight that no vector reaches; inputs with NaN or inf.
+        ValueError: no batch; a weight that no vector reaches; inputs with NaN or inf, or whose
+            norms overflow.
     """
     sums: list[Tensor | None] = [None] * len(targets)
     handles: list[RemovableHandle] = []
@@ -109,8 +110,8 @@ def _checked(targets: Sequence[Target], sums: Sequence[Tensor | None]) -> list[T
     broken = [name for name, each in found.items() if not each.isfinite().all()]
     if broken:
         raise ValueError(
-            "calibration must give finite inputs, whose squares float64 can sum, got NaN or inf "
-            f"for {broken}"
+            "calibration must give inputs whose norms are finite in their own dtype, got NaN or "
+            f"inf for {broken}"
         )
     return list(found.values())
 
@@ -138,8 +139,7 @@ def _squares_of(holder: Holder) -> Squares:
 
 def _squares_of_vectors(inputs: Tensor) -> Tensor:
     """Return the sum over all vectors along the last dimension, (features,)."""
-    vectors = inputs.detach().double()  # norms of finite inputs may overflow float32
-    return torch.ops.pdp.channel_norms(vectors, inputs.dim() - 1, False).square()
+    return torch.ops.pdp.channel_norms(inputs.detach(), inputs.dim() - 1, False).double().square()
 
 
 def _squares_of_argument(name: str) -> Squares:

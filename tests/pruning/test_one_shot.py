@@ -191,7 +191,7 @@ ERRORS = {
         0.5,
         WANDA | {"calibration": [GOOD, BAD]},
         ValueError,
-        r"must give finite inputs.* got NaN or inf for \['0.weight', '2.weight', '4.weight'\]",
+        r"whose norms are finite.* got NaN or inf for \['0.weight', '2.weight', '4.weight'\]",
     ),
     "no vectors": (
         mlp,
