@@ -48,6 +48,10 @@ VARIANTS = {
     "5 blocks": (Change("selection.cuh", "kSelectionBlocks", "5"),),
     "sampling in 512 threads": (Change("sample.cuh", "kSampleThreads", "512"),),
     "brackets of 4 deviations": (Change("sample.cuh", "kDeviations", "4"),),
+    "samples of 8,192 keys": (Change("sample.cuh", "kMaxSample", "8 * 1024"),),
+    "brackets of 256 bins": (
+        Change("sample.cuh", "kBracketBins", "sizeof(Key) == 2 ? 4096 : 256"),
+    ),
     "samples from 2^20 weights": (Change("thresholds.cuh", "kSampledFrom", "1 << 20"),),
     "samples from 2^24 weights": (Change("thresholds.cuh", "kSampledFrom", "1 << 24"),),
 }

@@ -54,25 +54,25 @@ MUTATIONS = [
     Mutation(
         "last_to_arrive: no barrier before the fence",
         "block.cuh",
-        "  __syncthreads();\n  if (threadIdx.x == 0) {\n    __threadfence();",
+        "  __syncthreads();\n  if (threadIdx.x == 0) {\n    scratch = arrive",
         BARRIER,
     ),
     Mutation(
         "last_to_arrive: no barrier after the answer",
         "block.cuh",
-        "    __threadfence();\n  }\n  __syncthreads();\n  return scratch;",
+        "== total;\n  }\n  __syncthreads();\n  return scratch;",
         BARRIER,
     ),
     Mutation(
         "last_to_arrive: no fence before the atomic",
         "block.cuh",
-        "    __threadfence();\n    scratch = atomicAdd",
+        "  __threadfence();\n  const Count before = atomicAdd",
         FENCE,
     ),
     Mutation(
         "last_to_arrive: no fence after the atomic",
         "block.cuh",
-        "== total;\n    __threadfence();",
+        "= atomicAdd(done, mine);\n  __threadfence();",
         FENCE,
     ),
     Mutation(
@@ -103,7 +103,7 @@ MUTATIONS = [
     Mutation(
         "select_in_block: no barrier before the keys are counted",
         "block_select.cuh",
-        "    scratch.counters.clear();\n    __syncthreads();",
+        "    scratch.counters.clear(bins);\n    __syncthreads();",
         BARRIER,
     ),
     Mutation(
@@ -165,7 +165,7 @@ MUTATIONS = [
     Mutation(
         "bracket: no barrier before the merged counts are read",
         "bracket.cuh",
-        "      copy_histogram(histogram, bins, shared.merged);\n      __syncthreads();",
+        "shared.merged);\n    }\n    __syncthreads();",
         BARRIER,
     ),
     Mutation(
@@ -174,13 +174,6 @@ MUTATIONS = [
         "shared.merged);\n  __syncthreads();",
         BARRIER,
         workload="digits-float32",
-    ),
-    Mutation(
-        "fall_back: no barrier before the counts are cleared",
-        "bracket.cuh",
-        "const Slice<Key>& slice) {\n  __syncthreads();  // the counts have been read",
-        BARRIER,
-        workload="thresholds-misled",
     ),
     Mutation(
         "first_digit: no barrier after the counters are cleared",

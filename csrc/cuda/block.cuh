@@ -201,14 +201,32 @@ __device__ void find_next_bin(CountOf count, int32_t bins, RankScratch& scratch)
   __syncthreads();
 }
 
+// Adds to a counter in device memory and returns what it was. Releases what the block has written,
+// and acquires what others have released. Fences on both sides of a plain atomic do so too, but
+// they are two and sequentially consistent ones, and before a fence nvcc makes every atomic return
+// its old value.
+__device__ inline Count arrive(Count* done, Count mine) {
+#ifdef __CUDA_ARCH__
+  Count before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(done), "l"(mine)
+               : "memory");
+  return before;
+#else
+  __threadfence();
+  const Count before = atomicAdd(done, mine);
+  __threadfence();
+  return before;
+#endif
+}
+
 // Returns true in the block that brings *done to `total`. That block then sees everything that the
 // others wrote before they arrived. Called by all threads.
 __device__ inline bool last_to_arrive(Count* done, Count mine, Count total, bool& scratch) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    scratch = atomicAdd(done, mine) + mine == total;
-    __threadfence();
+    scratch = arrive(done, mine) + mine == total;
   }
   __syncthreads();
   return scratch;

@@ -44,28 +44,33 @@ struct SelectScratch {
   WideKey<Key> least;
 };
 
-// Returns the order statistic of a rank among key_at(0), ..., key_at(size - 1). It begins with a
-// barrier, so other threads of the block may have written the keys. Called by all threads.
+// The bits of a key, which the digits of a radix select share.
+template <typename Key>
+constexpr int32_t kKeyBits = kDigitsOf<Key>.digit(0).shift + kDigitsOf<Key>.digit(0).bits;
+
+// Returns the order statistic of a rank among key_at(0), ..., key_at(size - 1), which are below
+// 2^bits. It begins with a barrier, so other threads of the block may have written the keys. Called
+// by all threads.
 template <typename Key, typename KeyAt>
 __device__ OrderStatistic<Key> select_in_block(KeyAt key_at, int64_t size, int64_t rank,
-                                               SelectScratch<Key>& scratch) {
-  constexpr KeyDigits kDigits = kDigitsOf<Key>;
+                                               int32_t bits, SelectScratch<Key>& scratch) {
+  constexpr int32_t kWidest = kDigitsOf<Key>.bits[0];
   OrderStatistic<Key> found = {0, rank, size};
-#pragma unroll
-  for (int index = 0; index < kDigits.count; ++index) {
-    const Digit digit = kDigits.digit(index);
-    scratch.counters.clear();
+  while (bits > 0) {
+    const int32_t width = min(bits, kWidest), bins = 1 << width;
+    bits -= width;
+    scratch.counters.clear(bins);
     __syncthreads();
     for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
       const Key key = key_at(i);
-      if (key >> digit.shift >> digit.bits == found.key) {
-        scratch.counters.add(static_cast<uint32_t>(key >> digit.shift) & (digit.bins() - 1));
+      if (key >> bits >> width == found.key) {
+        scratch.counters.add(static_cast<uint32_t>(key >> bits) & (bins - 1));
       }
     }
     __syncthreads();
     const auto count = [&](int32_t bin) { return scratch.counters[bin]; };
-    find_rank(count, digit.bins(), static_cast<Count>(found.rank), scratch.rank);
-    found.key = static_cast<Key>(found.key << digit.bits) | static_cast<Key>(scratch.rank.bin);
+    find_rank(count, bins, static_cast<Count>(found.rank), scratch.rank);
+    found.key = static_cast<Key>(found.key << width) | static_cast<Key>(scratch.rank.bin);
     found.rank -= static_cast<int64_t>(scratch.rank.below);
     found.count = static_cast<int64_t>(scratch.rank.count);
   }

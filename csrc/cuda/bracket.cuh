@@ -51,6 +51,11 @@ struct BracketShared {
   bool last;
 };
 
+// What all blocks have counted in a tensor.
+struct BracketCounts {
+  int64_t below, at_low, at_high, inside;
+};
+
 template <typename Key>
 struct SurvivorsShared {
   static constexpr int32_t kStaged = 2048;
@@ -245,7 +250,6 @@ class BracketCounter {
 // Starts a radix select, as the bracket did not lead to v_k. Called by all threads.
 template <typename Key>
 __device__ void fall_back(const Selection<Key>& selection, const Slice<Key>& slice) {
-  __syncthreads();  // the counts have been read
   if (!slice.is_whole_tensor()) {
     Count* histogram = histogram_of(selection, slice.tensor, slice.entry);
     for (int32_t bin = threadIdx.x; bin < selection.bins; bin += blockDim.x) histogram[bin] = 0;
@@ -261,11 +265,12 @@ __device__ void fall_back(const Selection<Key>& selection, const Slice<Key>& sli
 // Called by all threads.
 template <typename Key, typename CountOf>
 __device__ bool find_in_bins(const Selection<Key>& selection, const Slice<Key>& slice,
-                             CountOf count, int64_t rank, RankScratch& scratch) {
+                             const Bracket<Key>& bracket, CountOf count, int64_t rank,
+                             RankScratch& scratch) {
   SelectionState<Key>& state = selection.states[slice.tensor];
-  const int32_t bins = state.bracket.bins();
+  const int32_t bins = bracket.bins();
   if (!try_find_rank(count, bins, static_cast<Count>(rank), scratch)) return false;
-  const auto key_of = [&](uint32_t bin) { return static_cast<Key>(state.bracket.low + bin); };
+  const auto key_of = [&](uint32_t bin) { return static_cast<Key>(bracket.low + bin); };
   OrderStatistic<Key> kth = {key_of(scratch.bin), rank - static_cast<int64_t>(scratch.below),
                              static_cast<int64_t>(scratch.count)};
   Key next = kth.key;
@@ -281,15 +286,13 @@ __device__ bool find_in_bins(const Selection<Key>& selection, const Slice<Key>& 
 // Finds v_k at an end of the bracket, or the bin that it is in. Returns whether it is inside and
 // all candidates are there. Called by all threads.
 template <typename Key, typename CountOf>
-__device__ bool find_bin(const Selection<Key>& selection, const Slice<Key>& slice, CountOf count,
+__device__ bool find_bin(const Selection<Key>& selection, const Slice<Key>& slice,
+                         const Bracket<Key>& bracket, const BracketCounts& counts, CountOf count,
                          int64_t rank, RankScratch& scratch) {
   const TableEntry& entry = slice.entry;
   SelectionState<Key>& state = selection.states[slice.tensor];
-  const Bracket<Key> bracket = state.bracket;
   const Key high = static_cast<Key>(bracket.low + bracket.width);
-  const auto at_low = static_cast<int64_t>(state.at_low);
-  const auto at_high = static_cast<int64_t>(state.at_high);
-  const auto inside = static_cast<int64_t>(state.reserved);
+  const int64_t at_low = counts.at_low, at_high = counts.at_high, inside = counts.inside;
   if (rank < 0 || inside > candidate_capacity(entry.size)) return false;
 
   OrderStatistic<Key> kth = {bracket.low, rank, at_low};
@@ -331,11 +334,11 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     bracket_kernel(Selection<Key> selection) {
   wait_for_earlier_kernels();
   auto& shared = shared_memory<BracketShared<Key>>();
-  for_each_slice(selection, shared.slice, [&] {
+  for_each_slice(selection, shared.slice, search_loader(selection, shared), [&] {
     const Slice<Key>& slice = shared.slice;
     const TableEntry& entry = slice.entry;
     SelectionState<Key>& state = selection.states[slice.tensor];
-    if (!begin_slice(selection, shared, Stage::kBracket)) return;
+    if (shared.search.stage != Stage::kBracket) return;
     const Bracket<Key> bracket = shared.search.bracket;
     const int32_t bins = bracket.bins();
     shared.counters.clear(bins);
@@ -360,19 +363,24 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
                         static_cast<Count>(entry.tiles), shared.last)) {
       return;
     }
+    // Loaded together with the histogram.
+    const BracketCounts counts = {
+        static_cast<int64_t>(state.below), static_cast<int64_t>(state.at_low),
+        static_cast<int64_t>(state.at_high), static_cast<int64_t>(state.reserved)};
     if (!whole) {
-      copy_histogram(histogram, bins, shared.merged);
-      __syncthreads();
+      constexpr int kEach = kBracketBins<Key> / kSelectionThreads;
+      copy_histogram<kSelectionThreads, kEach>(histogram, bins, shared.merged);
     }
+    __syncthreads();  // all threads have read what fall_back writes
     const auto count = [&](int32_t bin) {
       return whole ? shared.counters[bin] : shared.merged[bin];
     };
-    const int64_t rank = shared.search.rank - static_cast<int64_t>(state.below);
+    const int64_t rank = shared.search.rank - counts.below;
     bool found = false;
     if (bracket.shift == 0) {
-      found = find_in_bins(selection, slice, count, rank, shared.rank);
+      found = find_in_bins(selection, slice, bracket, count, rank, shared.rank);
     } else if (kCollects<Key>) {
-      found = find_bin(selection, slice, count, rank, shared.rank);
+      found = find_bin(selection, slice, bracket, counts, count, rank, shared.rank);
     }
     if (!found) fall_back(selection, slice);
     // An atomic, since nothing else orders this after the other blocks' atomics on it.
@@ -386,11 +394,11 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     survivors_kernel(Selection<Key> selection) {
   wait_for_earlier_kernels();
   auto& shared = shared_memory<SurvivorsShared<Key>>();
-  for_each_slice(selection, shared.slice, [&] {
+  for_each_slice(selection, shared.slice, search_loader(selection, shared), [&] {
     const Slice<Key>& slice = shared.slice;
     const TableEntry& entry = slice.entry;
     SelectionState<Key>& state = selection.states[slice.tensor];
-    if (!begin_slice(selection, shared, Stage::kSurvivors)) return;
+    if (shared.search.stage != Stage::kSurvivors) return;
     const Bracket<Key> bracket = shared.search.bracket;
     const int32_t bin = shared.search.bin;
     Key* survivors = selection.survivors_of(entry);
@@ -417,11 +425,18 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
       // Each digit reads the keys again, which takes longer from device memory.
       const bool few = size <= SurvivorsShared<Key>::kStaged;
       if (few) {
-        for (int64_t i = threadIdx.x; i < size; i += blockDim.x) shared.staged[i] = survivors[i];
+#pragma unroll
+        for (int32_t i = 0; i < SurvivorsShared<Key>::kStaged; i += kSelectionThreads) {
+          const int32_t place = i + static_cast<int32_t>(threadIdx.x);
+          if (place < size) shared.staged[place] = survivors[place];
+        }
       }
       const Key* keys = few ? shared.staged : survivors;
       const auto key_at = [&](int64_t i) { return keys[i]; };
-      kth = select_in_block(key_at, size, kth.rank, shared.select);
+      const Key low = static_cast<Key>(bracket.low + (static_cast<Key>(bin) << bracket.shift));
+      const auto low_bits_at = [&](int64_t i) { return static_cast<Key>(keys[i] - low); };
+      kth = select_in_block(low_bits_at, size, kth.rank, bracket.shift, shared.select);
+      kth.key = static_cast<Key>(kth.key + low);
       const bool tied = kth.rank + 1 < kth.count;
       above = tied ? kth.key : least_above(kth.key, key_at, size, above, shared.select);
     }

@@ -107,7 +107,8 @@ template <typename Key>
 __global__ void __launch_bounds__(kCountThreads, kCountBlocksPerMultiprocessor)
     count_digit_kernel(const __grid_constant__ DigitCounts<Key> plan) {
   auto& shared = shared_memory<DigitCountsShared<Key>>();
-  for_each_slice(plan, shared.slice, [&] {
+  const auto nothing_else = [](int32_t) {};
+  for_each_slice(plan, shared.slice, nothing_else, [&] {
     const Slice<Key>& slice = shared.slice;
     using Range = KeyRange<Key>;
     using Number = typename Range::Number;

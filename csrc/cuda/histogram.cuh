@@ -35,10 +35,28 @@ __device__ void merge_counters(const Counters& counters, Count* histogram,
 }
 
 // Copies a histogram that blocks have merged from device memory to shared memory: reading a bin
-// after the other there takes longer. Ends without a barrier. Called by all threads.
-__device__ inline void copy_histogram(const Count* histogram, int32_t bins, Count* counts) {
-#pragma unroll 8
-  for (int32_t bin = threadIdx.x; bin < bins; bin += blockDim.x) counts[bin] = histogram[bin];
+// after the other there takes longer. All loads come before the first store: a loop that ends at
+// `bins` would wait for each, even unrolled. Ends without a barrier. Called by all of kThreads
+// threads, for at most kEach bins each.
+template <int kThreads, int kEach>
+__device__ void copy_histogram(const Count* histogram, int32_t bins, Count* counts) {
+  if constexpr (kEach > 1) {
+    if (bins <= kEach / 2 * kThreads) {
+      copy_histogram<kThreads, kEach / 2>(histogram, bins, counts);
+      return;
+    }
+  }
+  Count loaded[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    // No branch, for nvcc would put the stores between the branches.
+    loaded[i] = histogram[min(static_cast<int32_t>(threadIdx.x) + i * kThreads, bins - 1)];
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int32_t bin = static_cast<int32_t>(threadIdx.x) + i * kThreads;
+    if (bin < bins) counts[bin] = loaded[i];
+  }
 }
 
 }  // namespace pdp

@@ -38,17 +38,17 @@ __device__ void for_each_weight_key(const TableEntry& entry, int64_t begin, int6
 // Picks the next digit of v_k from the tensor's histogram. Called by all threads.
 template <typename Key, typename CountOf>
 __device__ void pick_digit(const Selection<Key>& selection, Digit digit, const Slice<Key>& slice,
-                           CountOf count, RankScratch& scratch) {
+                           const Search<Key>& search, CountOf count, RankScratch& scratch) {
   SelectionState<Key>& state = selection.states[slice.tensor];
   const int32_t bins = digit.bins();
-  const int64_t rank_in_prefix = state.rank;
+  const int64_t rank_in_prefix = search.rank;
   find_rank(count, bins, static_cast<Count>(rank_in_prefix), scratch);
   const int64_t rank = rank_in_prefix - static_cast<int64_t>(scratch.below);
   const bool kth_is_last_of_bin = rank + 1 == static_cast<int64_t>(scratch.count);
   if (digit.last && kth_is_last_of_bin) find_next_bin(count, bins, scratch);
   if (threadIdx.x != 0) return;
 
-  const Key prefix = static_cast<Key>(state.prefix << digit.bits);
+  const Key prefix = static_cast<Key>(search.prefix << digit.bits);
   const Key kth = prefix | static_cast<Key>(scratch.bin);
   if (state.reserved > 0) state.buffered = static_cast<int64_t>(state.reserved);
   state.prefix = kth;
@@ -60,7 +60,8 @@ __device__ void pick_digit(const Selection<Key>& selection, Digit digit, const S
     const bool inside = static_cast<int32_t>(scratch.next) < bins;
     next = static_cast<Key>(inside ? prefix | static_cast<Key>(scratch.next) : state.next);
   }
-  store_found(selection, slice.entry, {kth, state.rank, state.count}, next, state);
+  store_found(selection, slice.entry, {kth, rank, static_cast<int64_t>(scratch.count)}, next,
+              state);
 }
 
 // Counts a key's digit if the key's higher digits equal the prefix, and returns whether they do.
@@ -83,7 +84,7 @@ __device__ void finish_slice(const Selection<Key>& selection, Digit digit, const
   __syncthreads();
   if (slice.is_whole_tensor()) {
     const auto count = [&](int32_t bin) { return shared.counters[bin]; };
-    pick_digit(selection, digit, slice, count, shared.rank);
+    pick_digit(selection, digit, slice, shared.search, count, shared.rank);
     return;
   }
   Count* histogram = histogram_of(selection, slice.tensor, slice.entry);
@@ -91,10 +92,11 @@ __device__ void finish_slice(const Selection<Key>& selection, Digit digit, const
   Count* tiles_done = &selection.states[slice.tensor].tiles_done;
   const auto tiles = static_cast<Count>(slice.entry.tiles);
   if (!last_to_arrive(tiles_done, static_cast<Count>(slice.tiles), tiles, shared.last)) return;
-  copy_histogram(histogram, digit.bins(), shared.merged);
+  constexpr int kEach = DigitHistogram<Key>::kBins / kSelectionThreads;
+  copy_histogram<kSelectionThreads, kEach>(histogram, digit.bins(), shared.merged);
   __syncthreads();
   const auto count = [&](int32_t bin) { return shared.merged[bin]; };
-  pick_digit(selection, digit, slice, count, shared.rank);
+  pick_digit(selection, digit, slice, shared.search, count, shared.rank);
   for (int32_t bin = threadIdx.x; bin < digit.bins(); bin += blockDim.x) histogram[bin] = 0;
   // An atomic, since nothing else orders this after the other blocks' atomics on it.
   if (threadIdx.x == 0) atomicExch(tiles_done, Count{0});
@@ -103,6 +105,7 @@ __device__ void finish_slice(const Selection<Key>& selection, Digit digit, const
 // Whether a tensor is left to a radix select. Called by all threads.
 template <typename Key>
 __device__ bool has_work(const Selection<Key>& selection) {
+  if (!selection.sampled) return true;
   return __syncthreads_or(threadIdx.x == 0 && *selection.unfinished > 0);
 }
 
@@ -122,9 +125,9 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
   wait_for_earlier_kernels();
   auto& shared = shared_memory<FirstDigitShared<Key>>();
   if (!has_work(selection)) return;
-  for_each_slice(selection, shared.slice, [&] {
+  for_each_slice(selection, shared.slice, search_loader(selection, shared), [&] {
     const Slice<Key>& slice = shared.slice;
-    if (!begin_slice(selection, shared, Stage::kDigits)) return;
+    if (shared.search.stage != Stage::kDigits) return;
     shared.counters.clear();
     __syncthreads();
     for_each_weight_key<Key>(
@@ -187,10 +190,10 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
   wait_for_earlier_kernels();
   auto& shared = shared_memory<LaterDigitShared<Key>>();
   if (!has_work(selection)) return;
-  for_each_slice(selection, shared.slice, [&] {
+  for_each_slice(selection, shared.slice, search_loader(selection, shared), [&] {
     const Slice<Key>& slice = shared.slice;
     SelectionState<Key>& state = selection.states[slice.tensor];
-    if (!begin_slice(selection, shared, Stage::kDigits)) return;
+    if (shared.search.stage != Stage::kDigits) return;
     const Key prefix = shared.search.prefix;
     const int64_t buffered = shared.search.buffered;
     Key* candidates = selection.candidates_of(slice.entry);

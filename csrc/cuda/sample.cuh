@@ -227,12 +227,15 @@ __global__ void __launch_bounds__(kSampleThreads)
 
   if (entry.tiles == 0) {
     with_weights<Key>(entry, [&](const auto* weights) {
-      for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+    // 16 loads at once: one by one, each would wait for the one before.
+#pragma unroll 16
+      for (int32_t i = threadIdx.x; i < static_cast<int32_t>(size); i += kSampleThreads) {
         shared.keys[i] = magnitude_key(weights[i]);
       }
     });
     const auto key_at = [&](int64_t i) { return shared.keys[i]; };
-    const OrderStatistic<Key> kth = select_in_block(key_at, size, k - 1, shared.scratch);
+    const OrderStatistic<Key> kth =
+        select_in_block(key_at, size, k - 1, kKeyBits<Key>, shared.scratch);
     Key next = kth.key;
     if (kth.rank + 1 == kth.count) {
       next = least_above(kth.key, key_at, size, static_cast<Key>(~Key{0}), shared.scratch);

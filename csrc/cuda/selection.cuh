@@ -26,10 +26,13 @@ constexpr bool kCollects = sizeof(Key) > 2;
 // Room for the keys that a pass over the weights leaves to later ones. Of normally distributed
 // float32 weights, the bin of a first digit that holds the median or the 90th percentile (an eighth
 // of an octave) has 2 to 6%, and the bracket of a sample at most 8%.
-PDP_HOST_DEVICE int64_t candidate_capacity(int64_t size) { return size / 8; }
+// A multiple of 16 keys, so that what lies behind begins at whole packets too.
+PDP_HOST_DEVICE int64_t candidate_capacity(int64_t size) { return size / 128 * 16; }
 
 // Room for the candidates of one bin of a bracket, about 40 in a million weights.
-PDP_HOST_DEVICE int64_t survivor_capacity(int64_t size) { return size / 4096 + 1024; }
+PDP_HOST_DEVICE int64_t survivor_capacity(int64_t size) {
+  return (size / 4096 + 1024 + 15) / 16 * 16;
+}
 
 // The highest key of a weight whose NaNs are as they are stored.
 template <typename Key>
@@ -122,16 +125,18 @@ __device__ Count* histogram_of(const Selection<Key>& selection, int32_t tensor,
   return selection.histograms + slot * selection.bins;
 }
 
+// Only a tensor that loses some of its weights, but not all, is searched: k = 1 of n = 2 stands for
+// any such numbers.
 template <typename Key>
-__device__ double threshold_of(WeightType type, Key kth, Key next, int64_t k, int64_t n) {
+__device__ double threshold_of(WeightType type, Key kth, Key next) {
   if constexpr (sizeof(Key) == sizeof(double)) {
-    return threshold_between<double>(kth, next, k, n);
+    return threshold_between<double>(kth, next, 1, 2);
   } else if constexpr (sizeof(Key) == sizeof(float)) {
-    return threshold_between<float>(kth, next, k, n);
+    return threshold_between<float>(kth, next, 1, 2);
   } else if (type == WeightType::kBFloat16) {
-    return threshold_between<BFloat16>(kth, next, k, n);
+    return threshold_between<BFloat16>(kth, next, 1, 2);
   } else {
-    return threshold_between<Half>(kth, next, k, n);
+    return threshold_between<Half>(kth, next, 1, 2);
   }
 }
 
@@ -143,18 +148,13 @@ __device__ void store_found(const Selection<Key>& selection, const TableEntry& e
   state.prefix = kth.key;
   state.rank = kth.rank;
   state.count = kth.count;
-  const int64_t k = selection.prune_counts[entry.position];
-  selection.thresholds.store(entry.position,
-                             threshold_of(entry.type, kth.key, next, k, entry.size));
+  selection.thresholds.store(entry.position, threshold_of(entry.type, kth.key, next));
 }
 
-// Copies the search in the slice's tensor to shared memory, and returns whether it is at this
-// stage. Called by all threads.
+// Returns a function of one thread that copies the search in a tensor to shared memory.
 template <typename Key, typename Shared>
-__device__ bool begin_slice(const Selection<Key>& selection, Shared& shared, Stage stage) {
-  if (threadIdx.x == 0) shared.search = selection.states[shared.slice.tensor];
-  __syncthreads();
-  return shared.search.stage == stage;
+__device__ auto search_loader(const Selection<Key>& selection, Shared& shared) {
+  return [&](int32_t tensor) { shared.search = selection.states[tensor]; };
 }
 
 }  // namespace pdp

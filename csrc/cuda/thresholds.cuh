@@ -59,6 +59,9 @@ Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& wor
       candidates += candidate_capacity(weight.size) + survivor_capacity(weight.size);
     }
   }
+  // Those without tiles come last, where no block has to step over them.
+  std::stable_partition(table.begin(), table.end(),
+                        [](const TableEntry& entry) { return entry.tiles > 0; });
 
   Selection<Key> selection = {};
   selection.prune_counts = request.prune_counts;

@@ -116,7 +116,8 @@ struct Slice {
   // The places of this slice among `size` values that replace the tensor's weights. Only the device
   // knows how many there are: each tile stands for an equal number.
   __device__ Range range_of(int64_t size) const {
-    const int64_t per_tile = size / entry.tiles + 1;
+    constexpr int64_t kPerPacket = 16 / sizeof(Key);
+    const int64_t per_tile = (size / entry.tiles + kPerPacket) / kPerPacket * kPerPacket;
     const int64_t begin = min(first_tile * per_tile, size);
     return {begin, min(begin + tiles * per_tile, size)};
   }
@@ -137,12 +138,15 @@ __device__ void with_weights(const TableEntry& entry, Function function) {
 }
 
 // Calls process() for every tensor that this block has tiles of, and for tensors without tiles
-// between them. `slice`, in shared memory, says which tiles. Called by all threads.
-template <typename Key, typename Process>
-__device__ void for_each_slice(const WeightTable<Key>& table, Slice<Key>& slice, Process process) {
+// between them. `slice`, in shared memory, says which tiles. One thread calls prepare(tensor)
+// before, so that what it loads comes together with the entry. Called by all threads.
+template <typename Key, typename Prepare, typename Process>
+__device__ void for_each_slice(const WeightTable<Key>& table, Slice<Key>& slice, Prepare prepare,
+                               Process process) {
   const auto block = static_cast<int32_t>(blockIdx.x);
   const auto take = [&](int32_t tensor, int32_t tile) {
     const TableEntry entry = table.entries[tensor];
+    prepare(tensor);
     const int32_t run_end = table.run_begin(block + 1);
     const int32_t end = min(run_end, entry.tile_begin + entry.tiles);
     slice = {entry, tensor, tile - entry.tile_begin, end - tile, end < run_end};

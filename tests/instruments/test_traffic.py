@@ -50,7 +50,7 @@ MOST = {
         "soft_mask_list_backward": (6, 1),
     },
     ("300 x 50,000", "float32"): {
-        "thresholds": (5.0, 6),
+        "thresholds": (5.02, 6),
         "digit_counts": (4.7, 2),
         "power_sums": (4.2, 3),
         "soft_mask_list": (8, 1),
