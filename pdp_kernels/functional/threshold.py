@@ -71,7 +71,7 @@ def pdp_thresholds(
             each weight, or a floating point tensor of shape () or (L,) on the weights' device. A
             tensor is read on the device alone, so that a captured CUDA graph and a compiled
             function follow its values. They are not checked: a value outside [0, 1] acts as the
-            nearer end.
+            nearer end, NaN as 0.
 
     Returns:
         The thresholds t, shape (L,), float64 if any weight is, else float32; constants for
@@ -141,4 +141,5 @@ def _prune_counts(weights: Sequence[Tensor], sparsities: list[float]) -> Tensor:
 def _counts_of_tensor(weights: Sequence[Tensor], sparsities: Tensor) -> Tensor:
     """Return k = floor(r n + 1/2) of each weight, for ratios that only the device knows."""
     sizes = _prune_counts(weights, [1.0] * len(weights))
-    return torch.floor(sparsities.to(torch.float64) * sizes + 0.5).to(torch.int64)
+    ratios = sparsities.to(torch.float64).nan_to_num(0).clamp(0, 1)
+    return torch.floor(ratios * sizes + 0.5).to(torch.int64)

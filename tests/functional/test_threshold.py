@@ -96,10 +96,14 @@ def test_ratios_in_a_tensor_give_the_same(device):
         assert torch.equal(pdp_thresholds(weights, as_tensor), pdp_thresholds(weights, shared))
 
 
-def test_ratios_in_a_tensor_outside_of_range_act_as_the_nearer_end():
+@pytest.mark.parametrize("ratio", [1.5, 1e30, math.inf, -0.5, -1e30, -math.inf, math.nan])
+def test_unchecked_ratios_outside_of_range_act_as_the_nearer_end(ratio):
+    """In a tensor, or in a call of the operator. NaN acts as 0."""
     weight = torch.randn(10)
-    assert pdp_threshold(weight, torch.tensor(1.5)) == math.inf
-    assert pdp_threshold(weight, torch.tensor(-0.5)) == -math.inf
+    count = 10 if ratio > 1 else 0
+    assert pdp_threshold(weight, torch.tensor(ratio)) == math.copysign(math.inf, count - 1)
+    for operators in (torch.ops.pdp, reference):
+        assert operators.prune_counts([weight, weight[:0]], [ratio] * 2).tolist() == [count, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
