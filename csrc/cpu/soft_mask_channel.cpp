@@ -207,8 +207,11 @@ struct NormMask {
         at(*static_cast<const Real*>(given.threshold), *static_cast<const Real*>(given.tau)) {}
 
   // dW_c = mask g_c + coefficient d W_c, where d is the gradient with respect to the channel's
-  // mask, over the fan-in if the norms are rms.
-  double mask(int64_t channel) const { return at.value(norms[channel]); }
+  // mask, over the fan-in if the norms are rms. A subnormal float mask is flushed: see flush.h.
+  Real mask(int64_t channel) const {
+    const Real m = static_cast<Real>(at.value(norms[channel]));
+    return std::is_same_v<Real, float> && m < FLT_MIN ? 0 : m;
+  }
   double coefficient(int64_t channel) const {
     const double norm = norms[channel];
     // The norm of a channel of zeros has no derivative: no gradient passes through it.
@@ -216,34 +219,52 @@ struct NormMask {
   }
 };
 
-// result = left x + right y, with factors for every channel; without y, result = left x.
+// Returns the power of two by which a channel is multiplied before its coefficient, which is
+// divided by it: the coefficient alone may be out of float's range where its product is not. In
+// double the norm goes out of range first.
+float lift_of(float norm) { return power_of_two(norm); }
+double lift_of(double) { return 1; }
+
+// The factors of every channel.
+template <typename Real>
+struct Factors {
+  std::vector<Real> left, right, lift;
+};
+
+// result = left x + right (lift y), or one of the products where x or y is not given.
 struct Combine {
   Array x, y, result;
   ChannelLayout layout;
 
   template <typename Real>
-  PDP_INLINE void range(const Real* left, const Real* right, int64_t begin, int64_t end) const {
+  PDP_INLINE void range(const Factors<Real>& factors, int64_t begin, int64_t end) const {
     if (layout.inner == 1) {
-      range<Real, true>(left, right, begin, end);
+      range<Real, true>(factors, begin, end);
     } else {
-      range<Real, false>(left, right, begin, end);
+      range<Real, false>(factors, begin, end);
     }
   }
 
   template <typename Real, bool kAlone>
-  PDP_INLINE void range(const Real* left, const Real* right, int64_t begin, int64_t end) const {
+  PDP_INLINE void range(const Factors<Real>& factors, int64_t begin, int64_t end) const {
     Real buffers[3][kBlock];
+    const Real *left = factors.left.data(), *right = factors.right.data();
+    const Real* lift = factors.lift.data();
     for_each_span(layout, begin, end, [&](int64_t offset, int64_t channel, int length) PDP_LAMBDA {
-      const Real* xs = load(x, offset, length, buffers[0]);
       Real* __restrict results = destination(result, offset, buffers[2]);
-      const Real* lefts = left + channel;
-      if (y.data == nullptr) {
+      const Real *lefts = left + channel, *rights = right + channel, *lifts = lift + channel;
+      const Real* xs = x.data == nullptr ? nullptr : load(x, offset, length, buffers[0]);
+      const Real* ys = y.data == nullptr ? nullptr : load(y, offset, length, buffers[1]);
+      if (ys == nullptr) {
         for (int i = 0; i < length; ++i) results[i] = lefts[kAlone ? i : 0] * xs[i];
-      } else {
-        const Real* ys = load(y, offset, length, buffers[1]);
-        const Real* rights = right + channel;
+      } else if (xs == nullptr) {
         for (int i = 0; i < length; ++i) {
-          results[i] = lefts[kAlone ? i : 0] * xs[i] + rights[kAlone ? i : 0] * ys[i];
+          results[i] = rights[kAlone ? i : 0] * (lifts[kAlone ? i : 0] * ys[i]);
+        }
+      } else {
+        for (int i = 0; i < length; ++i) {
+          results[i] = lefts[kAlone ? i : 0] * xs[i] +
+                       rights[kAlone ? i : 0] * (lifts[kAlone ? i : 0] * ys[i]);
         }
       }
       store(results, buffers[2], result, offset, length);
@@ -251,22 +272,13 @@ struct Combine {
   }
 };
 
-PDP_MULTIVERSION void combine_float(const Combine& combine, const float* left, const float* right,
+PDP_MULTIVERSION void combine_range(const Combine& combine, const Factors<float>& factors,
                                     int64_t begin, int64_t end) {
-  combine.range<float>(left, right, begin, end);
+  combine.range(factors, begin, end);
 }
-PDP_MULTIVERSION void combine_double(const Combine& combine, const double* left,
-                                     const double* right, int64_t begin, int64_t end) {
-  combine.range<double>(left, right, begin, end);
-}
-
-void combine_range(const Combine& combine, const float* left, const float* right, int64_t begin,
-                   int64_t end) {
-  combine_float(combine, left, right, begin, end);
-}
-void combine_range(const Combine& combine, const double* left, const double* right, int64_t begin,
-                   int64_t end) {
-  combine_double(combine, left, right, begin, end);
+PDP_MULTIVERSION void combine_range(const Combine& combine, const Factors<double>& factors,
+                                    int64_t begin, int64_t end) {
+  combine.range(factors, begin, end);
 }
 
 template <typename Real>
@@ -278,16 +290,16 @@ std::vector<Real> repeat(const std::vector<Real>& values, int64_t times) {
 }
 
 template <typename Real>
-void combine_all(Combine combine, const std::vector<Real>& left, const std::vector<Real>& right,
-                 ParallelFor parallel_for) {
+void combine_all(Combine combine, const Factors<Real>& factors, ParallelFor parallel_for) {
   if (has_short_runs(combine.layout)) {
     const int64_t times = combine.layout.inner;
     combine.layout = columns_of(combine.layout);
-    return combine_all(combine, repeat(left, times), repeat(right, times), parallel_for);
+    const Factors<Real> of_columns{repeat(factors.left, times), repeat(factors.right, times),
+                                   repeat(factors.lift, times)};
+    return combine_all(combine, of_columns, parallel_for);
   }
-  parallel_for(combine.layout.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    combine_range(combine, left.data(), right.data(), begin, end);
-  });
+  parallel_for(combine.layout.numel(), kGrain,
+               [&](int64_t begin, int64_t end) { combine_range(combine, factors, begin, end); });
 }
 
 template <typename Real, bool kRelative>
@@ -295,9 +307,10 @@ void forward(Array weight, const ChannelMask& given, ChannelLayout layout, Array
              ParallelFor parallel_for) {
   const NormMask<Real, kRelative> norm_mask(given);
   std::vector<Real> masks(layout.channels);
-  for (int64_t c = 0; c < layout.channels; ++c) masks[c] = static_cast<Real>(norm_mask.mask(c));
+  for (int64_t c = 0; c < layout.channels; ++c) masks[c] = norm_mask.mask(c);
   write(masks.data(), mask, 0, static_cast<int>(layout.channels));
-  combine_all(Combine{weight, {nullptr, weight.type}, w_hat, layout}, masks, masks, parallel_for);
+  combine_all(Combine{weight, {nullptr, weight.type}, w_hat, layout},
+              Factors<Real>{masks, masks, masks}, parallel_for);
 }
 
 template <typename Real, bool kRelative>
@@ -305,24 +318,24 @@ void backward(Array grad_w_hat, Array grad_mask, Array weight, const ChannelMask
               ChannelLayout layout, bool rms, Array grad, ParallelFor parallel_for) {
   const NormMask<Real, kRelative> norm_mask(given);
   const bool through_w_hat = grad_w_hat.data != nullptr;
-  std::vector<Real> masks(layout.channels), coefficients(layout.channels), own(layout.channels);
+  std::vector<Real> own(layout.channels);
+  Factors<Real> factors{own, own, own};
   if (grad_mask.data != nullptr) read(grad_mask, 0, static_cast<int>(layout.channels), own.data());
   const auto find = [&](int64_t c, double product) {
     const double through_mask = (product + own[c]) / (rms ? layout.weights_per_channel() : 1);
-    masks[c] = static_cast<Real>(norm_mask.mask(c));
-    coefficients[c] = static_cast<Real>(norm_mask.coefficient(c) * through_mask);
+    factors.left[c] = norm_mask.mask(c);
+    factors.lift[c] = lift_of(norm_mask.norms[c]);
+    factors.right[c] = static_cast<Real>(norm_mask.coefficient(c) * through_mask / factors.lift[c]);
   };
   const Products products{grad_w_hat, weight, layout};
-  const Combine combine = through_w_hat ? Combine{grad_w_hat, weight, grad, layout}
-                                        : Combine{weight, {nullptr, weight.type}, grad, layout};
+  const Combine combine{grad_w_hat, weight, grad, layout};
   if (through_w_hat && layout.outer == 1 && layout.channels >= kMinChannelsApart) {
     // A channel is one run: its second read comes from the cache.
     parallel_for(layout.channels, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, layout.inner)),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t c = begin; c < end; ++c) {
                      find(c, channel_product<Real>(products, c));
-                     combine_range(combine, masks.data(), coefficients.data(), c * layout.inner,
-                                   (c + 1) * layout.inner);
+                     combine_range(combine, factors, c * layout.inner, (c + 1) * layout.inner);
                    }
                  });
     return;
@@ -332,7 +345,7 @@ void backward(Array grad_w_hat, Array grad_mask, Array weight, const ChannelMask
     sums = channel_products(products, std::is_same_v<Real, double>, parallel_for);
   }
   for (int64_t c = 0; c < layout.channels; ++c) find(c, sums[c]);
-  combine_all(combine, through_w_hat ? masks : coefficients, coefficients, parallel_for);
+  combine_all(combine, factors, parallel_for);
 }
 
 }  // namespace

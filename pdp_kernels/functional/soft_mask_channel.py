@@ -126,7 +126,8 @@ def pdp_mask_channel(
     Returns:
         w_hat, of the weight's shape and (for dense layouts) strides. With return_mask
         (w_hat, m), differentiable through both. It cannot be differentiated twice. A channel of
-        zeros gets no gradient through its norm. A NaN or inf makes its whole channel NaN or inf.
+        zeros gets no gradient through its norm. A NaN makes its whole channel NaN. A channel with
+        an inf is kept, unless t is inf too (then it is NaN); its gradient is NaN.
 
     Raises:
         TypeError: a weight, threshold, sparsity, temperature or out_dtype of the wrong type or
@@ -169,7 +170,8 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: Norm = "l2") -> Tensor:
         s_c = sqrt(sum of w^2 over channel c)             "l2"
         s_c = sqrt(sum of w^2 over channel c / fan-in)    "rms"
 
-    Squares are summed in float64, so that no float32 weight over- or underflows.
+    Squares are summed in float64, so that those of float32 weights neither over- nor underflow: a
+    norm is inf only from 3.4e38 on. Squares of float64 weights below 1e-154 or above 1e154 do.
 
     Args:
         weight: as in `pdp_mask_channel`; or a DTensor as in `pdp_thresholds`.

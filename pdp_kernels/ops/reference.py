@@ -27,8 +27,12 @@ def threshold_dtype(weights: Sequence[Tensor]) -> torch.dtype:
 
 
 def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:
-    """Return k_i = floor(r_i n_i + 1/2), int64 (L,), on the weights' device."""
-    counts = [math.floor(r * w.numel() + 0.5) for w, r in zip(weights, sparsities, strict=True)]
+    """Return k_i = floor(r_i n_i + 1/2), int64 (L,), on the weights' device.
+
+    A ratio outside [0, 1] acts as the nearer end, NaN as 0.
+    """
+    ratios = [min(max(0.0, ratio), 1.0) for ratio in sparsities]
+    counts = [math.floor(r * w.numel() + 0.5) for w, r in zip(weights, ratios, strict=True)]
     device = weights[0].device
     if device.type == "cpu":
         return torch.tensor(counts, dtype=torch.int64)
@@ -349,8 +353,8 @@ def soft_mask_channel_backward(
     if rms:
         through_mask = through_mask / fan_in(weight, dim)
     # The norm of a channel of zeros has no derivative: no gradient flows through it.
-    pull = torch.where(norms == 0, 0, factor.double() * through_mask / scale / norms).to(z.dtype)
-    return _like(weight, grad + along(pull, weight, dim) * weight.to(z.dtype), weight.dtype)
+    pull = torch.where(norms == 0, 0, factor.double() * through_mask / scale / norms)
+    return _like(weight, grad + along(pull, weight, dim) * weight.double(), weight.dtype)
 
 
 def compress_2to4(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from tests.support.masks import (
     allowance_of_channels,
     check_soft_mask_channel,
 )
-from tests.support.oracle import answer_of, assert_within_budget, doubled
+from tests.support.oracle import answer_of, assert_within_budget, doubled, each_choice
 from tests.support.parameters import by_turns
 from tests.support.weights import DTYPES, weight_of, with_special_values
 
@@ -116,9 +116,42 @@ def test_every_distribution_stays_within_budget(masking, distribution, rms):
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_norms_do_not_leave_the_range_of_float32(masking, scale):
     """Squares would: 1e-30 squared is 0, 1e30 squared is inf."""
-    check_soft_mask_channel(masking, torch.randn(20, 31) * scale, 0, True, False)
+    weight = torch.randn(20, 31) * scale
+    check_soft_mask_channel(masking, weight, 0, True, False, grad_mask_scale=scale)
     norms = masking.channel_norms(torch.full((2, 4), scale).to(masking.device), 0, False)
     assert norms.tolist() == pytest.approx([2 * scale] * 2, rel=1e-7)
+
+
+# Scales of weights, temperatures, and gradients of w_hat and of the mask, for which the factor of W
+# in dW is 10^39 and more, or below 10^-38: out of the range of float32.
+EXTREMES = [(1e-20, 1.0, 1.0, 1.0), (1e-38, 0.002, 1.0, 1e-9), (1e30, 1.0, 1e-9, 1.0)]
+
+
+@pytest.mark.parametrize("scale, tau, g, g_mask", EXTREMES)
+@pytest.mark.parametrize("shape, dim", [((3, 2), 0), ((2, 3), 1), ((2, 3, 2), 1), ((70, 2), 0)])
+def test_factors_of_gradients_may_leave_the_range_of_float32_on_a_cpu(
+    shape, dim, scale, tau, g, g_mask
+):
+    weight = (torch.rand(shape) + 1) * scale
+    weight.view(-1)[0] = 0  # 0 times an infinite factor would be NaN
+    norms = reference.channel_norms(weight, dim, False)
+    rest = (weight, norms, norms[1], torch.tensor(tau), dim, True)
+    for chosen in each_choice(torch.full(shape, g), torch.full((shape[dim],), g_mask)):
+        exact = reference.soft_mask_channel_backward(*doubled(*chosen, *rest), False)
+        for operators in (torch.ops.pdp, reference):
+            found = operators.soft_mask_channel_backward(*chosen, *rest, False)
+            error = (found.double() - exact).abs().max()
+            assert error <= 1e-6 * exact.abs().max()
+
+
+def test_a_subnormal_mask_is_flushed():
+    weight = torch.tensor([[0.02, 0.01], [1.0, 1.0]])
+    t, tau = torch.tensor(1.0), torch.tensor(1 / 90)  # the mask is e^-90, a subnormal number
+    w_hat, mask = pdp_mask_channel(weight, threshold=t, relative_tau=tau, return_mask=True)
+    assert mask[0] == 0 and mask[1] > 0 and not w_hat[0].any()
+    rest = (weight, channel_norms(weight), t, tau, 0, True)
+    grad = torch.ops.pdp.soft_mask_channel_backward(torch.ones(2, 2), None, *rest, False)
+    assert (grad[0].abs() < 1e-36).all() and (grad[1] > 0.5).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

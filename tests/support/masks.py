@@ -165,12 +165,15 @@ def _norm_answer(weight, dim, rms):
     return answer_of(exact, reference.channel_norms(weight, dim, rms))
 
 
-def _soft_mask_channel_answers(weight, norms, t, tau, dim, relative, rms, out_dtype):
+def _soft_mask_channel_answers(
+    weight, norms, t, tau, dim, relative, rms, out_dtype, grad_mask_scale
+):
     rest = (norms, t, tau, dim, relative)
     exact = reference.soft_mask_channel(*doubled(weight, *rest), None)
     rounded = reference.soft_mask_channel(weight, *rest, out_dtype)
     results = tuple(answer_of(*pair) for pair in zip(exact, rounded, strict=True))
-    grads = gradients_for(weight.shape, norms.shape, dtype=out_dtype)
+    grad_w_hat, grad_mask = gradients_for(weight.shape, norms.shape, dtype=out_dtype)
+    grads = grad_w_hat, grad_mask * grad_mask_scale
     backward = tuple(
         answer_of(
             reference.soft_mask_channel_backward(*doubled(*chosen, weight, *rest), rms),
@@ -181,7 +184,9 @@ def _soft_mask_channel_answers(weight, norms, t, tau, dim, relative, rms, out_dt
     return grads, results, backward
 
 
-def check_soft_mask_channel(backend, weight, dim, relative, rms, out_dtype=None, tau=0.1):
+def check_soft_mask_channel(
+    backend, weight, dim, relative, rms, out_dtype=None, tau=0.1, grad_mask_scale=1
+):
     """Check the norms, the forward, and the backward through either result and both."""
     out_dtype = out_dtype or weight.dtype
     norms = backend.channel_norms(weight.to(backend.device), dim, rms).cpu()
@@ -192,7 +197,8 @@ def check_soft_mask_channel(backend, weight, dim, relative, rms, out_dtype=None,
         t = norms.max()  # of one channel
     size = norms.square().mean().item() or 1.0
     rest = (norms, t, scalar(weight, tau if relative else tau * size), dim, relative)
-    grads, results, backward = answer(_soft_mask_channel_answers, weight, *rest, rms, out_dtype)
+    given = (weight, *rest, rms, out_dtype, grad_mask_scale)
+    grads, results, backward = answer(_soft_mask_channel_answers, *given)
     allowances = Allowances(backend, norms, t, rest[2], relative)
     of_mask = reference.along(allowances.mask, weight, dim)
     found = backend.soft_mask_channel(*on_device(backend, weight, *rest), out_dtype)
