@@ -20,6 +20,9 @@ from pdp_kernels.functional.validation import (
 
 Scope = Literal["neuron", "layer", "global"]
 
+# An index is off by up to 5e-15 / p, measured on up to 2 * 10^6 weights: by less than 1e-9 here.
+SMALLEST_P = 1e-5
+
 
 @overload
 def pq_index(
@@ -78,7 +81,7 @@ def pq_index(
             L such tensors, on one device. Dense layouts are read in place, others are copied once.
             For scope "neuron" so are those whose dimension 0 is not the outermost in memory.
             DTensors as in `pdp_thresholds`; those not sharded by rows are redistributed once.
-        p: the smaller exponent, 0 < p < q.
+        p: the smaller exponent, 1e-5 <= p < q: rounding errors of I grow as 1/p.
         q: the larger exponent.
         mask: bool, the weight's shape; True where the weight is unpruned. Pruned weights count
             neither in d nor in the norms. For a DTensor a DTensor of its placements, as
@@ -99,9 +102,9 @@ def pq_index(
     Raises:
         TypeError: a weight is no dense tensor of those dtypes; p or q is no number; a mask is no
             bool tensor.
-        ValueError: not 0 < p < q < inf; an unknown scope; an empty list; several devices; a mask of
-            another shape or on another device, or another number of masks than of weights; scope
-            "neuron" for a weight of shape ().
+        ValueError: not 1e-5 <= p < q < inf; an unknown scope; an empty list; several devices; a
+            mask of another shape or on another device, or another number of masks than of weights;
+            scope "neuron" for a weight of shape ().
 
     Examples:
         >>> pq_index(torch.tensor([0.0, 0.0, 0.0, 4.0])).item()  # 1 - 4^(1 - 2)
@@ -116,6 +119,8 @@ def pq_index(
         check_weight("weight", weight)
         weights, masks, places = [weight], [cast("Tensor | None", mask)], [""]
     check_exponents(p, q)
+    if p < SMALLEST_P:
+        raise ValueError(f"p must be at least {SMALLEST_P}, got {p}")
     check_scope(scope)
     for place, kept, of in zip(places, masks, weights, strict=True):
         check_kept(f"mask{place}", kept, of)
@@ -149,11 +154,12 @@ def index_of(sums: Tensor, p: float, q: float) -> Tensor:
 
     Computed as 1 - (S_p / S_q^(p/q) d^(p/q - 1))^(1/p). The p-th power of the quotient of the norms
     lies between 1 and d^(1 - p/q), so no step overflows, however many or large the weights. No
-    logarithm costs digits of a result near 0: I of equal weights is 0 to 1e-14.
+    logarithm costs digits of a result near 0: I of equal weights is 0 to 1e-14. Rounding errors do
+    not take it below 0.
     """
     count, sum_p, sum_q = sums.unbind(-1)
     index = 1 - (sum_p / sum_q ** (p / q) * count ** (p / q - 1)) ** (1 / p)
-    index = index.masked_fill(sum_q == math.inf, math.nan)
+    index = index.clamp(min=0).masked_fill(sum_q == math.inf, math.nan)
     if q > 1:  # a subnormal power has lost digits; |w| itself and its roots have not
         index = index.masked_fill(sum_q < torch.finfo(torch.float64).tiny, math.nan)
     return index.masked_fill(sum_p == 0, 0.0)

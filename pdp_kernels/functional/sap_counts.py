@@ -9,6 +9,9 @@ from pdp_kernels.functional.validation import check_index, check_kept_counts, ch
 # equal weights among zeros (p = 0.1, q = 1). The bound is below one weight in a group of 10^10.
 _INDEX_ERROR = 1e-11
 
+# Beyond it float64 does not hold every integer.
+MAX_KEPT = 2**53
+
 
 def sap_prune_counts(
     index: Tensor,
@@ -29,11 +32,14 @@ def sap_prune_counts(
 
     m is a lower bound of the number of weights that the group needs: d for equal weights (I = 0),
     c for c equal weights among zeros, and at least 1. Ceil and floor treat a product within the
-    rounding error of an integer as that integer, so that these cases are exact.
+    rounding error of an integer as that integer, so that these cases are exact. (m / d has the
+    rounding error of I times p q / (q - p). Where p is close to q, they are exact in small groups
+    only.)
 
     Args:
         index: I, float64, any shape, as `pq_index` returns it. NaN prunes none.
-        kept: d, an int for all groups, or an integer tensor of the index's shape on its device.
+        kept: d, an int from 0 to 2^53 for all groups, or an integer tensor of the index's shape on
+            its device.
         p: the smaller exponent of the index, 0 < p < q.
         q: the larger exponent of the index.
         eta: at least 0; a larger eta prunes more.
@@ -56,11 +62,13 @@ def sap_prune_counts(
     check_sap_settings(p, q, eta, gamma, beta)
     check_index(index)
     check_kept_counts(kept, index)
+    if isinstance(kept, int) and kept > MAX_KEPT:
+        raise ValueError(f"kept must be at most 2**53, got {kept}")
     kept = torch.as_tensor(kept, dtype=torch.float64, device=index.device)
     evenness = (1 - index.detach()).clamp(0, 1)
     power = p * q / (q - p)
     needed = kept * (1 + eta) ** (q / (p - q)) * evenness**power
     error = _INDEX_ERROR * (1 + power / evenness.clamp(min=_INDEX_ERROR))
-    needed = torch.ceil(needed * (1 - error)).clamp(min=1)
+    needed = torch.ceil(needed - (needed * error).clamp(max=0.5)).clamp(min=1)
     pruned = torch.minimum(gamma * (kept - needed), beta * kept) * (1 + _INDEX_ERROR)
     return torch.floor(pruned).clamp(min=0).nan_to_num(0).to(torch.int64)

@@ -18,6 +18,7 @@ from tests.support.sums import (
     check_sums_at_the_ends_of_the_range,
     check_sums_of_every_size_and_mask,
     check_sums_of_rows,
+    exact_sums,
     formula,
 )
 from tests.support.weights import DTYPES, FINITE, weight_of
@@ -135,7 +136,24 @@ def test_equal_magnitudes_have_index_0(device, dtype, norms):
     for size in (1, 2, 1000, 1_000_003):
         weight = torch.full((size,), 0.3, dtype=dtype, device=device)
         weight[::2] *= -1
-        assert abs(pq_index(weight, *norms).item()) <= 2e-14
+        assert 0 <= pq_index(weight, *norms).item() <= 2e-14
+
+
+def test_rounding_errors_do_not_take_the_index_below_0(device):
+    for size in range(1, 40):
+        assert (pq_index(torch.full((2, size), 0.3, device=device), scope="neuron") >= 0).all()
+
+
+def test_smallest_p_is_exact_enough():
+    for size in (7, 1000, 30_011):
+        for weight in (torch.randn(size), torch.randn(size) * 1e-30):
+            for q in (2e-5, 1.0, 2.0):
+                d, sum_p, sum_q = exact_sums(weight, None, 1e-5, q)[0]
+                expected = 1 - np.exp(np.log(sum_p / d) / 1e-5 - np.log(sum_q / d) / q)
+                assert pq_index(weight, 1e-5, q).item() == pytest.approx(float(expected), abs=1e-9)
+    for p in (9e-6, 1e-15):
+        with pytest.raises(ValueError, match=f"p must be at least 1e-05, got {p}"):
+            pq_index(weight, p)
 
 
 def test_hand_computed(device):
