@@ -15,6 +15,8 @@ def map_over_batch(
     call: Callable[..., Any], batch_size: int, in_dims: Sequence[Any], args: Sequence[Any]
 ) -> tuple[Any, Any]:
     """Call once per example, and stack the results along a new dimension 0."""
+    if batch_size == 0:
+        return _of_no_examples(lambda one: map_over_batch(call, 1, in_dims, one), in_dims, args)
     results = [
         call(*[_example(arg, dim, index) for arg, dim in zip(args, in_dims, strict=True)])
         for index in range(batch_size)
@@ -22,6 +24,23 @@ def map_over_batch(
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _of_no_examples(
+    rule: Callable[[list[Any]], tuple[Any, Any]], in_dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[Any, Any]:
+    """Return the results of an empty batch: none of those of one example, which have the shapes."""
+    results, dims = rule([_sum_of_examples(*pair) for pair in zip(args, in_dims, strict=True)])
+    if isinstance(results, Tensor):
+        return results[:0], dims
+    return type(results)(result[:0] for result in results), dims
+
+
+def _sum_of_examples(arg: Any, dim: Any) -> Any:
+    """Return a batch of one: zeros if there are no examples. It stays a function of the batch."""
+    if isinstance(dim, (list, tuple)):
+        return [_sum_of_examples(*pair) for pair in zip(arg, dim, strict=True)]
+    return arg if dim is None else arg.sum(dim, keepdim=True, dtype=arg.dtype)
 
 
 def _example(arg: Any, dim: Any, index: int) -> Any:
@@ -90,7 +109,13 @@ def _for_each_example(operator: Callable[..., Any]) -> Rule:
 
 
 def _register(name: str, rule: Rule) -> None:
-    torch.library.register_vmap(f"pdp::{name}", rule, lib=library)
+    def for_any_batch(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        if info.batch_size > 0:
+            return rule(info, in_dims, *args)
+        one = info._replace(batch_size=1)
+        return _of_no_examples(lambda given: rule(one, in_dims, *given), in_dims, args)
+
+    torch.library.register_vmap(f"pdp::{name}", for_any_batch, lib=library)
 
 
 for _name in ("prune_counts", "thresholds"):
