@@ -40,7 +40,7 @@ def sap_prune_counts(
         index: I, float64, any shape, as `pq_index` returns it. NaN prunes none.
         kept: d, an int from 0 to 2^53 for all groups, or an integer tensor of the index's shape on
             its device.
-        p: the smaller exponent of the index, 0 < p < q.
+        p: the smaller exponent of the index, 1e-5 <= p < q.
         q: the larger exponent of the index.
         eta: at least 0; a larger eta prunes more.
         gamma: positive; scales the fraction to prune.

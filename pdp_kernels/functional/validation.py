@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 NUMBERS = (float, int, Real)  # those of every call first: Real is asked in Python
 NORMS = ("l2", "rms")
 COUNT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# An index is off by up to 5e-15 / p, measured on up to 2 * 10^6 weights: by less than 1e-9 here.
+SMALLEST_P = 1e-5
 SCOPES = ("neuron", "layer", "global")
 _DTYPE_NAMES = "torch.float64, torch.float32, torch.bfloat16 or torch.float16"
 
@@ -221,8 +223,8 @@ def check_non_negative(name: str, value: float) -> None:
 def check_exponents(p: float, q: float) -> None:
     for name, value in (("p", p), ("q", q)):
         check_number(name, value)
-    if not 0 < as_float(p) < as_float(q) < math.inf:
-        raise ValueError(f"p and q must satisfy 0 < p < q < inf, got p = {p}, q = {q}")
+    if not SMALLEST_P <= as_float(p) < as_float(q) < math.inf:
+        raise ValueError(f"p and q must satisfy {SMALLEST_P} <= p < q < inf, got p = {p}, q = {q}")
 
 
 def check_scope(scope: str) -> None:

@@ -85,7 +85,7 @@ class SAPPruner:
     Args:
         model: the pruner prunes the weights of its Linear and Conv1d/2d/3d layers. Move the model
             to its device and dtypes first.
-        p: the smaller exponent of the PQ Index, 0 < p < q.
+        p: the smaller exponent of the PQ Index, 1e-5 <= p < q.
         q: the larger exponent of the PQ Index.
         eta: as for `sap_prune_counts`.
         gamma: as for `sap_prune_counts`.

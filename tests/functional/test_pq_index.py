@@ -152,7 +152,7 @@ def test_smallest_p_is_exact_enough():
                 expected = 1 - np.exp(np.log(sum_p / d) / 1e-5 - np.log(sum_q / d) / q)
                 assert pq_index(weight, 1e-5, q).item() == pytest.approx(float(expected), abs=1e-9)
     for p in (9e-6, 1e-15):
-        with pytest.raises(ValueError, match=f"p must be at least 1e-05, got {p}"):
+        with pytest.raises(ValueError, match=f"1e-05 <= p < q < inf, got p = {p}"):
             pq_index(weight, p)
 
 

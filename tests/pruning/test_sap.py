@@ -489,7 +489,7 @@ def test_models_that_cannot_be_pruned_raise():
 @pytest.mark.parametrize(
     "settings, error, message",
     [
-        ({"p": 1.0}, ValueError, "0 < p < q.*p = 1.0, q = 1.0"),
+        ({"p": 1.0}, ValueError, "1e-05 <= p < q.*p = 1.0, q = 1.0"),
         ({"p": "0.5"}, TypeError, "p must be a number, got str"),
         ({"eta": -0.1}, ValueError, "eta must be at least 0 and finite, got -0.1"),
         ({"eta": None}, TypeError, "eta must be a number, got NoneType"),
@@ -498,7 +498,7 @@ def test_models_that_cannot_be_pruned_raise():
         ({"gamma": True}, TypeError, "gamma must be a number, got bool"),
         ({"beta": 1.1}, ValueError, r"beta must be in \[0, 1\], got 1.1"),
         ({"beta": math.nan}, ValueError, r"beta must be in \[0, 1\], got nan"),
-        ({"q": 10**400}, ValueError, "0 < p < q < inf, got p = 0.5, q = 1000"),
+        ({"q": 10**400}, ValueError, "1e-05 <= p < q < inf, got p = 0.5, q = 1000"),
         ({"eta": 10**400}, ValueError, "eta must be at least 0 and finite, got 1000"),
         ({"gamma": 10**400}, ValueError, "gamma must be positive and finite, got 1000"),
         ({"beta": 10**400}, ValueError, r"beta must be in \[0, 1\], got 1000"),
