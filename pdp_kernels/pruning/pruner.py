@@ -50,8 +50,9 @@ class PDPPruner:
         pruner.finalize()
 
     Every Parameter stays where it is, under its own name. Only classes change: that of a pruned
-    layer, to one whose forward reads the masked weight, and that of the model, to one of the same
-    name. So optimizers, state_dict, deepcopy, pickle, DDP and torch.compile see an ordinary model.
+    layer, to one whose forward reads the masked weight, and those of the modules around it, to ones
+    of the same name, whose forwards read it too. So optimizers, state_dict, deepcopy, pickle, DDP
+    and torch.compile see an ordinary model.
     A weight that several layers share is pruned once. It is left alone if one of these layers is
     not pruned, an embedding for example.
 
@@ -60,8 +61,9 @@ class PDPPruner:
     on. That keeps up to 25 MB more of gradients. A weight is masked on its own, as its layer runs,
     where it has 8 million elements or more or hooks on its gradient, where a layer is called
     without the model, and under activation checkpointing, transforms of torch.func, torch.compile
-    and FSDP. While the model's forward runs, only the layer itself may write into its weight
-    through ``.data``, which nothing can notice.
+    and FSDP. A forward that writes into a masked weight gets a warning, or an error where the weight
+    is another layer's. While a forward runs, nothing else may write into a Parameter through
+    ``.data``, which nothing can notice.
 
     In a PEFT model the pruner prunes the base layers and, by default, no adapters. Base weights
     that are frozen keep their magnitudes, are pruned by these, and the adapters learn to make up
@@ -72,8 +74,8 @@ class PDPPruner:
     or after the model is sharded. All ranks find the thresholds of the global weights.
 
     With gradient accumulation or several optimizers, call `step` once, after the last optimizer
-    step. With a GradScaler call it after scaler.step, or see `attach`. Code that reads layer.weight
-    without calling the layer computes with the dense weight. Only one thread at a time may run a
+    step. With a GradScaler call it after scaler.step, or see `attach`. Outside of the model's
+    forwards, as in a loss, layer.weight is the dense Parameter. Only one thread at a time may run a
     pruned layer.
 
     Args:
