@@ -61,8 +61,8 @@ class PDPPruner:
     on. That keeps up to 25 MB more of gradients. A weight is masked on its own, as its layer runs,
     where it has 8 million elements or more or hooks on its gradient, where a layer is called
     without the model, and under activation checkpointing, transforms of torch.func, torch.compile
-    and FSDP. A forward that writes into a masked weight gets a warning, or an error where the weight
-    is another layer's. While a forward runs, nothing else may write into a Parameter through
+    and FSDP. A forward that writes into a masked weight gets a warning, or an error where the
+    weight is another layer's. While a forward runs, nothing else may write into a Parameter through
     ``.data``, which nothing can notice.
 
     In a PEFT model the pruner prunes the base layers and, by default, no adapters. Base weights
