@@ -166,7 +166,7 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence
         )
     thresholds = state["thresholds"]
     names = list(thresholds) if isinstance(thresholds, Mapping) else thresholds
-    if names != list(own["thresholds"]):
+    if not isinstance(thresholds, Mapping) or thresholds.keys() != own["thresholds"].keys():
         raise ValueError(
             f"state_dict must have thresholds of {list(own['thresholds'])}, got {names}"
         )
