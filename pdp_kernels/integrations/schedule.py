@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from pdp_kernels.functional.validation import check_ratio
+from pdp_kernels.functional.validation import check_fraction
 from pdp_kernels.pruning.checks import check_length
 from pdp_kernels.pruning.config import SCHEDULE_FIELDS, PDPConfig
 from pdp_kernels.pruning.pruner import PDPPruner
@@ -37,7 +37,7 @@ def parse_config(config: PDPConfig | Mapping[str, Any] | float) -> PDPConfig | f
             "config must be a PDPConfig, a mapping of its fields, or the sparsity as a number, got "
             f"{type(config).__name__}"
         )
-    check_ratio("config (the sparsity)", config)
+    check_fraction("config (the sparsity)", config)
     return float(config)
 
 

@@ -25,8 +25,11 @@ def from_plain(key: str, value: Any) -> Any:
     if key in ("tau", "relative_tau") and isinstance(value, list):
         return tuple(value)
     if key == "overrides" and isinstance(value, Mapping):
-        return {
-            entry: changes and {name: from_plain(name, change) for name, change in changes.items()}
-            for entry, changes in value.items()
-        }
+        return {entry: _override_from_plain(changes) for entry, changes in value.items()}
     return value
+
+
+def _override_from_plain(changes: Any) -> Any:
+    if not isinstance(changes, Mapping):  # None, or what the check of overrides refuses
+        return changes
+    return {name: from_plain(name, change) for name, change in changes.items()}

@@ -190,6 +190,8 @@ def test_from_dict_takes_known_keys_only():
         PDPConfig.from_dict({"sparisty": 0.9})
     with pytest.raises(TypeError, match="values must be a mapping, got list"):
         PDPConfig.from_dict([("sparsity", 0.9)])
+    with pytest.raises(TypeError, match=r"overrides\['a'\] must be None or a mapping, got float"):
+        PDPConfig.from_dict({"sparsity": 0.9, "overrides": {"a": 0.5}})
 
 
 @pytest.mark.parametrize(
