@@ -35,8 +35,19 @@ DATA_PARALLEL = (
 )
 
 
-class MaskedLayer(nn.Module):
-    """The first base of a masked layer's class, which `mask_model` makes.
+class _Masked(nn.Module):
+    """What the classes that `mask_model` makes have in common."""
+
+    def __init_subclass__(cls) -> None:
+        """Do nothing, where a user's class might enter each of its subclasses into a registry."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a plain module, as where a Sequential makes one of its slice."""
+        return original_class(cls)(*args, **kwargs)
+
+
+class MaskedLayer(_Masked):
+    """The first base of a masked layer's class.
 
     Attributes:
         pdp_masks: for each weight of the layer that is pruned, its mask.
@@ -46,13 +57,6 @@ class MaskedLayer(nn.Module):
 
     pdp_masks: dict[str, WeightMask]
     pdp_shown: dict[str, Tensor | None]
-
-    def __init_subclass__(cls) -> None:
-        """Do nothing, where a user's class might enter each of its subclasses into a registry."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a plain layer: a new one has no masks."""
-        return original_class(cls)(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for each in (*args, *kwargs.values()):
@@ -82,22 +86,16 @@ class MaskedLayer(nn.Module):
         return _reduced(super().__reduce_ex__(protocol), _masked_class, tuple(self.pdp_masks))
 
 
-class MaskedParent(nn.Module):
+class MaskedParent(_Masked):
     """The first base of the class of a module that has masked layers in it.
 
     Its forward may read their weights without calling them. Code that asks for the class finds the
     name that it had.
     """
 
-    def __init_subclass__(cls) -> None:
-        """Do nothing, as that of `MaskedLayer`."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a plain module, as where a Sequential makes one of its slice."""
-        return original_class(cls)(*args, **kwargs)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(super().__reduce_ex__(protocol), _parent_class)
+        masked_class = _model_class if isinstance(self, MaskedModel) else _parent_class
+        return _reduced(super().__reduce_ex__(protocol), masked_class)
 
 
 class MaskedModel(MaskedParent):
@@ -114,9 +112,6 @@ class MaskedModel(MaskedParent):
         if torch.compiler.is_compiling() or not self.training:
             return call(*args, **kwargs)
         return self.pdp_buckets.run(self, lambda: call(*args, **kwargs))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(nn.Module.__reduce_ex__(self, protocol), _model_class)
 
 
 def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) -> None:
@@ -176,7 +171,7 @@ def unmask_model(model: nn.Module) -> None:
             del layer.pdp_masks, layer.pdp_shown
         elif isinstance(layer, MaskedModel):
             del layer.pdp_buckets
-        if _is_masked(cls):
+        if issubclass(cls, _Masked):
             layer.__class__ = original_class(cls)
 
 
@@ -204,16 +199,14 @@ def original_class(cls: type) -> type:
 
 
 def _wrapper_of_original(cls: type) -> type:
-    bases = tuple(original_class(base) if _is_masked(base) else base for base in cls.__bases__)
+    bases = tuple(
+        original_class(base) if issubclass(base, _Masked) else base for base in cls.__bases__
+    )
     namespace = {
         name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")
     }
     is_layer = MaskedLayer in cls.__mro__
     return type(cls.__name__.replace("Masked", "", int(is_layer)), bases, namespace)
-
-
-def _is_masked(cls: type) -> bool:
-    return MaskedLayer in cls.__mro__ or MaskedParent in cls.__mro__
 
 
 # Weak: a class that a function defines, and all that its methods hold, may go with its last module.

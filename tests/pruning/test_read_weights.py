@@ -190,6 +190,22 @@ def test_modules_around_masked_layers_keep_their_names_and_signatures():
         assert [type(each) for each in changed.modules()] == types
 
 
+class Pickled(Reader):
+    """Says itself how it is pickled."""
+
+    def __reduce_ex__(self, protocol):
+        make, args, state, *rest = super().__reduce_ex__(protocol)
+        return make, args, {**state, "pickled": True}, *rest
+
+
+def test_modules_around_masked_layers_are_pickled_as_their_classes_say():
+    model = Pickled()
+    pruner = PDPPruner(model, PATTERNS["unstructured"])
+    assert pickle.loads(pickle.dumps(model)).pickled and copy.deepcopy(model).pickled
+    pruner.finalize()
+    assert type(model) is Pickled
+
+
 class MaxNorm(nn.Linear):
     """A constraint that the layer imposes on its own weight."""
 
