@@ -54,21 +54,6 @@ class LayerPlan(NamedTuple):
     gradient_tau: float
 
 
-# The fields that hold numbers, or pairs or mappings of them.
-_NUMBERS = (
-    "sparsity",
-    "tau",
-    "relative_tau",
-    "gradient_tau",
-    "anneal",
-    "warmup",
-    "ramp",
-    "epsilon",
-    "reallocate",
-    "least_density",
-    "max_layer_sparsity",
-)
-
 # The fields that say when and how softly weights are pruned, but not which or how many.
 SCHEDULE_FIELDS = (
     "tau",
@@ -81,6 +66,9 @@ SCHEDULE_FIELDS = (
     "ramp_shape",
     "reallocate",
 )
+
+# The fields that may hold numbers, or pairs or mappings of them.
+_NUMBERS = (*SCHEDULE_FIELDS, "sparsity", "least_density", "max_layer_sparsity")
 
 
 @dataclass(frozen=True)

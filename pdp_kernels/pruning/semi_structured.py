@@ -12,8 +12,8 @@ from torch.sparse import (
 
 from pdp_kernels.functional.compress import COMPRESSED_DTYPES, compress_2to4
 from pdp_kernels.functional.validation import check_divisible, check_pattern, check_plain_weight
-from pdp_kernels.pruning.adapters import find_adapted
-from pdp_kernels.pruning.layers import WeightSlot, layer_weights, weight_slots
+from pdp_kernels.pruning.layers import layer_weights
+from pdp_kernels.pruning.targets import default_holders
 
 
 class GroupCheck(NamedTuple):
@@ -109,10 +109,11 @@ def check_nm(
         check_divisible("model_or_tensor", model_or_tensor, m, dim)
         return _check_groups("", model_or_tensor, n, m, dim)
     checks = []
-    for name, weight, inputs in _weights(model_or_tensor):
-        along = inputs if dim is None else dim
+    for first, *_ in default_holders(model_or_tensor):
+        weight = getattr(first.layer, first.slot.name)
+        along = first.slot.inputs if dim is None else dim
         if not isinstance(weight, SparseSemiStructuredTensor) and _divisible(weight, m, along):
-            checks.append(_check_groups(name, weight, n, m, along))
+            checks.append(_check_groups(first.weight_name, weight, n, m, along))
     if not checks:
         raise ValueError(
             "model_or_tensor must have a dense weight that PDPPruner prunes by default and whose "
@@ -178,33 +179,14 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
     return report
 
 
-def _weights(model: nn.Module) -> list[tuple[str, Tensor, int]]:
-    """Return what `PDPPruner` prunes by default: first names, weights, and their inputs' dims."""
-    found: dict[int, tuple[str, Tensor, int]] = {}
-    others: set[int] = set()  # such as the weight that an embedding shares with a Linear layer
-    adapters = find_adapted(model).instead_of
-    for name, layer in model.named_modules():
-        slots = [] if id(layer) in adapters else weight_slots(layer)
-        if not slots:
-            others.update(map(id, layer.parameters(recurse=False)))
-        for slot in slots:
-            weight = getattr(layer, slot.name)
-            found.setdefault(id(weight), (_weight_name(name, slot), weight, slot.inputs))
-    return [each for key, each in found.items() if key not in others]
-
-
 def _no_candidates(model: nn.Module) -> dict[str, str]:
     """Return, by name, that a weight that `PDPPruner` prunes by default is not a Linear layer's."""
     return {
-        _weight_name(name, slot): f"is of a {type(layer).__name__}, not of a Linear layer"
-        for name, layer in model.named_modules()
-        if not isinstance(layer, nn.Linear)
-        for slot in weight_slots(layer)
+        holder.weight_name: f"is of a {type(holder.layer).__name__}, not of a Linear layer"
+        for holders in default_holders(model)
+        for holder in holders
+        if not isinstance(holder.layer, nn.Linear)
     }
-
-
-def _weight_name(layer_name: str, slot: WeightSlot) -> str:
-    return f"{layer_name}.{slot.name}" if layer_name else slot.name
 
 
 def _backend() -> type[SparseSemiStructuredTensor]:

@@ -138,6 +138,11 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
     return targets
 
 
+def default_holders(model: nn.Module) -> list[list[Holder]]:
+    """Return the holders of each weight that a pruner prunes by default."""
+    return [holders for holders in _candidates(model) if _is_wanted(holders, PDPConfig(0.5))]
+
+
 def layout(
     targets: Sequence[Target],
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype, torch.device]]:

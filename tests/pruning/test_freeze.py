@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros, prune_one_shot
+from tests.support.models import lbfgs_training
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-2),
@@ -67,20 +68,7 @@ def test_gradients_of_zeros_can_be_kept_out_of_clipping():
 @pytest.mark.parametrize("steps_before", [0, 5])
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
 def test_lbfgs_lowers_the_loss_of_the_model_with_its_zeros(line_search, steps_before):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
-    inputs = torch.randn(64, 8)
-    labels = torch.sin(inputs @ torch.randn(8, 8))
-    optimizer = torch.optim.LBFGS(
-        model.parameters(), 1 if line_search else 0.1, max_iter=10, line_search_fn=line_search
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(inputs), labels)
-        loss.backward()
-        return loss
-
+    model, optimizer, closure = lbfgs_training(line_search)
     for _ in range(steps_before):  # directions of all weights, which the optimizer keeps
         optimizer.step(closure)
     prune_one_shot(model, 0.7)

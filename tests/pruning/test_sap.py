@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from pdp_kernels import PDPConfig, PDPPruner, SAPPruner, SAPRound, pq_index, sap_prune_counts
+from tests.support.models import lbfgs_training
 
 SCOPES = ("neuron", "layer", "global")
 INDEX = torch.tensor(0.5, dtype=torch.float64)
@@ -221,20 +222,7 @@ def test_attach_masks_until_removed():
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
 def test_lbfgs_lowers_the_loss_of_the_pruned_model(line_search):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
-    inputs = torch.randn(64, 8)
-    labels = torch.sin(inputs @ torch.randn(8, 8))
-    optimizer = torch.optim.LBFGS(
-        model.parameters(), 1 if line_search else 0.1, max_iter=10, line_search_fn=line_search
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(inputs), labels)
-        loss.backward()
-        return loss
-
+    model, optimizer, closure = lbfgs_training(line_search)
     pruner = SAPPruner(model, rewind=False)
     pruner.attach(optimizer)
     for _ in range(4):

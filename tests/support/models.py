@@ -39,6 +39,25 @@ def train(model, pruner, progresses, optimizer=None, seed=1):
         pruner.step(progress)
 
 
+def lbfgs_training(line_search):
+    """Return a model, an LBFGS optimizer of it, and the closure of its loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
+    inputs = torch.randn(64, 8)
+    labels = torch.sin(inputs @ torch.randn(8, 8))
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), 1 if line_search else 0.1, max_iter=10, line_search_fn=line_search
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), labels)
+        loss.backward()
+        return loss
+
+    return model, optimizer, closure
+
+
 def two_layers():
     return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
 
