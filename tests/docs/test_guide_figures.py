@@ -168,6 +168,24 @@ def test_scores_of_channels(name, study, dense, once):
         assert cell.replace("*", "").split(" / ") == [s.split()[0] for s in scores[setting][:2]]
 
 
+def losses(study, dense=None):
+    """What PDP loses against the dense network, for the first two sparsities of a study."""
+    cells = results(dense or study)["dense"][0], *results(study)["pdp"][:2]
+    base, *pruned = (float(cell.split()[0]) for cell in cells)
+    return [abs(each - base) for each in pruned]
+
+
+def test_losses_of_get_started():
+    text = (ROOT / "docs/get-started.md").read_text()
+    mlp = losses("pruning_mnist/methods")[0]
+    gpt = losses("pruning_shakespeare_tiny/methods")
+    assert f"loses {mlp:.2f} points (MLP on MNIST, 90%), {gpt[0]:.2f} to {gpt[1]:.2f} nats" in text
+    groups = losses("pruning_shakespeare_tiny/nm")[0]
+    assert f"loses {groups:.3f} nats of loss (small GPT)" in text
+    channels = losses("pruning_mnist/channels-settings", "pruning_mnist/nm")[0]
+    assert f"loses {channels:.2f} points (MLP on MNIST); time" in text
+
+
 def test_scores_of_finetuning():
     gpt, mlp = results("finetune_shakespeare_tiny/finetune"), results("finetune_mnist/finetune")
     schedules = results("finetune_shakespeare_tiny/finetune-schedules")
