@@ -75,6 +75,9 @@ _NUMBERS = (*SCHEDULE_FIELDS, "sparsity", "least_density", "max_layer_sparsity")
 class PDPConfig:
     """What `PDPPruner` prunes, how far and when. Times are in epochs, fractions included.
 
+    `for_epochs` and `for_finetuning` fit the times to a training. The default ones are the paper's,
+    for a hundred epochs.
+
     At progress e the pruner asks for this fraction of the sparsity:
 
         x = min(1, (e - warmup) / ramp),  0 during the warm-up
@@ -101,9 +104,9 @@ class PDPConfig:
             half of all weights lie next to a threshold, and pruned ones must go on learning.
         anneal: how long a temperature takes from start to end; default the ramp. It is better to
             anneal until the end of the training: see `for_epochs` and `for_finetuning`.
-        warmup: epochs before pruning starts; s in the paper.
+        warmup: epochs before pruning starts; s in the paper. Default 16, the paper's.
         ramp: how long the sparsity grows. Default 1 / epsilon.
-        epsilon: the growth per epoch, instead of ramp. Default 0.015, the paper's.
+        epsilon: the growth per epoch, instead of ramp. Default 0.015, the paper's: 67 epochs.
         ramp_shape: "cubic" or "linear".
         reallocate: epochs after which the pruner allocates a global budget again, until the ramp
             ends. Default never: the paper allocates it once, at the end of the warm-up.
@@ -123,7 +126,7 @@ class PDPConfig:
             MultiheadAttention and Hugging Face's Conv1D layers. An entry is a layer type, the name
             of a type, or a glob for the name of a layer or weight. It means PEFT's adapters only if
             it does not match the layer that they adapt, as ``"*lora_A*"``.
-        exclude: what to leave alone; entries as in include.
+        exclude: what to leave alone; entries as in include. Only a type may match nothing.
         overrides: for an entry (a string), a mapping with another "sparsity", "pattern", "tau",
             "relative_tau" or "gradient_tau", or None to leave the layer alone. The first that
             matches counts. A layer with its own sparsity is not part of the global budget.
@@ -350,10 +353,11 @@ class PDPConfig:
         return cls(**{key: from_plain(key, value) for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data from which `from_dict` makes an equal configuration.
+        """Return plain data from which `from_dict` makes such a configuration.
 
         Returns:
-            A dict of all fields, which json can write. Layer types become their names.
+            A dict of all fields, which json can write. Layer types become their names. As a name,
+            an excluded type that matches nothing is an error.
         """
         return {each.name: to_plain(getattr(self, each.name)) for each in fields(self)}
 
