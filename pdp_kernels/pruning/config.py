@@ -120,7 +120,8 @@ class PDPConfig:
         max_layer_sparsity: the largest fraction of a layer that a global budget may prune, in
             place of least_density.
         channel_dim: which channels the pattern "channel" prunes, "output" or "input". Batch norm
-            rescales masked outputs: before one, prune the inputs of the next layer instead.
+            rescales masked outputs: before one, prune the inputs of the next layer instead. Exclude
+            the head, whose outputs are the model's, or the first layer, whose inputs are the data.
         channel_norm: "rms" (comparable between layers) or "l2", as in `pdp_mask_channel`.
         include: what to prune. Default: the weights of Linear, ConvNd, ConvTransposeNd,
             MultiheadAttention and Hugging Face's Conv1D layers. An entry is a layer type, the name
