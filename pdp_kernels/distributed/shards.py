@@ -59,8 +59,8 @@ def is_sharded(weight: Tensor) -> TypeGuard["DTensor"]:
 
 def local_shard(weight: Tensor) -> Tensor:
     """Return the shard of this rank, detached; a plain tensor as a whole."""
-    weight = weight.detach()
-    return weight.to_local() if is_distributed(weight) else weight
+    # In inference mode torch cannot detach a DTensor, but its shard.
+    return (weight.to_local() if is_distributed(weight) else weight).detach()
 
 
 def mesh_ranks(weight: Tensor) -> frozenset[int]:

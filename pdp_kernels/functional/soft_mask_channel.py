@@ -198,7 +198,10 @@ def channel_norms(weight: Tensor, dim: int = 0, norm: Norm = "l2") -> Tensor:
 
 
 def find_norms(weights: Sequence[Tensor], dims: Sequence[int], rms: bool) -> list[Tensor]:
-    """Return the channel norms of each detached weight, of the global one if it is sharded."""
+    """Return the channel norms of each weight, of the global one if it is sharded.
+
+    Plain weights come detached.
+    """
     if any(map(is_distributed, weights)):
         return sums.channel_norms(weights, dims, rms)
     return [

@@ -161,7 +161,9 @@ class ChannelMask(SelectedMask):
         return kept.view([-1 if dim == self.dim else 1 for dim in range(weight.dim())])
 
     def _norms(self, weight: Tensor) -> Tensor:
-        return find_norms([weight.detach()], [self.dim], self.rms)[0]
+        if not is_distributed(weight):
+            weight = weight.detach()
+        return find_norms([weight], [self.dim], self.rms)[0]
 
     def _of_shard(self, weight: Tensor, of_channels: Tensor) -> Tensor:
         """Return the values of the local shard's channels, given those of all channels."""

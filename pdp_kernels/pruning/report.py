@@ -248,7 +248,7 @@ class ReportHistory:
                     f"{target.name} was quantized ({type(target.weight).__name__}), which keeps "
                     "its zeros but not in a form that can be counted: report before"
                 )
-        weights = [target.weight.detach() for target in targets]
+        weights = [target.weight for target in targets]
         if masks is None:
             decisions = [local_shard(weight) != 0 for weight in weights]
             values = [torch.ones(1, device=weight.device) for weight in weights]

@@ -21,6 +21,7 @@ from tests.support.sharded_training import (
     outcome,
     sgd,
     sharded,
+    tensor_parallel,
     thresholds_of,
     train,
 )
@@ -259,6 +260,25 @@ def test_frozen_zeros_stay_zero(special):
     for before, after in zip(*special[0]["frozen"], strict=True):
         assert torch.equal(before == 0, after == 0)
         assert not torch.equal(before, after)
+
+
+def evaluate_in_inference_mode(rank):
+    device, same = device_of(rank), {}
+    for pattern in PATTERNS:
+        model = tensor_parallel(network(device), mesh_of(rank, (2,))).eval()
+        pruner = PDPPruner(model, config(pattern))
+        pruner.step(1.0)
+        inputs = batches(device)[0][0]
+        with torch.no_grad():
+            expected, pruned = model(inputs), pruner.report().pruned
+        with torch.inference_mode():
+            same[pattern] = torch.equal(model(inputs), expected), pruner.report().pruned == pruned
+    return same
+
+
+def test_evaluation_works_in_inference_mode(backend):
+    expected = dict.fromkeys(PATTERNS, (True, True))
+    assert results_on_ranks(evaluate_in_inference_mode, 2, backend=backend) == [expected] * 2
 
 
 def count_collectives(rank):
