@@ -43,6 +43,7 @@ ALL_BY_DEFAULT = [
             ["conv.weight", "up.weight", "head.weight"],
         ),
         ({"exclude": [nn.MultiheadAttention]}, ["conv.weight", "up.weight", "head.weight"]),
+        ({"exclude": [nn.Sequential, nn.Transformer]}, ALL_BY_DEFAULT),
         ({"exclude": ["MultiheadAttention", "*.weight"]}, None),
         ({"include": [nn.Embedding, "head"]}, ["embedding.weight", "head.weight"]),
         ({"include": ["_ConvNd"]}, ["conv.weight", "up.weight"]),
@@ -181,6 +182,18 @@ BAD_MODELS = {
     "include": (mlp(), {"include": ["fc*"]}, ValueError, "include must match layers.*'fc\\*'"),
     "include type": (mlp(), {"include": [nn.Conv2d]}, ValueError, "include must match layers"),
     "exclude": (mlp(), {"exclude": ["head"]}, ValueError, "exclude must match layers.*'head'"),
+    "exclude around": (
+        nn.Sequential(mlp(), nn.Linear(8, 4)),
+        {"exclude": [nn.Sequential]},
+        ValueError,
+        r"exclude must match layers.*Sequential.*: \['\*', '0\.\*'\] match those inside others",
+    ),
+    "name around": (
+        nn.Sequential(mlp(), nn.Linear(8, 4)),
+        {"exclude": ["0"]},
+        ValueError,
+        r"exclude must match layers.*'0' without any: \['0\.\*'\] match those inside others",
+    ),
     "override": (mlp(), {"overrides": {"head": None}}, ValueError, "overrides must match.*'head'"),
     "fraction": (
         mlp(),
