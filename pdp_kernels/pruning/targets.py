@@ -62,15 +62,7 @@ class Holder:
     def matches(self, entry: str | type) -> bool:
         """Whether an entry of a configuration matches this layer or its weight."""
         layers = [self.layer] if self.attention is None else [self.layer, self.attention]
-        if isinstance(entry, type):
-            return any(isinstance(layer, entry) for layer in layers)
-        names = (self.layer_name, self.weight_name)
-        types = (cls.__name__ for layer in layers for cls in type(layer).__mro__)
-        return (
-            entry in names  # a name may have the special characters of a glob
-            or any(fnmatchcase(name, entry) for name in names)
-            or entry in types
-        )
+        return _matches(entry, [self.layer_name, self.weight_name], layers)
 
     def is_meant_by(self, entry: str | type) -> bool:
         """Whether an entry of include means this layer: an adapter only if it means no other."""
@@ -114,14 +106,26 @@ class Target:
         return self.plan.pattern.new_mask(self.holders[0].slot, self.plan.relative)
 
 
+def _matches(entry: str | type, names: Sequence[str], modules: Sequence[nn.Module]) -> bool:
+    """Whether an entry of a configuration matches one of the names, or the type of a module."""
+    if isinstance(entry, type):
+        return any(isinstance(module, entry) for module in modules)
+    types = (cls.__name__ for module in modules for cls in type(module).__mro__)
+    return (
+        entry in names  # a name may have the special characters of a glob
+        or any(fnmatchcase(name, entry) for name in names)
+        or entry in types
+    )
+
+
 def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
     """Return the weights to prune, each once, in the order of model.named_modules()."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     candidates = _candidates(model)
-    _check_used(config, [holder for holders in candidates for holder in holders])
     targets = []
     wanted = [holders for holders in candidates if _is_wanted(holders, config)]
+    _check_used(model, config, candidates, wanted)
     _check_not_quantized(wanted, config)
     _check_not_computed(wanted, config)
     for holders in wanted:
@@ -267,13 +271,34 @@ def _plan(holders: list[Holder], config: PDPConfig) -> LayerPlan:
     return plan
 
 
-def _check_used(config: PDPConfig, holders: list[Holder]) -> None:
-    """Reject entries that match nothing, except a type that is excluded as a precaution."""
+def _check_used(
+    model: nn.Module, config: PDPConfig, candidates: list[list[Holder]], wanted: list[list[Holder]]
+) -> None:
+    """Reject entries that match no layer, except a type that is excluded as a precaution.
+
+    A type of modules around layers that would be pruned is no such precaution.
+    """
     for field, entry in _entries(config):
-        if any(holder.matches(entry) for holder in holders):
+        if any(holder.matches(entry) for holders in candidates for holder in holders):
             continue
-        if field != "exclude" or not isinstance(entry, type):
-            raise ValueError(f"{field} must match layers of the model, got {entry!r} without any")
+        is_precaution = field == "exclude" and isinstance(entry, type)
+        globs = _globs_inside(model, entry, wanted if is_precaution else candidates)
+        if globs or not is_precaution:
+            hint = f": {globs!r} match those inside others" if globs else ""
+            raise ValueError(
+                f"{field} must match layers of the model, got {entry!r} without any{hint}"
+            )
+
+
+def _globs_inside(model: nn.Module, entry: str | type, candidates: list[list[Holder]]) -> list[str]:
+    """Return a glob for the layers in each module that an entry matches, if it has candidates."""
+    names = [holder.layer_name for holders in candidates for holder in holders]
+    prefixes = (
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if _matches(entry, [name], [module])
+    )
+    return [f"{prefix}*" for prefix in prefixes if any(name.startswith(prefix) for name in names)]
 
 
 def _entries(config: PDPConfig) -> Iterator[tuple[str, str | type]]:
