@@ -59,6 +59,8 @@ class MaskedLayer(_Masked):
     pdp_shown: dict[str, Tensor | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not _is_masked(self):
+            return type(self).forward(self, *args, **kwargs)
         for each in (*args, *kwargs.values()):
             if isinstance(each, torch.fx.Proxy):
                 raise RuntimeError(
@@ -108,10 +110,21 @@ class MaskedModel(MaskedParent):
     pdp_buckets: MaskBuckets
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _is_masked(self):
+            return type(self).__call__(self, *args, **kwargs)
         call = super().__call__
         if torch.compiler.is_compiling() or not self.training:
             return call(*args, **kwargs)
         return self.pdp_buckets.run(self, lambda: call(*args, **kwargs))
+
+
+def _is_masked(module: nn.Module) -> bool:
+    """Whether a module whose method runs still has its masks.
+
+    torch.compile, and code that sets a forward on an instance, hold methods from before
+    `unmask_model`.
+    """
+    return isinstance(module, _Masked)
 
 
 def mask_model(model: nn.Module, masks: dict[nn.Module, dict[str, WeightMask]]) -> None:

@@ -128,7 +128,6 @@ class PDPPruner:
         self._weights.put_on()
         self.step(0.0)
 
-    @torch.no_grad()
     def step(self, progress: float) -> None:
         """Advance the schedule, and find the thresholds of all layers in the weights as they are.
 
@@ -152,6 +151,14 @@ class PDPPruner:
             RuntimeError: the pruner is finalized; another pruner has taken over the model; or a
                 weight's shape has changed.
         """
+        self._step(progress)
+
+    # In a function that torch.compile compiles, it would compile each progress anew.
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="a pruner changes the schedule's numbers at each step"
+    )
+    @torch.no_grad()
+    def _step(self, progress: float) -> None:
         check_non_negative("progress", progress)
         self._check_owns_model()
         reshard(self.model)

@@ -47,7 +47,9 @@ class Holder:
         """Whether the model still has this layer under its name: no wrapper, no other layer."""
         module: nn.Module | None = model
         for name in self.layer_name.split(".") if self.layer_name else ():
-            module = module and module._modules.get(name)
+            if module is None:  # asked in any other way, a module may call its __len__
+                return False
+            module = module._modules.get(name)
         return module is self.layer
 
     @property
