@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pdp_kernels.distributed.order_statistics import select_key
 from pdp_kernels.distributed.replicas import check_same_on_all_ranks
-from pdp_kernels.distributed.shards import ShardedList, is_sharded
+from pdp_kernels.distributed.shards import ShardedList, is_sharded, local_shard
 from pdp_kernels.functional.validation import check_fraction, check_one_of, check_weights
 from pdp_kernels.ops.reference import magnitude_keys, threshold_dtype
 
@@ -141,17 +141,22 @@ def lamp_scores(weight: Tensor) -> Tensor:
     float32 would make ties of scores that differ, and zeros of the least. A layer of zeros has
     scores of 0.
     """
-    if is_sharded(weight):
-        raise ValueError(
-            f'allocation "lamp" needs all magnitudes of a layer on one rank, got a weight of shape '
-            f"{tuple(weight.shape)} that is sharded: use another allocation"
-        )
-    magnitudes = weight.detach().flatten().double().abs().sort().values
+    check_unsharded(weight)
+    magnitudes = local_shard(weight).flatten().double().abs().sort().values
     if magnitudes.numel() and not magnitudes[-1].isfinite():
         raise ValueError('allocation "lamp" needs finite weights, got NaN or inf')
     squares = (magnitudes / magnitudes[-1:]).square()  # relative to the largest: no overflow
     larger = squares.flip(0).cumsum(0).flip(0)
     return (squares / larger).nan_to_num(0.0)
+
+
+def check_unsharded(weight: Tensor) -> None:
+    """Raise a ValueError for a weight whose LAMP scores no rank can compute alone."""
+    if is_sharded(weight):
+        raise ValueError(
+            f'allocation "lamp" needs all magnitudes of a layer on one rank, got a weight of shape '
+            f"{tuple(weight.shape)} that is sharded: use another allocation"
+        )
 
 
 def _erk_density(shape: tuple[int, ...]) -> Fraction:

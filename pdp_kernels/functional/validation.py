@@ -37,9 +37,13 @@ def check_weight(name: str, weight: object) -> None:
 
 def check_plain_weight(name: str, weight: object) -> None:
     """Accept a dense floating point tensor that is no DTensor."""
+    check_not_distributed(name, weight)
+    check_weight(name, weight)
+
+
+def check_not_distributed(name: str, weight: object) -> None:
     if isinstance(weight, Tensor) and is_distributed(weight):
         raise TypeError(f"{name} must be a plain tensor, got a DTensor: take its full_tensor()")
-    check_weight(name, weight)
 
 
 def _check_placements(name: str, weight: "DTensor") -> None:

@@ -4,10 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from pdp_kernels.functional.allocation import allocate, check_budget, largest_count
+from pdp_kernels.functional.allocation import (
+    allocate,
+    check_budget,
+    check_unsharded,
+    largest_count,
+)
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masks import SelectedMask, WeightMask, selection_values
-from pdp_kernels.pruning.patterns import Pattern
+from pdp_kernels.pruning.patterns import Pattern, UnstructuredPattern
 from pdp_kernels.pruning.targets import Target
 from pdp_kernels.pruning.user_warnings import warn_user
 
@@ -15,10 +20,14 @@ NEARLY_ALL = 0.99  # pruned beyond this fraction, a layer computes next to nothi
 
 
 def check_budgets(targets: Sequence[Target], config: PDPConfig) -> None:
-    """Raise a ValueError if the cap per layer leaves less than a global budget to prune."""
+    """Raise a ValueError if a global budget cannot be allocated, whatever the weights will be."""
     for members in _budgets(targets):
         sizes = [targets[index].units for index in members]
         check_budget(sizes, _global_sparsity(config), _layer_cap(sizes, config))
+        if config.allocation == "lamp":
+            for target in (targets[index] for index in members):
+                if isinstance(target.plan.pattern, UnstructuredPattern):
+                    check_unsharded(target.weight)
 
 
 def final_counts(

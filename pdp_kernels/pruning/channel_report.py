@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from pdp_kernels.functional.validation import check_not_distributed
 from pdp_kernels.pruning.layers import PRUNABLE_LAYERS
 
 
@@ -48,7 +49,7 @@ def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
         weight have a report each.
 
     Raises:
-        TypeError: model is no torch.nn.Module; dim is no int.
+        TypeError: model is no torch.nn.Module; a weight is a DTensor; dim is no int.
         ValueError: dim is neither 0 nor 1.
 
     Examples:
@@ -70,6 +71,8 @@ def _channel_reports(model: nn.Module, dim: int) -> Iterator[ChannelReport]:
     for name, layer in model.named_modules():
         if not isinstance(layer, PRUNABLE_LAYERS) or (dim == 1 and getattr(layer, "groups", 1) > 1):
             continue
+        weight_name = f"{name}.weight" if name else "weight"
+        check_not_distributed(f"model's {weight_name}", layer.weight)
         live = layer.weight.detach().transpose(0, dim).flatten(1).count_nonzero(1)
         dead = (live == 0).nonzero().flatten().tolist()
         bias = [0.0] * len(live)

@@ -112,7 +112,8 @@ class PDPConfig:
             ends. Default never: the paper allocates it once, at the end of the warm-up.
         allocation: how the layers share a global budget: "magnitude" (the paper's single
             threshold), "lamp", "erk" or "uniform", as in `global_prune_counts`. Only "magnitude"
-            depends on the scale of the layers.
+            depends on the scale of the layers. "lamp" needs weights that are not sharded, unless it
+            allocates channels.
         least_density: the least density of a layer under a global budget, as a fraction of the
             average density 1 - sparsity, in [0, 1). The other layers prune the rest, so that the
             total stays. Default a tenth; 0 lets a budget empty a layer, as the paper does. Layers

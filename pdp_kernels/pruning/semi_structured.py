@@ -10,8 +10,14 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
+from pdp_kernels.distributed.shards import is_distributed
 from pdp_kernels.functional.compress import COMPRESSED_DTYPES, compress_2to4
-from pdp_kernels.functional.validation import check_divisible, check_pattern, check_plain_weight
+from pdp_kernels.functional.validation import (
+    check_divisible,
+    check_not_distributed,
+    check_pattern,
+    check_plain_weight,
+)
 from pdp_kernels.pruning.layers import layer_weights
 from pdp_kernels.pruning.targets import default_holders
 
@@ -89,7 +95,7 @@ def check_nm(
         A `GroupCheck` with an empty name for a tensor, a list of them for a module.
 
     Raises:
-        TypeError: model_or_tensor is neither, or a DTensor; n, m or dim is no int.
+        TypeError: model_or_tensor is neither, or a DTensor, or has one; n, m or dim is no int.
         ValueError: n or m is out of its range; a tensor has no dimension dim, or its size along dim
             is no multiple of m; a module has no weight to check.
 
@@ -111,6 +117,7 @@ def check_nm(
     checks = []
     for first, *_ in default_holders(model_or_tensor):
         weight = getattr(first.layer, first.slot.name)
+        check_not_distributed(f"model_or_tensor's {first.weight_name}", weight)
         along = first.slot.inputs if dim is None else dim
         if not isinstance(weight, SparseSemiStructuredTensor) and _divisible(weight, m, along):
             checks.append(_check_groups(first.weight_name, weight, n, m, along))
@@ -203,6 +210,8 @@ def _obstacle(
         return "is semi-structured already"
     if not all("weight" in dict(layer.named_parameters(recurse=False)) for layer in layers):
         return "is computed from other parameters: remove the parametrization first"
+    if is_distributed(weight):
+        return "is a DTensor: gather the model's state_dict into an unsharded model"
     if weight.dtype not in COMPRESSED_DTYPES:
         return f"dtype {weight.dtype} is neither torch.bfloat16 nor torch.float16"
     smallest = backend._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]

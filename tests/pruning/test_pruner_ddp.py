@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from pdp_kernels import PDPConfig, PDPPruner
+from pdp_kernels import PDPConfig, PDPPruner, SAPPruner
 from tests.support.ranks import results_on_ranks
 
 STEPS = 9
@@ -56,6 +56,32 @@ def test_two_ranks_prune_as_one_process_does():
         assert torch.equal(own == 0, other == 0)
     torch.testing.assert_close(thresholds, alone_thresholds, rtol=1e-12, atol=0)
     assert all(threshold > 0 for threshold in thresholds[-1])
+
+
+def begin_with_other_weights(rank):
+    torch.manual_seed(rank)
+    module = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)).double()
+    model = nn.parallel.DistributedDataParallel(module)
+    sap = SAPPruner(module)
+    inputs, targets = (batch.chunk(RANKS, dim=1)[rank] for batch in batches())
+    for step in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        nn.functional.mse_loss(model(inputs[step]), targets[step]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sap.step()
+    rewound = [parameter.detach().clone() for parameter in module.parameters()]
+    pruner = PDPPruner(module, PDPConfig(0.8, warmup=0, ramp=1))
+    counts = pruner.prune_counts
+    pruner.verify_replicas()
+    return sap.history, rewound, counts
+
+
+def test_ranks_that_begin_with_other_weights_prune_alike_after_ddp():
+    own, other = results_on_ranks(begin_with_other_weights, RANKS)
+    assert own[0] == other[0]
+    assert all(torch.equal(*pair) for pair in zip(own[1], other[1], strict=True))
+    assert own[2] == other[2]
 
 
 def prune_flattened(rank):
