@@ -191,8 +191,8 @@ def _check_not_computed(wanted: list[list[Holder]], config: PDPConfig) -> None:
         left_out = [*config.exclude, *found]
         raise ValueError(
             f"model must hold {', '.join(found)} as parameters, got what layers compute from "
-            f"others: remove the parametrizations first; exclude={left_out!r} leaves out what is "
-            "computed"
+            "others: remove the parametrizations first, or take fully_shard in place of "
+            f"FullyShardedDataParallel; exclude={left_out!r} leaves out what is computed"
         )
 
 

@@ -84,12 +84,26 @@ def test_ranks_that_begin_with_other_weights_prune_alike_after_ddp():
     assert own[2] == other[2]
 
 
-def prune_flattened(rank):
+def flatten(module, use_orig_params):
+    return FullyShardedDataParallel(
+        module, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+
+
+def prune_flattened(rank, use_orig_params):
+    refused = pytest.raises((ValueError, RuntimeError), match="fully_shard")
     module = network()
-    FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match="FullyShardedDataParallel flattens weights"):
+    PDPPruner(module, PDPConfig(0.8))
+    with refused:
+        flatten(module, use_orig_params)
+    module = network()
+    model = flatten(module, use_orig_params)
+    with refused:
         PDPPruner(module, PDPConfig(0.8))
+        model(batches()[0][0])  # on one rank a weight has its shape until the forward
 
 
-def test_weights_that_the_older_fsdp_flattens_are_refused():
-    results_on_ranks(prune_flattened, RANKS)
+@pytest.mark.parametrize("ranks", [1, RANKS])
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_weights_that_the_older_fsdp_flattens_are_refused(use_orig_params, ranks):
+    results_on_ranks(prune_flattened, ranks, use_orig_params)
