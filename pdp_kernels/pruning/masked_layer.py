@@ -45,6 +45,13 @@ class _Masked(nn.Module):
         """Make a plain module, as where a Sequential makes one of its slice."""
         return original_class(cls)(*args, **kwargs)
 
+    def __prepare_scriptable__(self) -> Any:
+        """Raise an error where torch.jit.script would meet code that it cannot compile."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile the masks of PDPPruner: script pruner.pruned_copy(), "
+            "or the model after finalize"
+        )
+
 
 class MaskedLayer(_Masked):
     """The first base of a masked layer's class.

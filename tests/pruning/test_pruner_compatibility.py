@@ -375,6 +375,16 @@ def test_checkpointed_layers_are_masked_when_they_run_again():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_torchscript_cannot_compile_masks():
+    model, pruner = two_pruned_layers()
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile.*pruned_copy\(\)"):
+        torch.jit.script(model)
+    scripted = torch.jit.script(pruner.pruned_copy())
+    inputs = torch.ones(1, 24)
+    assert torch.equal(scripted(inputs), model.eval()(inputs))
+
+
 def test_fx_cannot_trace_masks():
     model, pruner = two_pruned_layers()
     with pytest.raises(RuntimeError, match=r"torch\.fx cannot trace.*pruned_copy\(\)"):
