@@ -59,6 +59,7 @@ else:
 from pdp_kernels.integrations.schedule import check_flags, fit_config, parse_config, resume
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.masked_layer import unmask_model
+from pdp_kernels.pruning.plain_data import from_leaves
 from pdp_kernels.pruning.pruner import PDPPruner
 from pdp_kernels.pruning.user_warnings import warn_user
 
@@ -353,7 +354,7 @@ def _worst(mode: str) -> torch.Tensor:
 
 def _pruner_of(module: pl.LightningModule, state: Mapping[str, Any]) -> PDPPruner:
     """Return a pruner for the module as it was when the state was saved."""
-    pruner = PDPPruner(module, PDPConfig.from_dict(state["pruner"]["config"]))
+    pruner = PDPPruner(module, PDPConfig.from_dict(from_leaves(state["pruner"]["config"])))
     pruner.load_state_dict(state["pruner"])
     return pruner
 

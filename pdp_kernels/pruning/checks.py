@@ -17,6 +17,7 @@ from pdp_kernels.pruning.layers import is_quantized, parameter_of, quantized
 from pdp_kernels.pruning.masked_layer import mask_parents
 from pdp_kernels.pruning.masks import WeightMask
 from pdp_kernels.pruning.optimizers import parameter_ids
+from pdp_kernels.pruning.plain_data import from_leaves
 from pdp_kernels.pruning.targets import Target
 from pdp_kernels.pruning.user_warnings import warn_user
 
@@ -142,7 +143,7 @@ def check_masks(
 
 
 def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence[str] = ()) -> None:
-    """Raise a ValueError if a state is not of a pruner with this configuration and model.
+    """Raise an error if a state is not of a pruner with this configuration and model.
 
     Args:
         state: the state to check.
@@ -151,9 +152,14 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence
     """
     if state.keys() != own.keys():
         raise ValueError(f"state_dict must have keys {list(own)}, got {list(state)}")
+    if not isinstance(state["config"], Mapping):
+        raise TypeError(
+            f"state_dict['config'] must be a mapping, got {type(state['config']).__name__}"
+        )
     # A field that is younger than the state has its default there.
-    found = {field.name: field.default for field in fields(PDPConfig)} | state["config"]
-    for name, value in own["config"].items():
+    found = {field.name: field.default for field in fields(PDPConfig)}
+    found.update(from_leaves(state["config"]))
+    for name, value in from_leaves(own["config"]).items():
         if name not in free and found[name] != value:
             hint = ": new_schedule=True goes on with this pruner's schedule"
             raise ValueError(
@@ -190,8 +196,10 @@ def check_state_values(state: Mapping[str, Any], targets: Sequence[Target], miss
     are_counts = len(given) == len(sizes) and all(
         0 <= count <= size for count, size in zip(given, sizes, strict=True)
     )
-    if not are_counts and given != [missing] * len(sizes):
-        raise ValueError(f"{name} must have {len(sizes)} counts, at most {sizes}, got {given}")
+    if counts.dim() != 1 or (not are_counts and given != [missing] * len(sizes)):
+        raise ValueError(
+            f"{name} must have {len(sizes)} counts, at most {sizes}, got {counts.tolist()}"
+        )
     for of_weight, threshold in state["thresholds"].items():
         name = f"state_dict['thresholds'][{of_weight!r}]"
         if not isinstance(threshold, Tensor) or not threshold.is_floating_point():

@@ -1,8 +1,11 @@
 """A configuration's fields as plain data, which json and torch.load can read."""
 
+import json
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
+
+_MAPPINGS = ("sparsity", "overrides")  # the fields that may be mappings
 
 
 def to_plain(value: Any) -> Any:
@@ -18,6 +21,26 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Real):  # NumPy's numbers too
         return int(value) if isinstance(value, Integral) else float(value)
     return value
+
+
+def to_leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain data of a configuration as a state holds it: each mapping as a JSON text.
+
+    torch.distributed.checkpoint takes mappings apart. It leaves out empty ones, and loads into a
+    state only the entries that this state has, so that others would go unnoticed.
+    """
+    return {
+        name: json.dumps(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+
+
+def from_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain data of a configuration, given what `to_leaves` made of it."""
+    return {
+        name: json.loads(value) if name in _MAPPINGS and isinstance(value, str) else value
+        for name, value in leaves.items()
+    }
 
 
 def from_plain(key: str, value: Any) -> Any:

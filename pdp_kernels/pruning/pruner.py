@@ -26,6 +26,7 @@ from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
 from pdp_kernels.pruning.macs import count_macs
 from pdp_kernels.pruning.masked_weights import MaskedWeights
 from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
+from pdp_kernels.pruning.plain_data import to_leaves
 from pdp_kernels.pruning.report import PruningReport, ReportHistory
 from pdp_kernels.pruning.step_counter import StepCounter
 from pdp_kernels.pruning.targets import find_targets
@@ -367,11 +368,12 @@ class PDPPruner:
         Returns:
             A dict whose structure stays the same as the schedule advances, and on any number of
             ranks. torch.distributed.checkpoint needs that, and takes a pruner as it takes a model.
+            The configuration is `PDPConfig.to_dict`, with each mapping in it as a JSON text.
         """
         names = [target.name for target in self._weights.targets]
         counts = self.prune_counts or dict.fromkeys(names, _NOT_ALLOCATED)
         return {
-            "config": self.config.to_dict(),
+            "config": to_leaves(self.config.to_dict()),
             "progress": self.progress,
             "weights": names,
             "prune_counts": torch.tensor([counts[name] for name in names]),
@@ -397,7 +399,10 @@ class PDPPruner:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         self._check_owns_model()
-        check_state(state_dict, self.state_dict(), SCHEDULE_FIELDS if new_schedule else ())
+        own = self.state_dict()
+        if not own["thresholds"]:  # torch.distributed.checkpoint leaves out an empty mapping
+            state_dict = {"thresholds": {}, **state_dict}
+        check_state(state_dict, own, SCHEDULE_FIELDS if new_schedule else ())
         check_state_values(state_dict, self._weights.targets, _NOT_ALLOCATED)
         counts = state_dict["prune_counts"].tolist()
         is_allocated = _NOT_ALLOCATED not in counts

@@ -267,6 +267,8 @@ class SAPPruner:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         own = self.state_dict()
+        if not own["initial"]:  # torch.distributed.checkpoint leaves out an empty mapping
+            state_dict = {"initial": {}, **state_dict}
         if state_dict.keys() != own.keys():
             raise ValueError(f"state_dict must have keys {list(own)}, got {list(state_dict)}")
         if state_dict["settings"] != own["settings"]:

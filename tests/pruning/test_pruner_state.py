@@ -1,9 +1,12 @@
 """A pruner resumes from its state bit for bit, and refuses the state of another."""
 
 import copy
+from itertools import permutations
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from pdp_kernels import PDPConfig, PDPPruner
 from tests.support.models import mlp, train
@@ -69,12 +72,45 @@ def test_a_state_of_another_pruner_is_refused_and_changes_nothing():
     assert after == before
 
 
+MAPPINGS = {
+    "overrides": [{}, {"0": {"sparsity": 0.5}}, {"0": {"sparsity": 0.5}, "2": {"tau": 1e-3}}],
+    "sparsity": [0.9, {"*": 0.9}, {"0": 0.5, "*": 0.9}],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "saved", "own"),
+    [(field, *pair) for field, values in MAPPINGS.items() for pair in permutations(values, 2)],
+)
+def test_a_distributed_checkpoint_of_another_configuration_is_refused(field, saved, own, tmp_path):
+    """Where it has entries that this one does not have, too."""
+    settings = {"sparsity": 0.9, "scope": "layer", "warmup": 0, "ramp": 1}
+    pruners = [PDPPruner(mlp(), PDPConfig(**settings | {field: each})) for each in (saved, own)]
+    dcp.save({"pruner": pruners[0]}, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=f"state_dict must be of a configuration with {field} = "):
+        dcp.load({"pruner": pruners[1]}, checkpoint_id=tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_distributed_checkpoint_can_be_converted_to_a_file(name, tmp_path):
+    pruner = PDPPruner(mlp(), CONFIGS[name])
+    pruner.step(3.0)
+    dcp.save({"pruner": pruner}, checkpoint_id=tmp_path)
+    dcp_to_torch_save(tmp_path, tmp_path / "converted.pt")
+    other = PDPPruner(mlp(), CONFIGS[name])
+    other.load_state_dict(torch.load(tmp_path / "converted.pt", weights_only=True)["pruner"])
+    assert str(other.state_dict()) == str(pruner.state_dict())
+
+
 WRONG_VALUES = {
+    "config": [None, [1]],
     "progress": ["a", -1.0, float("nan")],
     "prune_counts": [
         [1, 2, 3],
         torch.tensor([1.0, 2.0, 3.0]),
         torch.tensor([1, 2]),
+        torch.tensor([[1, 2, 3]]),
+        torch.tensor([[-1, -1, -1]]),
         torch.tensor([100_000, 2, 3]),
         torch.tensor([-7, 2, 3]),
         torch.tensor([-1, 2, 3]),
