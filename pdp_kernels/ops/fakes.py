@@ -1,11 +1,43 @@
 """The fake of every operator: empty results of the right shape, dtype, strides and device."""
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pdp_kernels.ops.reference import DIGIT_BITS, threshold_dtype
+
+
+def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a fake that refuses tensors on several devices, as kernels do.
+
+    One tensor on the meta device is enough for the dispatcher to call a fake. For a weight that is
+    elsewhere the empty results would be taken for real ones.
+    """
+    names = list(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        tensors = list(_tensors(zip(names, args, strict=True)))
+        first, device = tensors[0][0], tensors[0][1].device
+        for name, tensor in tensors:
+            if tensor.device != device:
+                raise ValueError(
+                    f"{name} must be on the device of {first}, {device}, got {tensor.device}"
+                )
+        return fake(*args)
+
+    return checked
+
+
+def _tensors(arguments: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in arguments:
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, Tensor):
+                yield name, each
 
 
 def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:

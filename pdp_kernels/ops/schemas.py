@@ -53,4 +53,5 @@ SCHEMAS = {
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pdp::{_name}", getattr(fakes, _name), lib=library)
+    _fake = fakes.on_one_device(getattr(fakes, _name))
+    torch.library.register_fake(f"pdp::{_name}", _fake, lib=library)

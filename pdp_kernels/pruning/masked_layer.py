@@ -86,7 +86,9 @@ class MaskedLayer(_Masked):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, mask in self.pdp_masks.items():
-            mask.weight_loaded |= f"{prefix}{name}" in state_dict
+            if f"{prefix}{name}" in state_dict:
+                mask.weight_loaded = True
+                mask.to(parameter_of(self, name))  # by assignment it may be elsewhere
 
     def _replicate_for_data_parallel(self) -> "MaskedLayer":
         raise RuntimeError(DATA_PARALLEL)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from pdp_kernels import (
     hard_mask,
@@ -69,6 +70,20 @@ def test_opcheck(device):
         torch.library.opcheck(operator, arguments, test_utils=CHECKS)
         checked.add(name)
     assert checked == set(ops.schemas.SCHEMAS)
+
+
+def test_one_tensor_on_the_meta_device_among_others_is_refused(device):
+    """The dispatcher calls the fake then, whose results are not computed."""
+    checked = set()
+    for name, arguments in sample_inputs(device):
+        leaves, structure = pytree.tree_flatten(arguments)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        for place in places if len(places) > 1 else ():
+            mixed = [leaf.to("meta") if at == place else leaf for at, leaf in enumerate(leaves)]
+            with pytest.raises(ValueError, match=r"must be on the device of .*meta"):
+                getattr(torch.ops.pdp, name)(*pytree.tree_unflatten(mixed, structure))
+            checked.add(name)
+    assert checked == set(ops.schemas.SCHEMAS) - {"channel_norms", "compress_2to4"}
 
 
 @pytest.fixture(autouse=True)

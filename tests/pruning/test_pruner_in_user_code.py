@@ -1,5 +1,7 @@
 """What users do to a pruned model either works or says what to do instead."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -102,17 +104,47 @@ def test_freezing_a_dense_model_warns():
         freeze_zeros([model[0].weight], optimizer)
 
 
+def emptied_and_loaded(model, state):
+    model.to_empty(device="cpu").load_state_dict(state)
+
+
+def assigned(model, state):
+    model.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("load", [emptied_and_loaded, assigned])
 @pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
-def test_a_model_may_be_on_the_meta_device_at_first(pattern):
+def test_a_model_may_be_on_the_meta_device_at_first(pattern, load):
     with torch.device("meta"):
         model = small_model()
     sparsity = None if pattern == "2:4" else 0.8
     pruner = PDPPruner(model, PDPConfig(sparsity, warmup=0, ramp=4, pattern=pattern))
-    model.to_empty(device="cpu")
-    for layer in (model[0], model[2]):
-        layer.reset_parameters()
-    assert torch.isfinite(model(torch.randn(4, 16))).all()
+    dense, inputs = small_model(), torch.randn(4, 16)
+    load(model, dense.state_dict())
+    for training in (True, False):  # nothing is pruned yet
+        torch.testing.assert_close(model.train(training)(inputs), dense(inputs))
     assert train_to_the_end(pruner) > 0.45
+
+
+def test_weights_of_another_dtype_may_be_assigned():
+    model = small_model()
+    pruner = PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=0))
+    state = {name: value.double() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model(torch.randn(4, 16).double()).sum().backward()
+    pruner.finalize()
+
+
+def test_masks_on_the_meta_device_refuse_weights_that_are_elsewhere():
+    """As of the base of an ensemble (torch.func.stack_module_state)."""
+    model = small_model()
+    PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=0))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    base = copy.deepcopy(model).to("meta")
+    with pytest.raises(
+        ValueError, match="threshold must be on the device of weight, cpu, got meta"
+    ):
+        torch.func.functional_call(base, weights, torch.randn(4, 16))
 
 
 def test_all_layers_that_do_not_fit_a_pattern_are_named_at_once():
