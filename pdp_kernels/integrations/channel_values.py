@@ -28,7 +28,7 @@ def replaced(outputs: Channels, inputs: Channels, sign: int) -> Iterator[None]:
         size = sign * (1 + torch.linalg.vector_norm(values.float()))
 
         def noise(chosen: Tensor) -> Tensor:
-            factors = 1 + torch.rand(chosen.shape, generator=generator)
+            factors = 1 + torch.rand(chosen.shape, generator=generator, device=generator.device)
             return (size * factors.to(chosen.device)).to(chosen.dtype)
 
         return _with(layer, values, outputs[layer], noise)

@@ -349,7 +349,7 @@ def _give_worst_scores(saver: Any) -> None:
 
 
 def _worst(mode: str) -> torch.Tensor:
-    return torch.tensor(math.inf if mode == "min" else -math.inf)
+    return torch.tensor(math.inf if mode == "min" else -math.inf, device="cpu")
 
 
 def _pruner_of(module: pl.LightningModule, state: Mapping[str, Any]) -> PDPPruner:

@@ -259,10 +259,11 @@ def _saved_state(state: TrainerState, name: str) -> dict[str, Any]:
 
 def _to_tensors(saved: Mapping[str, Any]) -> dict[str, Any]:
     thresholds = {
-        name: torch.tensor(float(value), dtype=torch.float64)
+        name: torch.tensor(float(value), dtype=torch.float64, device="cpu")
         for name, value in saved["thresholds"].items()
     }
-    return {**saved, "prune_counts": torch.tensor(saved["prune_counts"]), "thresholds": thresholds}
+    counts = torch.tensor(saved["prune_counts"], device="cpu")
+    return {**saved, "prune_counts": counts, "thresholds": thresholds}
 
 
 class _QuietConsole(TrainerCallback):

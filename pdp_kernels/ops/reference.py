@@ -35,7 +35,7 @@ def prune_counts(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tens
     counts = [math.floor(r * w.numel() + 0.5) for w, r in zip(weights, ratios, strict=True)]
     device = weights[0].device
     if device.type == "cpu":
-        return torch.tensor(counts, dtype=torch.int64)
+        return torch.tensor(counts, dtype=torch.int64, device=device)
     # A copy from host memory would wait for the device, and a CUDA graph could not capture it.
     return torch.stack([torch.full((), k, dtype=torch.int64, device=device) for k in counts])
 
@@ -76,7 +76,7 @@ def thresholds(weights: Sequence[Tensor], prune_counts: Tensor) -> Tensor:
 def magnitude_keys(weight: Tensor) -> Tensor:
     """Return integers that sort as |w| does, (n,): the bits of |w|; all NaN map to inf's + 1."""
     integers = INTEGERS[weight.element_size()]
-    infinity = torch.tensor(math.inf, dtype=weight.dtype).view(integers).item()
+    infinity = torch.tensor(math.inf, dtype=weight.dtype, device="cpu").view(integers).item()
     bits = weight.detach().flatten().view(integers)
     return (bits & ((1 << (8 * weight.element_size() - 1)) - 1)).clamp(max=infinity + 1)
 

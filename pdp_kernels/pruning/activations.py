@@ -172,7 +172,8 @@ def _squares_before_projection(
     The attention runs again, with the identity for a projection.
     """
     projection = cast(nn.MultiheadAttention, layer).out_proj
-    replaced = {"out_proj.weight": torch.eye(projection.in_features).to(projection.weight)}
+    identity = torch.eye(projection.in_features, device=projection.weight.device)
+    replaced = {"out_proj.weight": identity.to(projection.weight)}
     if projection.bias is not None:
         replaced["out_proj.bias"] = torch.zeros_like(projection.bias)
     attended = torch.func.functional_call(layer, replaced, args, kwargs)[0]

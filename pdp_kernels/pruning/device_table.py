@@ -224,7 +224,7 @@ class DeviceTable:
         if self._written_counts is not final_counts:
             targets = self.targets[: len(self._selected)]
             counts = [final_counts[target.name] for target in targets]
-            self._final_counts.copy_(torch.tensor(counts, dtype=torch.float64))
+            self._final_counts.copy_(torch.tensor(counts, dtype=torch.float64, device="cpu"))
             self._written_counts = final_counts
         torch.mul(self._final_counts, ramp, out=self._scaled_counts)
         # The conversion to integers rounds down.

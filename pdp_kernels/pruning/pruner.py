@@ -376,7 +376,7 @@ class PDPPruner:
             "config": to_leaves(self.config.to_dict()),
             "progress": self.progress,
             "weights": names,
-            "prune_counts": torch.tensor([counts[name] for name in names]),
+            "prune_counts": torch.tensor([counts[name] for name in names], device="cpu"),
             "thresholds": {name: t.clone() for name, t in self._weights.thresholds().items()},
         }
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros
+from pdp_kernels import PDPConfig, PDPPruner, freeze_zeros, prune_one_shot
+from pdp_kernels.ops import reference
 from tests.support.models import CONFIG, small_model, train_to_the_end
 
 
@@ -133,6 +134,23 @@ def test_weights_of_another_dtype_may_be_assigned():
     model.load_state_dict(state, assign=True)
     model(torch.randn(4, 16).double()).sum().backward()
     pruner.finalize()
+
+
+def test_the_default_device_need_not_be_that_of_the_weights():
+    model, inputs = small_model(), torch.randn(4, 16)
+    attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with torch.device("meta"):
+        pruner = PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=1, reallocate=0.5))
+        for progress in (0.5, 1.0):
+            model(inputs).sum().backward()
+            pruner.step(progress)
+        pruner.load_state_dict(pruner.state_dict())
+        pruner.report(inputs)
+        pruner.finalize()
+        counts = reference.prune_counts(list(model.parameters()), [0.8] * 4)
+        prune_one_shot(attention, 0.5, method="wanda", calibration=[inputs.unsqueeze(0)])
+    assert counts.device.type == "cpu"
+    assert train_to_the_end(PDPPruner(model, CONFIG)) > 0.45
 
 
 def test_masks_on_the_meta_device_refuse_weights_that_are_elsewhere():

@@ -48,6 +48,14 @@ def test_a_removal_that_makes_others_dead_goes_on():
     assert report.removed == {"2": [5], "0": [7]}
 
 
+def test_the_default_device_need_not_be_that_of_the_model():
+    model, inputs = mlp(), torch.randn(5, 8)
+    kill(model, 1, [0, 3, 9], "2")
+    with torch.device("meta"):
+        report = remove_dead_channels(model, inputs)
+    assert report.removed == {"0": [0, 3, 9]}
+
+
 def conv_net():
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
