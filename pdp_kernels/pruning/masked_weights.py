@@ -58,6 +58,8 @@ class MaskedWeights:
         Raises:
             ValueError: its weights have other names, shapes, dtypes or devices.
         """
+        reshard(self.model)
+        reshard(model)
         expected, got = layout(self.targets), layout(targets)
         if got != expected:
             raise ValueError(f"copy must have the weights {expected}, got {got}")

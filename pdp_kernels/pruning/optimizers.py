@@ -16,6 +16,12 @@ def torch_optimizer(optimizer: object) -> Optimizer:
     wrapped = getattr(optimizer, "optimizer", None)
     if isinstance(wrapped, Optimizer):
         return torch_optimizer(wrapped)
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            "optimizer must have the hooks of torch.optim.Optimizer, got a "
+            f"{type(optimizer).__name__}, which leaves out Optimizer.__init__: call pruner.step in "
+            "place of attach, and freeze zeros in the optimizer that it wraps"
+        )
     optimizer._patch_step_function()
     return optimizer
 

@@ -2,9 +2,11 @@
 
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.optim import PostLocalSGDOptimizer
 
 from pdp_kernels import PDPConfig, PDPPruner
 from tests.support.models import CONFIG, small_model
@@ -82,6 +84,18 @@ def test_a_wrapped_optimizer_is_unwrapped():
     pruner.freeze(optimizer)
     step(optimizer)
     assert (model[0].weight == 0).any()
+
+
+def test_an_optimizer_without_hooks_is_refused_and_goes_on():
+    model = small_model()
+    pruner = PDPPruner(model, CONFIG)
+    averager = SimpleNamespace(average_parameters=lambda params: None)
+    optimizer = PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), averager)
+    with pytest.raises(TypeError, match="a PostLocalSGDOptimizer, which leaves out"):
+        pruner.attach(optimizer, 2)
+    before = model[0].weight.detach().clone()
+    step(optimizer)
+    assert not torch.equal(model[0].weight, before)
 
 
 def test_a_schedule_longer_than_the_training_warns():

@@ -262,6 +262,29 @@ def test_frozen_zeros_stay_zero(special):
         assert not torch.equal(before, after)
 
 
+def follow_after_a_forward(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = device_of(rank)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model, average = (
+        fully_shard(network(device), mesh=mesh_of(rank, (2,)), mp_policy=policy) for _ in range(2)
+    )
+    pruner = PDPPruner(model, config())
+    inputs = batches(device)[0][0]
+    for each in (model, average):
+        each(inputs)  # a root that has weights of its own keeps them gathered, in bfloat16
+    pruner.follow(average)
+    pruner.step(2.0)
+    pruner.finalize()
+    return [sum(int((w == 0).sum()) for w in global_weights(each)) for each in (model, average)]
+
+
+def test_a_follower_may_have_gathered_weights_when_it_begins(backend):
+    for zeros in results_on_ranks(follow_after_a_forward, 2, backend=backend):
+        assert zeros[0] == zeros[1] > 0
+
+
 def evaluate_in_inference_mode(rank):
     device, same = device_of(rank), {}
     for pattern in PATTERNS:
