@@ -114,6 +114,6 @@ def not_a_parameter(layer: nn.Module, name: str) -> RuntimeError:
     return RuntimeError(
         f"the {name} of a {type(layer).__name__.replace('Masked', '')} that PDPPruner masks must "
         "stay a Parameter: apply weight_norm, spectral_norm, torch.nn.utils.prune and "
-        "parametrizations after finalize, take fully_shard in place of FullyShardedDataParallel, "
-        "or exclude the layer"
+        "parametrizations after finalize, take fully_shard in place of FullyShardedDataParallel "
+        "and of DDP over tensor parallelism, or exclude the layer"
     )

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from pdp_kernels import PDPConfig, PDPPruner, SAPPruner
 from tests.support.ranks import results_on_ranks
+from tests.support.sharded_training import mesh_of, tensor_parallel
 
 STEPS = 9
 RANKS = 2
@@ -107,3 +108,17 @@ def prune_flattened(rank, use_orig_params):
 @pytest.mark.parametrize("use_orig_params", [False, True])
 def test_weights_that_the_older_fsdp_flattens_are_refused(use_orig_params, ranks):
     results_on_ranks(prune_flattened, ranks, use_orig_params)
+
+
+def replicate_a_tensor_parallel_model(rank):
+    mesh = mesh_of(rank, (1, RANKS), ("data", "tensor"))
+    module = tensor_parallel(nn.Sequential(*network(), nn.Linear(8, 8)), mesh["tensor"])
+    model = nn.parallel.DistributedDataParallel(module, device_mesh=mesh["data"])
+    PDPPruner(module, PDPConfig(0.8))
+    with pytest.raises(RuntimeError, match="DDP over tensor parallelism"):
+        model(torch.randn(4, 24))
+
+
+def test_ddp_over_tensor_parallelism_is_refused():
+    """It makes plain tensors of the shards, and DTensors of them during each forward."""
+    results_on_ranks(replicate_a_tensor_parallel_model, RANKS)
