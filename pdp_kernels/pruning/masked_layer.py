@@ -41,9 +41,16 @@ class _Masked(nn.Module):
     def __init_subclass__(cls) -> None:
         """Do nothing, where a user's class might enter each of its subclasses into a registry."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a plain module, as where a Sequential makes one of its slice."""
-        return original_class(cls)(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a plain module, as where a Sequential makes one of its slice.
+
+        Copies of a masked one, which code may make by `__new__` alone, are masked.
+        """
+        if "_parameters" not in vars(self):  # it is new
+            self.__class__ = original_class(type(self))
+            type(self).__init__(self, *args, **kwargs)
+        else:
+            super().__init__(*args, **kwargs)
 
     def __prepare_scriptable__(self) -> Any:
         """Raise an error where torch.jit.script would meet code that it cannot compile."""

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from pdp_kernels import PDPConfig, PDPPruner
 from tests.support.models import CONFIG, small_model, train_to_the_end
@@ -23,6 +24,47 @@ def saved(pruner):
     torch.save(pruner, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
+
+
+class CopiesItself(nn.Module):
+    """Copies itself as other code does too, without a call of its class."""
+
+    def __deepcopy__(self, memo):
+        cls = self.__class__
+        copied = memo[id(self)] = cls.__new__(cls)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+class CopyingLinear(CopiesItself, nn.Linear):
+    pass
+
+
+class CopyingSequential(CopiesItself, nn.Sequential):
+    pass
+
+
+def test_modules_that_copy_themselves_keep_their_masks():
+    model = CopyingSequential(CopyingLinear(16, 8), nn.ReLU(), CopyingLinear(8, 4))
+    types = [type(each) for each in model.modules()]
+    pruner = PDPPruner(model, PDPConfig(0.75, warmup=0, ramp=0))
+    copied, inputs = copy.deepcopy(model), torch.randn(4, 16)
+    assert [type(each) for each in copied.modules()] == [type(each) for each in model.modules()]
+    for training in (True, False):
+        expected = model.train(training)(inputs)
+        assert torch.equal(copied.train(training)(inputs), expected)
+    plain = pruner.pruned_copy()
+    assert torch.equal(plain.eval()(inputs), expected)
+    assert [type(each) for each in plain.modules()] == types
+
+
+def test_a_layer_whose_bias_is_parametrized_later_is_copied():
+    model = small_model()
+    pruner = PDPPruner(model, PDPConfig(0.75, warmup=0, ramp=0))
+    parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    inputs = torch.randn(4, 16)
+    assert torch.equal(pruner.pruned_copy().eval()(inputs), model.eval()(inputs))
+    pruner.finalize()
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "channel"])
