@@ -296,7 +296,7 @@ class _Read(NamedTuple):
         Raises:
             RuntimeError: a module around the layer has, in vain.
         """
-        if self.contents is None or _contents(self.w_hat) == self.contents:
+        if self.contents is None or _contents(self.w_hat) in (self.contents, None):
             return
         cls = original_class(type(self.layer))
         text = (

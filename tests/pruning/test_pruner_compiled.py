@@ -163,3 +163,21 @@ def test_checkpointed_blocks_are_compiled_with_the_setting_of_the_guide():
     with torch._dynamo.config.patch(setting):
         found = torch.autograd.grad(compiled(inputs), weights)
     torch.testing.assert_close(found, expected)
+
+
+@torch.compiler.disable
+def product(inputs, layer):
+    return nn.functional.linear(inputs, layer.weight, layer.bias)
+
+
+class ReadsInEagerCode(Block):
+    def forward(self, inputs):
+        return self.last(product(inputs, self.first).relu())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eager_code_in_a_compiled_forward_reads_masked_weights(training):
+    model = ReadsInEagerCode().train(training)
+    PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=0))
+    inputs = torch.randn(5, 8)
+    assert torch.equal(torch.compile(model, backend="eager")(inputs), model(inputs))
