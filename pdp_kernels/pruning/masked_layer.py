@@ -94,7 +94,7 @@ class MaskedLayer(_Masked):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name, mask in self.pdp_masks.items():
             if f"{prefix}{name}" in state_dict:
-                mask.weight_loaded = True
+                mask.weight_loaded = not mask.awaits_weight
                 mask.to(parameter_of(self, name))  # by assignment it may be elsewhere
 
     def _replicate_for_data_parallel(self) -> "MaskedLayer":

@@ -90,14 +90,20 @@ class MaskedWeights:
         """Set the schedule, and select its thresholds from the weights as they are now."""
         self._tables.step(config, progress, final_counts)
         self._update_followers()
-        self.forget_loads()
+        for mask in self.masks:  # the weights as they are count as trained ones
+            mask.weight_loaded = mask.awaits_weight = False
 
     def set_thresholds(self, thresholds: Mapping[str, Tensor]) -> None:
-        """Set the thresholds to these, by the names of their weights."""
+        """Set the thresholds to those of a state, by the names of their weights.
+
+        Its weights were loaded before it, or will be.
+        """
         for name, threshold in self.thresholds().items():
             threshold.copy_(thresholds[name])
         self._update_followers()
-        self.forget_loads()
+        for mask in self.masks:
+            mask.awaits_weight = not mask.weight_loaded
+            mask.weight_loaded = False
 
     def thresholds(self) -> dict[str, Tensor]:
         """Return the threshold of each weight that has one."""
@@ -106,11 +112,6 @@ class MaskedWeights:
             for target, mask in zip(self.targets, self.masks, strict=True)
             if isinstance(mask, SelectedMask)
         }
-
-    def forget_loads(self) -> None:
-        """Take the weights as they are for trained ones, whether they were loaded or not."""
-        for mask in self.masks:
-            mask.weight_loaded = False
 
     def reshard(self) -> None:
         """Let FSDP put its sharded parameters back, in the model and the copies that follow."""

@@ -43,12 +43,15 @@ class WeightMask(ABC):
         tau: the temperature, ().
         gradient_tau: that of the gradient, (); None if it is tau.
         weight_loaded: whether the weight has come from a state_dict since the last step.
+        awaits_weight: whether the pruner's state has, before its weight. The weight that is loaded
+            until the next step is then taken for that one.
         follows: whether it is the mask of a follower, which nothing trains: hard in every mode.
     """
 
     tau: Tensor
     gradient_tau: Tensor | None
     follows = False
+    awaits_weight = False
 
     def __init__(self, relative: bool) -> None:
         self.relative = relative

@@ -111,17 +111,35 @@ def test_finalizing_an_early_checkpoint_with_its_pruner_warns_of_the_schedule():
 
 
 @pytest.mark.filterwarnings("error")
-def test_finalizing_a_resumed_training_is_silent():
-    pruner, _, state = loading_run()
-    end = pruner.state_dict()
-    pruner.model.load_state_dict(copy.deepcopy(pruner.model.state_dict()))
-    pruner.load_state_dict(end)
+@pytest.mark.parametrize("pruner_first", [False, True])  # as torch.distributed.checkpoint loads
+def test_finalizing_a_resumed_training_is_silent(pruner_first):
+    pruner, _, _ = loading_run()
+    states = copy.deepcopy([pruner.model.state_dict(), pruner.state_dict()])
+    loads = list(zip([pruner.model, pruner], states, strict=True))
+    for part, state in reversed(loads) if pruner_first else loads:
+        part.load_state_dict(state)
     pruner.finalize()
     pruner, weights, state = loading_run()
     pruner.model.load_state_dict(weights)
     pruner.load_state_dict(state)
     pruner.step(4.0)  # trains on
     pruner.finalize()
+
+
+@pytest.mark.parametrize("resumed", ["weights first", "pruner first and a step"])
+def test_weights_that_are_loaded_after_a_resumed_training_warn(resumed):
+    pruner, weights, _ = loading_run()
+    states = copy.deepcopy([pruner.model.state_dict(), pruner.state_dict()])
+    if resumed == "weights first":
+        pruner.model.load_state_dict(states[0])
+        pruner.load_state_dict(states[1])
+    else:
+        pruner.load_state_dict(states[1])
+        pruner.model.load_state_dict(states[0])
+        pruner.step(4.0)
+    pruner.model.load_state_dict(weights)
+    with pytest.warns(UserWarning, match="loaded after the last step"):
+        pruner.finalize()
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "channel", "2:4"])
