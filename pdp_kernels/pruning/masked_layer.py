@@ -101,7 +101,7 @@ class MaskedLayer(_Masked):
         raise RuntimeError(DATA_PARALLEL)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _reduced(super().__reduce_ex__(protocol), _masked_class, tuple(self.pdp_masks))
+        return _reduced(self, super().__reduce_ex__(protocol), _masked_class, tuple(self.pdp_masks))
 
 
 class MaskedParent(_Masked):
@@ -113,7 +113,7 @@ class MaskedParent(_Masked):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         masked_class = _model_class if isinstance(self, MaskedModel) else _parent_class
-        return _reduced(super().__reduce_ex__(protocol), masked_class)
+        return _reduced(self, super().__reduce_ex__(protocol), masked_class)
 
 
 class MaskedModel(MaskedParent):
@@ -434,16 +434,32 @@ def _shown_or_parameter(name: str) -> property:
     return property(get, set)
 
 
-def _reduced(reduced: Any, masked_class: Callable[..., type], *names: tuple[str, ...]) -> Any:
+def _reduced(module: _Masked, reduced: Any, masked_class: Any, *names: tuple[str, ...]) -> Any:
     """Let a pickle name the class that a masked one was made from: that exists at run time only."""
     make, args, *rest = reduced
-    if make is not copyreg.__newobj__:  # type: ignore[attr-defined]  # not in typeshed
-        return make, args, *rest
-    cls, *others = args
-    return _new, (masked_class, original_class(cls), names, *others), *rest
+    if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # not in typeshed
+        cls, *others = args
+        return _new, (masked_class, original_class(cls), names, *others), *rest
+    if isinstance(make, type) and issubclass(make, _Masked):  # a call of the module's class
+        masks = {name: value for name, value in vars(module).items() if name[:4] == "pdp_"}
+        return _call, (masked_class, original_class(make), names, masks, *args), *rest
+    return make, args, *rest
 
 
 def _new(
     masked_class: Callable[..., type], cls: type, names: tuple[tuple[str, ...], ...], *args: Any
 ) -> Any:
     return cls.__new__(masked_class(cls, *names), *args)
+
+
+def _call(
+    masked_class: Callable[..., type],
+    cls: type,
+    names: tuple[tuple[str, ...], ...],
+    masks: dict[str, Any],
+    *args: Any,
+) -> Any:
+    module = cls(*args)
+    module.__class__ = masked_class(cls, *names)
+    vars(module).update(masks)
+    return module

@@ -58,6 +58,25 @@ def test_modules_that_copy_themselves_keep_their_masks():
     assert [type(each) for each in plain.modules()] == types
 
 
+class PickledAsACall(nn.Linear):
+    """Says that it is a call of its class, and its state."""
+
+    def __reduce__(self):
+        return type(self), (self.in_features, self.out_features), vars(self)
+
+
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy, saved])
+def test_modules_that_are_pickled_as_calls_of_their_classes_keep_their_masks(copied):
+    layers = nn.Sequential(PickledAsACall(16, 8), nn.ReLU(), PickledAsACall(8, 4))
+    model = torch.compile(layers, backend="eager")  # whose wrapper is pickled so too
+    PDPPruner(model, PDPConfig(0.75, warmup=0, ramp=0))
+    other, inputs = copied(model), torch.randn(4, 16)
+    assert type(other) is type(model)
+    for training in (True, False):
+        expected = model.train(training)(inputs)
+        assert torch.equal(other.train(training)(inputs), expected)
+
+
 def test_a_layer_whose_bias_is_parametrized_later_is_copied():
     model = small_model()
     pruner = PDPPruner(model, PDPConfig(0.75, warmup=0, ramp=0))
