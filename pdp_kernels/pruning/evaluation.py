@@ -12,14 +12,16 @@ from torch import nn
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, in which it calls each of its layers, and restore its mode.
 
-    Without it the fused attention of torch.nn reads the weights of layers that it does not call.
+    Without it the fused attention of torch.nn reads the weights of layers that it does not call,
+    and what torch.compile has compiled calls no hook that is younger.
     """
     modes = {layer: layer.training for layer in model.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for layer, training in modes.items():

@@ -261,3 +261,18 @@ def test_half_precision_is_measured_exactly(dtype):
     inputs[0, 0] = 298.0 if dtype == torch.bfloat16 else 299.0
     prune_one_shot(model, 0.5, method="wanda", calibration=[inputs])
     assert model.weight.tolist() == [[0, 1]] and model.weight.dtype == dtype
+
+
+def test_a_model_that_is_compiled_and_has_run_is_measured():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager")
+    inputs = torch.randn(32, 8)
+    compiled.eval()(inputs)
+    with torch.no_grad():
+        compiled(inputs)
+    for each in (compiled, plain):
+        prune_one_shot(each, 0.5, method="wanda", calibration=[inputs])
+    assert torch.equal(model[0].weight, plain[0].weight)
+    assert torch.equal(model[2].weight, plain[2].weight)
