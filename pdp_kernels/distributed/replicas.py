@@ -24,17 +24,19 @@ class _Held(NamedTuple):
     shard: tuple[int, ...]
     checksum: int
     threshold: str | None
+    prune_count: int | None  # in the end
 
 
 def compare_replicas(
     weights: Mapping[str, Tensor],
     thresholds: Mapping[str, Tensor],
+    prune_counts: Mapping[str, int],
     group: "dist.ProcessGroup | None",
 ) -> None:
     """Raise a RuntimeError that names what differs, and the ranks that agree.
 
-    Compares the thresholds, and the checksums of ranks that hold the same shard: of a plain tensor
-    those of all ranks, of a DTensor those of the ranks of its mesh.
+    Compares the thresholds and prune counts, and the checksums of ranks that hold the same shard:
+    of a plain tensor those of all ranks, of a DTensor those of the ranks of its mesh.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -47,6 +49,7 @@ def compare_replicas(
             _shard_index(weight),
             checksum,
             float(thresholds[name]).hex() if name in thresholds else None,
+            prune_counts.get(name),
         )
         for (name, weight), checksum in zip(weights.items(), checksums, strict=True)
     }
@@ -74,9 +77,13 @@ def _differences(name: str, found: Mapping[int, _Held]) -> list[str]:
         if len(groups) > 1:
             what = f"shard {shard} of {name}" if shard else name
             differences.append(f"{what} is not the same on ranks {_text(groups)}")
-    groups = _agreeing({rank: each.threshold for rank, each in found.items()})
-    if len(groups) > 1:
-        differences.append(f"the threshold of {name} differs on ranks {_text(groups)}")
+    for what, by_rank in (
+        ("threshold", {rank: each.threshold for rank, each in found.items()}),
+        ("prune count", {rank: each.prune_count for rank, each in found.items()}),
+    ):
+        groups = _agreeing(by_rank)
+        if len(groups) > 1:
+            differences.append(f"the {what} of {name} differs on ranks {_text(groups)}")
     return differences
 
 

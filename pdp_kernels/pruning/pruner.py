@@ -346,10 +346,10 @@ class PDPPruner:
     def verify_replicas(self, group: "dist.ProcessGroup | None" = None) -> None:
         """Check that the ranks of a data-parallel training still prune the same weights.
 
-        Compares the thresholds, and the checksums of weights (or shards) that several ranks hold:
-        one read of the weights, and one exchange of some bytes per weight. A DTensor is compared on
-        the ranks of its mesh, a plain tensor on all. All ranks of the group call it. Without
-        torch.distributed there is nothing to compare.
+        Compares thresholds and prune counts, and checksums of weights (or shards) that several
+        ranks hold: one read of the weights, and one exchange of some bytes per weight. A DTensor is
+        compared on the ranks of its mesh, a plain tensor on all. All ranks of the group call it.
+        Without torch.distributed there is nothing to compare.
 
         Args:
             group: the ranks to compare; default all.
@@ -360,7 +360,7 @@ class PDPPruner:
         """
         reshard(self.model)
         weights = {target.name: target.weight for target in self._weights.targets}
-        compare_replicas(weights, self._weights.thresholds(), group)
+        compare_replicas(weights, self._weights.thresholds(), self.prune_counts or {}, group)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress, the prune counts, the thresholds and the configuration.

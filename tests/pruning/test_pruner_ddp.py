@@ -85,6 +85,24 @@ def test_ranks_that_begin_with_other_weights_prune_alike_after_ddp():
     assert own[2] == other[2]
 
 
+def begin_without_ddp(rank):
+    torch.manual_seed(rank)
+    module = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8))
+    pruner = PDPPruner(module, PDPConfig(0.8, warmup=0, ramp=1))
+    nn.parallel.DistributedDataParallel(module)
+    with pytest.raises(RuntimeError) as caught:
+        pruner.verify_replicas()
+    return str(caught.value)
+
+
+def test_budgets_of_other_weights_are_noticed_before_anything_is_pruned():
+    for message in results_on_ranks(begin_without_ddp, RANKS):
+        assert message == "replicas differ: " + "; ".join(
+            f"the prune count of {name} differs on ranks [0] and [1]"
+            for name in ("0.weight", "2.weight")
+        )
+
+
 def flatten(module, use_orig_params):
     return FullyShardedDataParallel(
         module, use_orig_params=use_orig_params, device_id=torch.device("cpu")
