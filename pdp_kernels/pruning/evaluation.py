@@ -30,6 +30,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
     """Call a model with one argument, a tuple of arguments, or a mapping of keyword arguments."""
+    if isinstance(model, torch._dynamo.OptimizedModule):  # warns of the hooks that count products
+        model = model._orig_mod
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

@@ -319,3 +319,10 @@ def test_layers_may_be_called_by_keyword():
 
     (layer,) = pruned(Upscaler(), sparsity=0.5).report(torch.randn(3, 4, 5, 5)).layers
     assert layer.macs == 3 * 25 * 4 * 6 * 4
+
+
+def test_a_compiled_model_is_counted_without_a_warning(recwarn):
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 8))
+    pruner = pruned(torch.compile(model, backend="eager"), sparsity=0.75)
+    assert pruner.report(torch.randn(3, 24)).macs == 3 * (24 * 32 + 32 * 8)
+    assert not recwarn.list
