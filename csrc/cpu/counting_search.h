@@ -1,6 +1,7 @@
 // Selection of 16-bit weights in one read: a count of each of their 2^15 magnitudes.
 #pragma once
 
+#include <array>
 #include <mutex>
 #include <vector>
 
@@ -19,8 +20,12 @@ class CountingSearch final : public Search {
   void scan(int64_t begin, int64_t end) override {
     std::vector<uint32_t> counts(kMagnitudes);
     for (int64_t i = begin; i < end; ++i) ++counts[magnitude_key(data_[i])];
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (int key = 0; key < kMagnitudes; ++key) counts_[key] += counts[key];
+    // Part by part: threads that add up at the same time follow one another through the parts.
+    for (int part = 0; part < kParts; ++part) {
+      const int first = part * kPart;
+      const std::lock_guard<std::mutex> lock(mutexes_[part]);
+      for (int key = first; key < first + kPart; ++key) counts_[key] += counts[key];
+    }
   }
 
   bool conclude() override {
@@ -36,12 +41,12 @@ class CountingSearch final : public Search {
   }
 
  private:
-  static constexpr int kMagnitudes = 1 << 15;
+  static constexpr int kMagnitudes = 1 << 15, kPart = 1 << 10, kParts = kMagnitudes / kPart;
 
   const Stored* data_;
   const int64_t rank_;
   std::vector<int64_t> counts_;
-  std::mutex mutex_;
+  std::array<std::mutex, kParts> mutexes_;
 };
 
 }  // namespace pdp::cpu

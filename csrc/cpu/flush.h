@@ -18,8 +18,8 @@ template <typename Real>
 PDP_INLINE Real multiply(Real factor, Real x) {
   constexpr Real kTiny = std::numeric_limits<Real>::min();
   const Real product = factor * x;
-  const bool made_subnormal = (std::fabs(product) < kTiny) & (std::fabs(x) >= kTiny);
-  return made_subnormal ? x * Real(0) : product;
+  const bool is_tiny = std::fabs(product) < kTiny, was_not = std::fabs(x) >= kTiny;
+  return (is_tiny & was_not) ? x * Real(0) : product;
 }
 
 // While it lives, the thread's float instructions flush subnormal results, those of subnormal
