@@ -68,6 +68,8 @@ def group_settings() -> list[Setting]:
         softness_setting(1.0, 0.005, 1.0),
         softness_setting(0.3, 0.005, 0.3),
         softness_setting(0.3, 0.005, 1.0),
+        softness_setting(0.3, 0.001, 0.3),
+        softness_setting(0.3, 0.0001, 0.3),
         softness_setting(1.0, 0.02, 0.0, 0.15, 0.4),
         softness_setting(1.0, 0.02, 1.0, 0.15, 0.4),
         softness_setting(1.0, 0.02, 1.0, 0.45, 0.1),
