@@ -18,7 +18,7 @@ EXPECTED = {
     1: (
         250,
         {
-            "NCCL moves memory of GPUs": 26,
+            "NCCL moves memory of GPUs": 28,
             "an operator is one launch": 3,
             "sparse tensor cores multiply": 1,
             "two compilers: within budget, not equal": 1,
@@ -27,7 +27,7 @@ EXPECTED = {
     3: (
         400,
         {
-            "NCCL moves memory of GPUs": 47,
+            "NCCL moves memory of GPUs": 49,
             "an operator is one launch": 3,
             "sparse tensor cores multiply": 3,
             "two compilers: within budget, not equal": 3,

@@ -80,7 +80,8 @@ def test_one_tensor_on_the_meta_device_among_others_is_refused(device):
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         for place in places if len(places) > 1 else ():
             mixed = [leaf.to("meta") if at == place else leaf for at, leaf in enumerate(leaves)]
-            with pytest.raises(ValueError, match=r"must be on the device of .*meta"):
+            # A RuntimeError where the device is a fake one, which looks first.
+            with pytest.raises((ValueError, RuntimeError), match=r"be on the (same )?device"):
                 getattr(torch.ops.pdp, name)(*pytree.tree_unflatten(mixed, structure))
             checked.add(name)
     assert checked == set(ops.schemas.SCHEMAS) - {"channel_norms", "compress_2to4"}
