@@ -43,6 +43,12 @@ def from_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def with_empty_mappings(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state with those empty mappings that torch.distributed.checkpoint has left out."""
+    empty = {key: value for key, value in own.items() if isinstance(value, Mapping) and not value}
+    return empty | dict(state)
+
+
 def from_plain(key: str, value: Any) -> Any:
     """Return the value of the field with this name that plain data describes."""
     if key in ("tau", "relative_tau") and isinstance(value, list):

@@ -26,7 +26,7 @@ from pdp_kernels.pruning.freeze import FrozenZeros, freeze_zeros
 from pdp_kernels.pruning.macs import count_macs
 from pdp_kernels.pruning.masked_weights import MaskedWeights
 from pdp_kernels.pruning.optimizers import parameter_ids, torch_optimizer
-from pdp_kernels.pruning.plain_data import to_leaves
+from pdp_kernels.pruning.plain_data import to_leaves, with_empty_mappings
 from pdp_kernels.pruning.report import PruningReport, ReportHistory
 from pdp_kernels.pruning.step_counter import StepCounter
 from pdp_kernels.pruning.targets import find_targets
@@ -400,8 +400,7 @@ class PDPPruner:
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         self._check_owns_model()
         own = self.state_dict()
-        if not own["thresholds"]:  # torch.distributed.checkpoint leaves out an empty mapping
-            state_dict = {"thresholds": {}, **state_dict}
+        state_dict = with_empty_mappings(state_dict, own)
         check_state(state_dict, own, SCHEDULE_FIELDS if new_schedule else ())
         check_state_values(state_dict, self._weights.targets, _NOT_ALLOCATED)
         counts = state_dict["prune_counts"].tolist()

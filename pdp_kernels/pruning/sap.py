@@ -22,6 +22,7 @@ from pdp_kernels.pruning.freeze import FrozenZeros
 from pdp_kernels.pruning.layers import layer_weights
 from pdp_kernels.pruning.masked_layer import check_unmasked
 from pdp_kernels.pruning.optimizers import torch_optimizer
+from pdp_kernels.pruning.plain_data import with_empty_mappings
 from pdp_kernels.pruning.plots import new_figure
 
 _MASKED = "finalize its pruner first, or give pruner.pruned_copy()"
@@ -267,8 +268,7 @@ class SAPPruner:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         own = self.state_dict()
-        if not own["initial"]:  # torch.distributed.checkpoint leaves out an empty mapping
-            state_dict = {"initial": {}, **state_dict}
+        state_dict = with_empty_mappings(state_dict, own)
         if state_dict.keys() != own.keys():
             raise ValueError(f"state_dict must have keys {list(own)}, got {list(state_dict)}")
         if state_dict["settings"] != own["settings"]:

@@ -376,20 +376,18 @@ def test_checkpointed_layers_are_masked_when_they_run_again():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_torchscript_cannot_compile_masks():
+@pytest.mark.parametrize(
+    ("trace", "refusal"),
+    [
+        (torch.jit.script, r"torch\.jit\.script cannot compile.*pruned_copy\(\)"),
+        (torch.fx.symbolic_trace, r"torch\.fx cannot trace.*pruned_copy\(\)"),
+    ],
+)
+def test_masks_cannot_be_traced(trace, refusal):
     model, pruner = two_pruned_layers()
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile.*pruned_copy\(\)"):
-        torch.jit.script(model)
-    scripted = torch.jit.script(pruner.pruned_copy())
-    inputs = torch.ones(1, 24)
-    assert torch.equal(scripted(inputs), model.eval()(inputs))
-
-
-def test_fx_cannot_trace_masks():
-    model, pruner = two_pruned_layers()
-    with pytest.raises(RuntimeError, match=r"torch\.fx cannot trace.*pruned_copy\(\)"):
-        torch.fx.symbolic_trace(model)
-    traced = torch.fx.symbolic_trace(pruner.pruned_copy())
+    with pytest.raises(RuntimeError, match=refusal):
+        trace(model)
+    traced = trace(pruner.pruned_copy())
     inputs = torch.ones(1, 24)
     assert torch.equal(traced(inputs), model.eval()(inputs))
     assert len(list(traced.parameters())) == len(list(model.parameters()))
