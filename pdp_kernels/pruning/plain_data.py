@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from pdp_kernels.functional.validation import as_float
+
 _MAPPINGS = ("sparsity", "overrides")  # the fields that may be mappings
 
 
@@ -19,7 +21,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, bool):
         return value
     if isinstance(value, Real):  # NumPy's numbers too
-        return int(value) if isinstance(value, Integral) else float(value)
+        return int(value) if isinstance(value, Integral) else as_float(value)
     return value
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -137,6 +138,11 @@ BAD = {
     "warmup": ({"warmup": -1}, ValueError, "warmup must be at least 0 and finite, got -1"),
     "no warmup": ({"warmup": None}, TypeError, "warmup must be a number, got NoneType"),
     "long warmup": ({"warmup": 10**400}, ValueError, "warmup must be at least 0 and.*got 1000"),
+    "longer warmup": (
+        {"warmup": Fraction(10**400)},
+        ValueError,
+        "warmup must be at least 0.*got inf",
+    ),
     "large sparsity": ({"sparsity": 10**400}, ValueError, r"in \[0, 1\], got 1000"),
     "ramp": ({"ramp": math.inf}, ValueError, "ramp must be at least 0 and finite, got inf"),
     "anneal": ({"anneal": -0.5}, ValueError, "anneal must be at least 0 and finite, got -0.5"),
