@@ -101,7 +101,7 @@ def channel_temperatures() -> list[Setting]:
         (0.1, 0.0003, 0.0),
         (0.1, 0.0001, 0.3),
     )
-    times = ((0.0, 0.6), (0.0, 0.3), (0.0, 0.0), (0.15, 0.4), (0.35, 0.2))
+    times = ((0.0, 0.6), (0.0, 0.3), (0.0, 0.0), (0.15, 0.4), (0.35, 0.2), (0.55, 0.0))
     return [
         Setting("pdp", "pdp", {}),
         *(softness_setting(*each, *time) for time in times for each in temperatures),
@@ -115,6 +115,7 @@ def channel_temperatures() -> list[Setting]:
             timed_setting("one-shot", "one-shot", {}, *time)
             for time in ((0.0, 0.0), (0.0, 0.6), (0.15, 0.4))
         ),
+        Setting("one-shot, by readers", "one-shot", {"by_readers": True}),
     ]
 
 

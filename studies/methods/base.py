@@ -161,6 +161,20 @@ def layers_behind(model: nn.Module, layer: nn.Module) -> list[tuple[str, nn.Modu
     return ordered[place + 1 :]
 
 
+def names_behind_norms(model: nn.Module, budget: Budget) -> list[str]:
+    """Return the layers behind those of the budget, if a batch norm lies behind each of these.
+
+    Otherwise return an empty list.
+    """
+    names = []
+    for name in prunable_names(model, budget):
+        behind = layers_behind(model, model.get_submodule(name))
+        if len(behind) < 2 or not isinstance(behind[0][1], nn.BatchNorm2d):
+            return []
+        names.append(behind[1][0])
+    return names
+
+
 def group_size(pattern: str) -> tuple[int, int]:
     """Return N and M of a pattern such as "2:4"."""
     n, m = pattern.split(":")

@@ -16,6 +16,7 @@ from studies.methods.base import (
     largest_masks,
     layer_masks,
     layers_behind,
+    names_behind_norms,
 )
 
 
@@ -25,7 +26,22 @@ class OneShot(Masking):
     Unstructured: one threshold for all layers. N:M: the largest of each group. Channels: the same
     fraction of each layer, by their L1 norms, as Hao Li, Asim Kadav, Igor Durdanovic, Hanan Samet,
     Hans Peter Graf, "Pruning Filters for Efficient ConvNets", arXiv 1608.08710.
+
+    Args:
+        model: The network to prune.
+        budget: What is pruned and when.
+        by_readers: Whether to rank channels by the L1 norms of the weights that read them, behind a
+            batch norm, instead of their own.
     """
+
+    def __init__(self, model: nn.Module, budget: Budget, *, by_readers: bool = False):
+        super().__init__(model, budget)
+        self.readers: list[nn.Module] = []
+        if by_readers:
+            names = names_behind_norms(model, budget)
+            if not names:
+                raise ValueError("model must have a batch norm after every layer that is pruned")
+            self.readers = [model.get_submodule(name) for name in names]
 
     def step(self, progress: float) -> None:
         # `updates` says whether the network is pruned, so that a checkpoint holds it.
@@ -37,9 +53,10 @@ class OneShot(Masking):
         """Return the masks."""
         if self.budget.pattern != "channel":
             return largest_masks(weights, self.budget)
+        ranked = [reader.weight.transpose(0, 1) for reader in self.readers] or weights
         masks = []
-        for weight in weights:
-            norms = [weight.detach().abs().flatten(1).sum(1)]
+        for weight, by in zip(weights, ranked, strict=True):
+            norms = [by.detach().abs().flatten(1).sum(1)]
             masks += channel_masks(norms, [weight], self.budget)
         return masks
 

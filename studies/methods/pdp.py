@@ -14,8 +14,7 @@ from studies.methods.base import (
     Masking,
     Method,
     global_masks,
-    layers_behind,
-    prunable_names,
+    names_behind_norms,
     sparsity_of,
 )
 
@@ -89,20 +88,6 @@ class PDP(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.pruner.load_state_dict(state["pruner"])
-
-
-def names_behind_norms(model: nn.Module, budget: Budget) -> list[str]:
-    """Return the layers behind those of the budget, if a batch norm lies behind each of these.
-
-    Otherwise return an empty list.
-    """
-    names = []
-    for name in prunable_names(model, budget):
-        behind = layers_behind(model, model.get_submodule(name))
-        if len(behind) < 2 or not isinstance(behind[0][1], nn.BatchNorm2d):
-            return []
-        names.append(behind[1][0])
-    return names
 
 
 class HardPDP(Masking):

@@ -111,6 +111,20 @@ def test_method_prunes_channels(small_images, name):
         assert [int(mask.sum()) for mask in kept] == [4, 8]
 
 
+def test_one_shot_ranks_channels_by_what_reads_them():
+    model = small_residual_network()
+    budget = budget_of(0.5, "channel", 4, narrowed=("*.conv1",))
+    method = make_method("one-shot", model, budget, by_readers=True)
+    for block in (model[3], model[4]):
+        torch.nn.init.ones_(block.conv2.weight)
+        with torch.no_grad():
+            block.conv2.weight[:, ::2] = -2
+    method.step(budget.warmup + budget.ramp)
+    for block in (model[3], model[4]):
+        kept = block.conv1.weight.flatten(1).abs().sum(1) != 0
+        assert kept.tolist() == [True, False] * (len(kept) // 2)
+
+
 def test_pdp_prunes_outputs_without_a_batch_norm_behind_them():
     method = make_method("pdp", digits_mlp(), budget_of(0.5, "channel", 4, narrowed=("1", "3")))
     assert method.names == ["1", "3"]
@@ -156,9 +170,13 @@ def test_slimming_resumes(small_images, tmp_path):
     assert again[:4] == outcome[:4]
 
 
-def test_slimming_needs_batch_norms():
+@pytest.mark.parametrize(
+    ("name", "options"), [("slimming", {}), ("one-shot", {"by_readers": True})]
+)
+def test_some_methods_need_batch_norms(name, options):
+    budget = budget_of(0.5, "channel", 4, narrowed=("1",))
     with pytest.raises(ValueError, match="batch norm after every layer"):
-        make_method("slimming", digits_mlp(), budget_of(0.5, "channel", 4, narrowed=("1",)))
+        make_method(name, digits_mlp(), budget, **options)
 
 
 def test_str_brings_weights_back_where_thresholds_pruned_too_many(digits):
