@@ -16,6 +16,33 @@ from pdp_kernels.pruning.targets import Holder, Target
 # FlopCounterMode misses their kernels, in which each vector of the first input uses each matrix.
 _MISSED = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
+_aten = torch.ops.aten
+
+
+def _grouped_flops(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:
+    """Return the operations of a grouped product, as of the experts of a mixture.
+
+    Offsets cut rows of a, columns of b, or what is summed over. Without them both have groups.
+    """
+    groups = a[0] if len(a) == len(b) == 3 else 1
+    return 2 * groups * a[-2] * a[-1] * b[-1]
+
+
+def _vector_flops(matrix: torch.Size, *_: object, **__: object) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _added_vector_flops(_: torch.Size, matrix: torch.Size, *__: object, **___: object) -> int:
+    return 2 * math.prod(matrix)
+
+
+# The operations of more products that FlopCounterMode misses, by the shapes of their arguments.
+_MISSED_PRODUCTS = {
+    _aten._grouped_mm: _grouped_flops,
+    _aten.mv: _vector_flops,
+    _aten.addmv: _added_vector_flops,
+}
+
 
 @torch.no_grad()
 def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[int, list[int]]:
@@ -30,7 +57,7 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
         layer: [] for layer in model.modules() if isinstance(layer, _MISSED)
     }
     handles = []
-    flops = FlopCounterMode(display=False)
+    flops = FlopCounterMode(display=False, custom_mapping=_MISSED_PRODUCTS)
     before: list[int] = []  # what was counted when a layer was called
     corrections: list[int] = []
 
@@ -66,6 +93,8 @@ def count_macs(model: nn.Module, targets: list[Target], inputs: Any) -> tuple[in
             handles.append(layer.register_forward_hook(end, with_kwargs=True))
         # FlopCounterMode misses the kernels of fused attention.
         with evaluated(model), sdpa_kernel(SDPBackend.MATH), flops:
+            # Its hooks, which tell modules apart, raise errors for views of Parameters.
+            flops.mod_tracker.__exit__()
             run_model(model, inputs)
     finally:
         for handle in handles:

@@ -34,8 +34,8 @@ class LayerReport(NamedTuple):
         flipped: how many decisions of the hard mask changed since the previous report; None in the
             first.
         macs: multiply-accumulates of one inference with all weights; None without an input. 0 for
-            a weight beside layers with weights of their own, as a class token: what uses it cannot
-            be told.
+            a weight beside layers with weights of their own, as a class token, and for one that is
+            read without a call of its layer, as in Mamba's mixer: what uses them cannot be told.
         kept_macs: multiply-accumulates of one inference with the kept weights; None without an
             input.
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pdp_kernels import PDPConfig, PDPPruner, pdp_mask
 
@@ -141,9 +142,34 @@ class Scaled(nn.Module):
         return x @ self.matrix.T, self.matrix.sum()
 
 
+class Experts(nn.Module):
+    """Sends each vector to two of four experts, by a grouped product of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(4, 6, 8))
+
+    def forward(self, x):
+        ends = torch.tensor([2, 2, 7, 10], dtype=torch.int32)
+        return functional.grouped_mm(x.repeat(2, 1), self.matrices.mT, offs=ends)[: len(x)]
+
+
+class Pooling(nn.Module):
+    """Multiplies a matrix with a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(30, 8))
+
+    def forward(self, x):
+        return (self.matrix @ x[0]).view(5, 6)
+
+
 @pytest.mark.parametrize(
     ("layer", "products"),
     [
+        (Experts(), 2 * 8 * 6),
+        (Pooling(), 8 * 6),
         (Pair(8, 8, 6), 8 * 8 * 6),
         (nn.LSTMCell(8, 6), 4 * 6 * (8 + 6)),
         (nn.GRUCell(8, 6), 3 * 6 * (8 + 6)),
@@ -166,6 +192,39 @@ def test_layers_of_other_types_count_their_products(layer, products):
     report = pruner.report(torch.randn(5, 8))
     assert sum(layer.macs for layer in report.layers) == 5 * (products + 6 * 4)
     assert report.macs == 2 * report.kept_macs == 5 * (products + 6 * 4)
+
+
+def test_grouped_products_count_as_their_groups_do():
+    class Groups(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, a, b, ends):
+            offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+            return functional.grouped_mm(a, b, offs=offsets)
+
+    pruner = pruned(Groups(), sparsity=0.5)
+    rows = torch.randn(12, 8), torch.randn(3, 8, 4), [2, 9, 12]
+    columns = torch.randn(3, 4, 8), torch.randn(8, 12), [4, 8, 12]
+    summed = torch.randn(4, 16), torch.randn(16, 8), [8, 8, 16]
+    batch = torch.randn(3, 4, 8), torch.randn(3, 8, 4), None
+    products = [pruner.report(inputs).macs for inputs in (rows, columns, summed, batch)]
+    assert products == [12 * 8 * 4, 4 * 8 * 12, 4 * 16 * 8, 3 * 4 * 8 * 4]
+
+
+def test_a_layer_may_be_called_with_a_part_of_a_parameter():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(6, 8)
+            self.project = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return x @ self.project(self.embedding.weight[0:6, :]).T
+
+    report = pruned(Positions(), sparsity=0.5).report(torch.randn(3, 4))
+    assert report.macs == 6 * 8 * 4 + 3 * 4 * 6
 
 
 def test_weights_beside_other_layers_count_no_products():
