@@ -111,6 +111,15 @@ class MaskedParent(_Masked):
     name that it had.
     """
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _is_masked(self):
+            return type(self).__call__(self, *args, **kwargs)
+        call = super().__call__
+        if torch.compiler.is_compiling() or "forward" not in vars(self):
+            return call(*args, **kwargs)
+        # Set on the instance, as by accelerate's mixed precision, it hides that of the class.
+        return _run(call, args, kwargs, None)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         masked_class = _model_class if isinstance(self, MaskedModel) else _parent_class
         return _reduced(self, super().__reduce_ex__(protocol), masked_class)
@@ -180,7 +189,8 @@ def mask_parents(model: nn.Module) -> None:
             parents.update({".".join(parts[:length]): None for length in range(len(parts))})
     for name in parents:
         parent = modules[name]
-        if isinstance(parent, (MaskedLayer, MaskedParent)) or not may_read_weights(type(parent)):
+        may_read = may_read_weights(type(parent)) or "forward" in vars(parent)
+        if isinstance(parent, (MaskedLayer, MaskedParent)) or not may_read:
             continue
         if merged_adapters(parent):
             raise RuntimeError(
@@ -418,7 +428,7 @@ def _shown_or_parameter(name: str) -> property:
         w_hat = layer.pdp_shown[name]
         if w_hat is not None:
             return w_hat
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (_running.reads is None and _runs_again()):
             return _masked(layer, name, layer.pdp_masks[name])
         if _running.reads is None:
             return parameter_of(layer, name)
@@ -432,6 +442,14 @@ def _shown_or_parameter(name: str) -> property:
         raise not_a_parameter(layer, name)
 
     return property(get, set)
+
+
+def _runs_again() -> bool:
+    """Whether a backward pass runs code of a forward again, as activation checkpointing does.
+
+    Hooks, and optimizers that step in a backward pass, run without gradients.
+    """
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
 
 
 def _reduced(module: _Masked, reduced: Any, masked_class: Any, *names: tuple[str, ...]) -> Any:
