@@ -69,6 +69,7 @@ class PDPPruner:
     In a PEFT model the pruner prunes the base layers and, by default, no adapters. Base weights
     that are frozen keep their magnitudes, are pruned by these, and the adapters learn to make up
     for it. Merge after `finalize`; a merged weight is dense again, and a new pruner may prune it.
+    PEFT saves the adapters alone: save the pruned base, which unload() returns, beside them.
     Quantize and export to ONNX after `finalize` too, or from `pruned_copy`.
 
     Under DDP, FSDP2 (`fully_shard`) and tensor parallelism every rank makes its own pruner, before

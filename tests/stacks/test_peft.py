@@ -202,6 +202,17 @@ def test_unloading_without_a_merge_keeps_the_masks():
     assert type(unloaded.fc1) is nn.Linear and int((unloaded.fc1.weight == 0).sum()) == 256
 
 
+def test_the_pruned_base_is_saved_beside_its_adapters(tmp_path):
+    model = adapted()
+    pruned(model).finalize()
+    expected = model.eval()(TOKENS)
+    model.save_pretrained(tmp_path)
+    torch.save(model.unload().state_dict(), tmp_path / "base.pt")
+    network = Network()
+    network.load_state_dict(torch.load(tmp_path / "base.pt"))
+    assert torch.equal(peft.PeftModel.from_pretrained(network, tmp_path)(TOKENS), expected)
+
+
 def test_adapters_may_come_after_the_pruner():
     network = Network()
     pruner = pruned(network)
