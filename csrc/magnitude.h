@@ -104,15 +104,16 @@ PDP_HOST_DEVICE double midpoint(double a, double b) {
 }
 
 // Returns the threshold between the k-th and the k+1-th of n magnitudes (-inf keeps all weights,
-// +inf prunes all). For weights narrower than double the midpoint is exact in double, or rounding
-// it twice is innocuous (53 >= 2 * 24 + 2), so t is the midpoint correctly rounded to float.
+// +inf prunes all; without weights it is -inf). For weights narrower than double the midpoint is
+// exact in double, or rounding it twice is innocuous (53 >= 2 * 24 + 2), so t is the midpoint
+// correctly rounded to float.
 template <typename Weight>
 PDP_HOST_DEVICE typename Magnitude<Weight>::Threshold threshold_between(
     typename Magnitude<Weight>::Key kth, typename Magnitude<Weight>::Key next, int64_t k,
     int64_t n) {
   using Threshold = typename Magnitude<Weight>::Threshold;
   const double infinity = Magnitude<double>::value(Magnitude<double>::kInfinity);
-  if (k <= 0) return static_cast<Threshold>(-infinity);
+  if (k <= 0 || n == 0) return static_cast<Threshold>(-infinity);
   if (k >= n) return static_cast<Threshold>(infinity);
   return static_cast<Threshold>(
       midpoint(Magnitude<Weight>::value(kth), Magnitude<Weight>::value(next)));

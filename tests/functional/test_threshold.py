@@ -55,7 +55,7 @@ def test_neighbours_of_the_largest_magnitudes_do_not_overflow(selection, dtype):
 
 
 def test_empty_weight_keeps_everything(selection):
-    check_thresholds(selection, [torch.empty(0), torch.empty(3, 0)], [0, 0])
+    check_thresholds(selection, [torch.empty(0), torch.empty(3, 0), torch.empty(0)], [0, 0, 1])
 
 
 def test_lists_may_have_several_sizes_and_dtypes(selection):
