@@ -164,7 +164,7 @@ def _source(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_relative_to(ROOT) else []
 
 
-def _lines(instructions: Iterable[Instruction]) -> set[str]:
+def source_lines(instructions: Iterable[Instruction]) -> set[str]:
     """Return the project's source lines of instructions, and of the calls they were inlined at."""
     places = {place for instruction in instructions for place in instruction.places}
     # nvdisasm names a wrong file now and then, which may be shorter.
@@ -199,7 +199,7 @@ def _measure_loop(
         if not loads or any(_reading(function, n.blocks, hot.reads) for n in loop.nested):
             continue
         body = function.instructions(loop.blocks)
-        lines = _lines(body)
+        lines = source_lines(body)
         if not any(hot.contains in line for line in lines):
             continue
         dtype = hot.dtype or _dtype(kernel, lines, max(map(width, loads)))
@@ -220,13 +220,13 @@ def _reading(function: Function, blocks: set[int], text: str) -> list[Instructio
     return [
         instruction
         for instruction in function.instructions(blocks)
-        if instruction.name in LOADS and any(text in line for line in _lines([instruction]))
+        if instruction.name in LOADS and any(text in line for line in source_lines([instruction]))
     ]
 
 
 def _is_of(instruction: Instruction, text: str) -> bool:
     """Whether an instruction comes from a source line that contains `text`, or from its calls."""
-    return any(text in line for line in _lines([instruction]))
+    return any(text in line for line in source_lines([instruction]))
 
 
 def _dtype(kernel: str, lines: set[str], widest: int) -> str:

@@ -222,7 +222,8 @@ __device__ inline Count arrive(Count* done, Count mine) {
 }
 
 // Returns true in the block that brings *done to `total`. That block then sees everything that the
-// others wrote before they arrived. Called by all threads.
+// others wrote before they arrived: one thread releases and acquires for its block, since barriers
+// order all threads' accesses before and after its own. Called by all threads.
 __device__ inline bool last_to_arrive(Count* done, Count mine, Count total, bool& scratch) {
   __syncthreads();
   if (threadIdx.x == 0) {

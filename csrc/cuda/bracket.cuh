@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
       found = find_bin(selection, slice, bracket, counts, count, rank, shared.rank);
     }
     if (!found) fall_back(selection, slice);
-    // An atomic, since nothing else orders this after the other blocks' atomics on it.
+    // An atomic, as every access to this counter by a block is.
     if (threadIdx.x == 0) atomicExch(&state.tiles_done, Count{0});
   });
 }
@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kSelectionThreads, kSelectionBlocks)
     }
     if (threadIdx.x != 0) return;
     store_found(selection, entry, kth, above, state);
-    // An atomic, since nothing else orders this after the other blocks' atomics on it.
+    // An atomic, as every access to this counter by a block is.
     atomicExch(&state.tiles_done, Count{0});
   });
 }

@@ -102,6 +102,10 @@ class Launcher {
 
 // Waits until all earlier kernels of the stream have ended and what they wrote can be read, then
 // lets the next kernel's blocks begin to wait. Called by all threads.
+//
+// The instruction waits for the kernel before alone. That one has waited too, even if it found
+// nothing to do, so it ends after those before it. The first kernel of a chain is launched without
+// overlap: whatever came before has ended, and nothing still reads what the chain writes.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

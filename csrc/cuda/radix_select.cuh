@@ -98,7 +98,7 @@ __device__ void finish_slice(const Selection<Key>& selection, Digit digit, const
   const auto count = [&](int32_t bin) { return shared.merged[bin]; };
   pick_digit(selection, digit, slice, shared.search, count, shared.rank);
   for (int32_t bin = threadIdx.x; bin < digit.bins(); bin += blockDim.x) histogram[bin] = 0;
-  // An atomic, since nothing else orders this after the other blocks' atomics on it.
+  // An atomic, as every access to this counter by a block is.
   if (threadIdx.x == 0) atomicExch(tiles_done, Count{0});
 }
 
