@@ -64,6 +64,7 @@ def sap_prune_counts(
     check_kept_counts(kept, index)
     if isinstance(kept, int) and kept > MAX_KEPT:
         raise ValueError(f"kept must be at most 2**53, got {kept}")
+    p, q, eta, gamma, beta = map(float, (p, q, eta, gamma, beta))
     kept = torch.as_tensor(kept, dtype=torch.float64, device=index.device)
     evenness = (1 - index.detach()).clamp(0, 1)
     power = p * q / (q - p)

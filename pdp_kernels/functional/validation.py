@@ -27,8 +27,9 @@ def check_weight(name: str, weight: object) -> None:
     """Accept a dense floating point tensor; a DTensor too."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {weight.layout}")
+    if weight.layout != torch.strided or weight.is_nested:
+        got = "a nested tensor" if weight.is_nested else f"layout {weight.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {got}")
     if weight.dtype not in DTYPES:
         raise TypeError(f"{name} must have dtype {_DTYPE_NAMES}, got {weight.dtype}")
     if is_distributed(weight):

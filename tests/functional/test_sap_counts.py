@@ -1,5 +1,8 @@
 """Prune counts of SAP at the ends of the range of their arguments."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -20,3 +23,11 @@ def test_more_weights_than_float64_counts_raise():
     assert sap_prune_counts(EVEN + 0.5, 2**53) > 0
     with pytest.raises(ValueError, match=rf"kept must be at most 2\*\*53, got {2**70}"):
         sap_prune_counts(EVEN, 2**70)
+
+
+@pytest.mark.parametrize("number", [np.float16(0.9), np.float32(0.9), Fraction(9, 10)], ids=repr)
+@pytest.mark.parametrize("name", ["p", "eta", "gamma", "beta"])
+def test_numbers_of_other_types_count_as_their_doubles(name, number):
+    index = torch.tensor([0.01, 0.3, 0.9], dtype=torch.float64)
+    expected = sap_prune_counts(index, 2**40, **{name: float(number)})
+    assert sap_prune_counts(index, 2**40, **{name: number}).equal(expected)

@@ -40,6 +40,14 @@ def test_a_weight_of_another_type_raises(call, case):
         call(weight, 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_weight_raises(layout):
+    weight = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=layout)
+    with pytest.raises(TypeError, match=r"weight must be a dense .*, got a nested tensor"):
+        pdp_threshold(weight, 0.5)
+
+
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_a_bad_weight_in_a_list_is_named(case):
     weight, message = BAD_WEIGHTS[case]
