@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pdp_kernels.distributed.shards import is_distributed, shard_starts
 from pdp_kernels.ops.arguments import DTYPES, MAX_GROUP
@@ -40,6 +41,14 @@ def check_plain_weight(name: str, weight: object) -> None:
     """Accept a dense floating point tensor that is no DTensor."""
     check_not_distributed(name, weight)
     check_weight(name, weight)
+
+
+def check_has_values(name: str, weight: Tensor) -> None:
+    """Accept a tensor that is initialized and not on the meta device."""
+    if is_lazy(weight):
+        raise ValueError(f"{name} must have its shape: run the lazy layer once first")
+    if weight.is_meta:
+        raise ValueError(f"{name} must have values, got one on the meta device")
 
 
 def check_not_distributed(name: str, weight: object) -> None:

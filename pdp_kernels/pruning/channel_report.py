@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from pdp_kernels.functional.validation import check_not_distributed
-from pdp_kernels.pruning.layers import PRUNABLE_LAYERS
+from pdp_kernels.functional.validation import check_has_values, check_not_distributed
+from pdp_kernels.pruning.layers import PRUNABLE_LAYERS, read_weight
 
 
 class ChannelReport(NamedTuple):
@@ -50,7 +50,8 @@ def channel_report(model: nn.Module, dim: int = 0) -> list[ChannelReport]:
 
     Raises:
         TypeError: model is no torch.nn.Module; a weight is a DTensor; dim is no int.
-        ValueError: dim is neither 0 nor 1.
+        ValueError: dim is neither 0 nor 1; a weight of a lazy layer without a shape, or on the meta
+            device.
 
     Examples:
         >>> layer = torch.nn.Linear(2, 3, bias=False)
@@ -72,8 +73,10 @@ def _channel_reports(model: nn.Module, dim: int) -> Iterator[ChannelReport]:
         if not isinstance(layer, PRUNABLE_LAYERS) or (dim == 1 and getattr(layer, "groups", 1) > 1):
             continue
         weight_name = f"{name}.weight" if name else "weight"
-        check_not_distributed(f"model's {weight_name}", layer.weight)
-        live = layer.weight.detach().transpose(0, dim).flatten(1).count_nonzero(1)
+        weight = read_weight(layer, "weight")
+        check_not_distributed(f"model's {weight_name}", weight)
+        check_has_values(f"model's {weight_name}", weight)
+        live = weight.detach().transpose(0, dim).flatten(1).count_nonzero(1)
         dead = (live == 0).nonzero().flatten().tolist()
         bias = [0.0] * len(live)
         if dim == 0 and layer.bias is not None:

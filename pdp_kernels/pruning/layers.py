@@ -37,11 +37,27 @@ def layer_weights(
     owners: dict[int, tuple[list[str], Tensor, list[nn.Module]]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, kinds):
-            weight = cast(Tensor, layer.weight)
+            weight = read_weight(layer, "weight")
             names, _, layers = owners.setdefault(id(weight), ([], weight, []))
             names.append(f"{name}.weight" if name else "weight")
             layers.append(layer)
     yield from owners.values()
+
+
+def read_weight(layer: nn.Module, name: str) -> Tensor:
+    """Return a layer's weight, computed as in evaluation mode if a parametrization computes it.
+
+    In training mode spectral_norm changes its buffers whenever the weight is read.
+    """
+    parametrizations = getattr(layer, "parametrizations", nn.ModuleDict())
+    training = [module for module in parametrizations.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        return cast(Tensor, getattr(layer, name))
+    finally:
+        for module in training:
+            module.training = True
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

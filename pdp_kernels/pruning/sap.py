@@ -14,6 +14,7 @@ from pdp_kernels.functional.pq_index import Scope, pq_index
 from pdp_kernels.functional.sap_counts import sap_prune_counts
 from pdp_kernels.functional.validation import (
     as_float,
+    check_has_values,
     check_plain_weight,
     check_sap_settings,
     check_scope,
@@ -105,8 +106,8 @@ class SAPPruner:
         TypeError: as `sap_prune_counts`; rewind is no bool; model is no module; a weight is a
             DTensor, or of a dtype that `pq_index` does not accept.
         ValueError: as `sap_prune_counts`; another scope; a weight is computed from other
-            parameters; weights are on several devices; the model has no weight to prune, or has the
-            masks of a `PDPPruner`.
+            parameters; a weight has no shape yet; weights are on several devices, or on the meta
+            device; the model has no weight to prune, or has the masks of a `PDPPruner`.
 
     Examples:
         >>> model = torch.nn.Linear(6, 1, bias=False)
@@ -421,16 +422,18 @@ def _prunable_weights(model: nn.Module) -> dict[str, Tensor]:
                 "remove the parametrization first"
             )
         check_plain_weight(f"model's {name}", weight)
+    devices = {weight.device: name for name, weight in weights.items()}
+    if len(devices) > 1:
+        found = " and ".join(f"{device} for {name}" for device, name in devices.items())
+        raise ValueError(f"model must have its weights on one device, got {found}")
+    for name, weight in weights.items():
+        check_has_values(f"model's {name}", weight)
     weights = {name: weight for name, weight in weights.items() if weight.numel()}
     if not weights:
         raise ValueError(
             "model must have a Linear or Conv1d/2d/3d layer with weights to prune, got a "
             f"{type(model).__name__} without any"
         )
-    devices = {weight.device: name for name, weight in weights.items()}
-    if len(devices) > 1:
-        found = " and ".join(f"{device} for {name}" for device, name in devices.items())
-        raise ValueError(f"model must have its weights on one device, got {found}")
     return weights
 
 

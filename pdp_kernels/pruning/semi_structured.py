@@ -4,6 +4,7 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.sparse import (
     SparseSemiStructuredTensor,
     SparseSemiStructuredTensorCUSPARSELT,
@@ -14,11 +15,12 @@ from pdp_kernels.distributed.shards import is_distributed
 from pdp_kernels.functional.compress import COMPRESSED_DTYPES, compress_2to4
 from pdp_kernels.functional.validation import (
     check_divisible,
+    check_has_values,
     check_not_distributed,
     check_pattern,
     check_plain_weight,
 )
-from pdp_kernels.pruning.layers import layer_weights
+from pdp_kernels.pruning.layers import layer_weights, read_weight
 from pdp_kernels.pruning.targets import default_holders
 
 
@@ -97,7 +99,8 @@ def check_nm(
     Raises:
         TypeError: model_or_tensor is neither, or a DTensor, or has one; n, m or dim is no int.
         ValueError: n or m is out of its range; a tensor has no dimension dim, or its size along dim
-            is no multiple of m; a module has no weight to check.
+            is no multiple of m; a module has no weight to check, or one of a lazy layer without a
+            shape; a weight on the meta device.
 
     Examples:
         >>> check_nm(torch.tensor([[1.0, 0.0, 2.0, 0.0], [1.0, 2.0, 0.0, 3.0]]))
@@ -112,12 +115,14 @@ def check_nm(
     if not isinstance(model_or_tensor, nn.Module):
         dim = -1 if dim is None else dim
         check_plain_weight("model_or_tensor", model_or_tensor)
+        check_has_values("model_or_tensor", model_or_tensor)
         check_divisible("model_or_tensor", model_or_tensor, m, dim)
         return _check_groups("", model_or_tensor, n, m, dim)
     checks = []
     for first, *_ in default_holders(model_or_tensor):
-        weight = getattr(first.layer, first.slot.name)
+        weight = read_weight(first.layer, first.slot.name)
         check_not_distributed(f"model_or_tensor's {first.weight_name}", weight)
+        check_has_values(f"model_or_tensor's {first.weight_name}", weight)
         along = first.slot.inputs if dim is None else dim
         if not isinstance(weight, SparseSemiStructuredTensor) and _divisible(weight, m, along):
             checks.append(_check_groups(first.weight_name, weight, n, m, along))
@@ -212,6 +217,10 @@ def _obstacle(
         return "is computed from other parameters: remove the parametrization first"
     if is_distributed(weight):
         return "is a DTensor: gather the model's state_dict into an unsharded model"
+    if is_lazy(weight):
+        return "has no shape yet: run the lazy layer once first"
+    if weight.is_meta:
+        return "is on the meta device, without values"
     if weight.dtype not in COMPRESSED_DTYPES:
         return f"dtype {weight.dtype} is neither torch.bfloat16 nor torch.float16"
     smallest = backend._DTYPE_SHAPE_CONSTRAINTS[weight.dtype]

@@ -474,6 +474,10 @@ def test_models_that_cannot_be_pruned_raise():
     PDPPruner(masked, PDPConfig(0.5))
     with pytest.raises(ValueError, match="masks of a pruner, got them on 0: finalize its pruner"):
         SAPPruner(masked)
+    with pytest.raises(ValueError, match="model's weight must have its shape: run the lazy layer"):
+        SAPPruner(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="model's weight must have values, got one on the meta"):
+        SAPPruner(nn.Linear(3, 3, device="meta"))
     scattered = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
     with pytest.raises(ValueError, match=r"one device, got cpu for 0\.weight and meta for 1"):
         SAPPruner(scattered)

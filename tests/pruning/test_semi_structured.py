@@ -12,7 +12,14 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from pdp_kernels import GroupCheck, PDPConfig, PDPPruner, check_nm, to_semi_structured
+from pdp_kernels import (
+    GroupCheck,
+    PDPConfig,
+    PDPPruner,
+    channel_report,
+    check_nm,
+    to_semi_structured,
+)
 from pdp_kernels.pruning import semi_structured
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
@@ -157,6 +164,25 @@ def test_models_without_a_weight_to_check_raise():
         check_nm([1.0])
 
 
+@pytest.mark.parametrize("tool", [check_nm, channel_report])
+def test_weights_without_values_raise(tool):
+    with pytest.raises(ValueError, match=r"weight must have its shape: run the lazy layer once"):
+        tool(nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"weight must have values, got one on the meta device"):
+        tool(nn.Linear(4, 4, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "tool", [check_nm, channel_report, lambda model: to_semi_structured(model, strict=False)]
+)
+def test_reading_a_weight_with_spectral_norm_changes_nothing(tool):
+    layer = parametrizations.spectral_norm(nn.Linear(4, 4))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    tool(layer)
+    assert all(value.equal(before[name]) for name, value in layer.state_dict().items())
+    assert all(module.training for module in layer.modules())
+
+
 def skipped(*layers):
     return to_semi_structured(nn.Sequential(*layers), strict=False).skipped
 
@@ -183,6 +209,12 @@ def test_reports_why_a_weight_is_skipped():
     assert "device cpu" in reasons["4.weight"]
     assert reasons["5.weight"] == "is of a Conv2d, not of a Linear layer"
     assert reasons["6.in_proj_weight"] == "is of a MultiheadAttention, not of a Linear layer"
+
+
+def test_weights_without_values_are_skipped():
+    reasons = skipped(nn.LazyLinear(64, dtype=torch.float16), linear_2to4(device="meta"))
+    assert reasons["0.weight"] == "has no shape yet: run the lazy layer once first"
+    assert reasons["1.weight"] == "is on the meta device, without values"
 
 
 def test_strict_lists_every_reason_and_changes_nothing(on_any_device):
