@@ -19,7 +19,8 @@ class FrozenZeros:
     weight.
 
     Args:
-        weights: parameters of the optimizer; any may be a DTensor.
+        weights: parameters of the optimizer, those that were pruned: a bias or a norm's parameter
+            that starts at zero would stay there. Any may be a DTensor.
         optimizer: the optimizer that trains them.
 
     Examples:
@@ -115,7 +116,8 @@ def freeze_zeros(weights: Iterable[Tensor], optimizer: Optimizer) -> FrozenZeros
     unscale_ of a GradScaler. Otherwise the norm includes the gradients of the zeros.
 
     Args:
-        weights: parameters of the optimizer; any may be a DTensor.
+        weights: parameters of the optimizer, those that were pruned: a bias or a norm's parameter
+            that starts at zero would stay there. Any may be a DTensor.
         optimizer: the optimizer that trains them.
 
     Returns:

@@ -133,7 +133,8 @@ class PruningReport(NamedTuple):
             prefix: what each name begins with.
 
         Returns:
-            A dict of finite numbers by name, except for thresholds, which are -inf in the warm-up.
+            A dict of numbers by name. They are finite, except for thresholds: -inf in the warm-up,
+            inf where all weights are pruned, NaN where they lie among NaN weights.
 
         Examples:
             >>> model = torch.nn.Linear(4, 1, bias=False)

@@ -93,7 +93,8 @@ def sensitivity(
     Args:
         model: a model without masks of a pruner.
         evaluate: called as evaluate(model), once for the model and once for each layer and
-            sparsity; returns an accuracy or a loss. It chooses the mode (model.eval()).
+            sparsity, without gradients; returns an accuracy or a loss, a number or a tensor of
+            one. It chooses the mode (model.eval()).
         sparsities: the fractions to prune, in [0, 1].
         config: which layers to prune, and in which pattern. Its sparsity and schedule do not
             matter. Default: all layers that `PDPPruner` prunes, unstructured.
@@ -102,7 +103,7 @@ def sensitivity(
         A `SensitivityReport`, with as_dict, plot and a table as str.
 
     Raises:
-        TypeError: an argument of another type.
+        TypeError: an argument of another type; evaluate returns no number.
         ValueError: a sparsity outside [0, 1], or none; an N:M pattern, which has one sparsity; a
             model with masks; or as `PDPPruner`.
 
@@ -137,7 +138,7 @@ def sensitivity(
                 f"got {target.plan.pattern}"
             )
     check_unmasked(model, "scan it before the pruner is made, or pruner.pruned_copy()")
-    baseline = float(evaluate(model))
+    baseline = _number(evaluate(model))
     values = {
         target.name: [_value(model, target, fraction, evaluate) for fraction in fractions]
         for target in targets
@@ -158,7 +159,15 @@ def _value(
     before = local_shard(weight).clone()
     try:
         mask.prune(weight)
-        return float(evaluate(model))
+        return _number(evaluate(model))
     finally:
         reshard(model)
         local_shard(weight).copy_(before)
+
+
+def _number(value: Any) -> float:
+    """Return what evaluate has returned as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"evaluate must return a number, got {value!r}") from error

@@ -97,6 +97,12 @@ def test_bad_arguments_raise_before_the_first_evaluation(model, sparsities, conf
         sensitivity(model(), lambda _: pytest.fail("evaluated"), sparsities, config=config)
 
 
+@pytest.mark.parametrize("value", [None, "0.9 of all", torch.ones(2)])
+def test_an_evaluation_that_returns_no_number_raises(value):
+    with pytest.raises(TypeError, match=r"evaluate must return a number, got (None|'0.9|tensor)"):
+        sensitivity(small_model(), lambda _: value)
+
+
 def test_an_evaluation_that_cannot_be_called_raises():
     with pytest.raises(TypeError, match="evaluate must be callable, got NoneType"):
         sensitivity(small_model(), None)
