@@ -43,10 +43,15 @@ def check_plain_weight(name: str, weight: object) -> None:
     check_weight(name, weight)
 
 
-def check_has_values(name: str, weight: Tensor) -> None:
-    """Accept a tensor that is initialized and not on the meta device."""
+def check_has_shape(name: str, weight: Tensor) -> None:
+    """Accept a tensor that is no parameter of a lazy layer without a shape."""
     if is_lazy(weight):
         raise ValueError(f"{name} must have its shape: run the lazy layer once first")
+
+
+def check_has_values(name: str, weight: Tensor) -> None:
+    """Accept a tensor that has a shape and is not on the meta device."""
+    check_has_shape(name, weight)
     if weight.is_meta:
         raise ValueError(f"{name} must have values, got one on the meta device")
 

@@ -9,23 +9,31 @@ from torch import nn
 
 
 @contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, and restore the mode of each of its modules."""
+    modes = {each: each.training for each in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for each, training in modes.items():
+            each.training = training
+
+
+@contextlib.contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, in which it calls each of its layers, and restore its mode.
 
     Without it the fused attention of torch.nn reads the weights of layers that it does not call,
     and what torch.compile has compiled calls no hook that is younger.
     """
-    modes = {layer: layer.training for layer in model.modules()}
     fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for layer, training in modes.items():
-            layer.training = training
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:

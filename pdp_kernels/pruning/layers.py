@@ -5,9 +5,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pdp_kernels.distributed.shards import is_distributed
+from pdp_kernels.pruning.evaluation import evaluation_mode
 
 PRUNABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ATTENTION_INPUTS = ("query", "key", "value")  # of torch.nn.MultiheadAttention, in this order
@@ -49,15 +51,11 @@ def read_weight(layer: nn.Module, name: str) -> Tensor:
 
     In training mode spectral_norm changes its buffers whenever the weight is read.
     """
-    parametrizations = getattr(layer, "parametrizations", nn.ModuleDict())
-    training = [module for module in parametrizations.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
+    if not is_parametrized(layer, name):
         return cast(Tensor, getattr(layer, name))
-    finally:
-        for module in training:
-            module.training = True
+    parametrizations = cast(nn.ModuleDict, layer.parametrizations)
+    with evaluation_mode(parametrizations[name]):
+        return cast(Tensor, getattr(layer, name))
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

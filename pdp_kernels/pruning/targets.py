@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pdp_kernels.functional.validation import check_weight
+from pdp_kernels.functional.validation import check_has_shape, check_weight
 from pdp_kernels.pruning.adapters import (
     base_layer,
     find_adapted,
@@ -325,8 +325,7 @@ def _check_prunable(holders: list[Holder]) -> None:
                 "torch.jit.ScriptModule; prune before you script, or exclude it"
             )
         weight = parameter_of(layer, holder.slot.name)
-        if is_lazy(weight):
-            raise ValueError(f"model's {name} must have its shape: run the lazy layer once first")
+        check_has_shape(f"model's {name}", weight)
         for tuner in holder.tuners:
             _check_tuner(name, tuner)
         if "forward" in vars(layer):
