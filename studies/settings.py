@@ -101,7 +101,7 @@ def channel_temperatures() -> list[Setting]:
         (0.1, 0.0003, 0.0),
         (0.1, 0.0001, 0.3),
     )
-    times = ((0.0, 0.6), (0.0, 0.3), (0.0, 0.0), (0.15, 0.4), (0.35, 0.2), (0.55, 0.0))
+    times = ((0.0, 0.6), (0.0, 0.3), (0.0, 0.0), (0.15, 0.4), (0.35, 0.2))
     return [
         Setting("pdp", "pdp", {}),
         *(softness_setting(*each, *time) for time in times for each in temperatures),
