@@ -18,7 +18,7 @@ from pdp_kernels.pruning.masked_layer import mask_parents
 from pdp_kernels.pruning.masks import WeightMask
 from pdp_kernels.pruning.optimizers import parameter_ids
 from pdp_kernels.pruning.plain_data import from_leaves
-from pdp_kernels.pruning.targets import Target
+from pdp_kernels.pruning.targets import Target, find_holders
 from pdp_kernels.pruning.user_warnings import warn_user
 
 _shape = attrgetter("shape")
@@ -27,8 +27,8 @@ _shape = attrgetter("shape")
 class Snapshot:
     """The structure of a model that a pruner relies on.
 
-    Every step compares the model with it. Only if they differ must `check_layers` and `check_masks`
-    look for the reason, which takes several times as long.
+    Every step compares the model with it. Only if they differ must `check_layers`, `check_masks`
+    and `check_ties` look for the reason, which takes several times as long.
 
     Args:
         model: the model.
@@ -41,6 +41,7 @@ class Snapshot:
         self._slots = [(holder.layer, holder.slot.name) for holder in firsts]
         self._tied = [target for target in targets if len(target.holders) > 1]
         weights = self._weights()
+        self._ids = list(map(id, weights))
         self._types: list[type] = list(map(type, weights))
         self._shapes: list[torch.Size] = list(map(_shape, weights))
         self._layers = [holder.layer for holder in holders]
@@ -56,10 +57,11 @@ class Snapshot:
         self._children = list(links.values())
 
     def matches(self) -> bool:
-        """Whether layers, and the types, shapes and masks of their weights are as they were."""
+        """Whether layers and weights, their types, shapes and masks are as they were."""
         weights = self._weights()
         return (
-            list(map(type, weights)) == self._types
+            list(map(id, weights)) == self._ids
+            and list(map(type, weights)) == self._types
             and list(map(_shape, weights)) == self._shapes
             and self._layer_masks() == self._masks
             and all(map(is_, self._linked(), self._children))
@@ -118,7 +120,7 @@ def check_layers(model: nn.Module, targets: Sequence[Target]) -> bool:
 def check_masks(
     targets: Sequence[Target], masks: Sequence[WeightMask], shapes: Sequence[torch.Size]
 ) -> None:
-    """Raise a RuntimeError if weights no longer have their masks, shapes or ties."""
+    """Raise a RuntimeError if weights no longer have their masks or shapes."""
     for target, mask, shape in zip(targets, masks, shapes, strict=True):
         if is_quantized(target.weight):
             raise quantized(target.name, target.weight)
@@ -128,11 +130,6 @@ def check_masks(
                 f"{tuple(target.weight.shape)}: make a new pruner after replacing a weight by one "
                 "of another shape. FullyShardedDataParallel flattens weights too: use fully_shard"
             )
-        if not _is_tied(target):
-            names = ", ".join(holder.weight_name for holder in target.holders)
-            raise RuntimeError(
-                f"{names} were one weight and no longer are: tie them again, or make a new pruner"
-            )
         for holder in target.holders:
             held = vars(holder.layer).get("pdp_masks", {})
             if held.get(holder.slot.name) is not mask:
@@ -140,6 +137,24 @@ def check_masks(
                     f"{target.name} no longer has the masks of this pruner: another pruner, or "
                     "finalize, has taken the model over"
                 )
+
+
+def check_ties(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise a RuntimeError if layers share other weights than they did without their masks."""
+    for target in targets:
+        if not _is_tied(target):
+            names = ", ".join(holder.weight_name for holder in target.holders)
+            raise RuntimeError(
+                f"{names} were one weight and no longer are: tie them again, or make a new pruner"
+            )
+    numbers = {id(target.weight): len(target.holders) for target in targets}
+    for holders in find_holders(model):
+        if len(holders) > numbers.get(id(holders[0].parameter), len(holders)):
+            names = ", ".join(holder.weight_name for holder in holders)
+            raise RuntimeError(
+                f"{names} are one weight now and were not when it was masked: tie weights first, "
+                "and make a new pruner"
+            )
 
 
 def check_state(state: Mapping[str, Any], own: Mapping[str, Any], free: Sequence[str] = ()) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pdp_kernels.distributed.shards import fsdp_modules, reshard
-from pdp_kernels.pruning.checks import Snapshot, check_layers, check_masks
+from pdp_kernels.pruning.checks import Snapshot, check_layers, check_masks, check_ties
 from pdp_kernels.pruning.config import PDPConfig
 from pdp_kernels.pruning.device_table import DeviceTables
 from pdp_kernels.pruning.masked_layer import mask_model, unmask_model
@@ -75,6 +75,7 @@ class MaskedWeights:
             return
         is_wrapped = check_layers(self.model, self.targets)
         check_masks(self.targets, self.masks, self._shapes)
+        check_ties(self.model, self.targets)
         self._snapshot = None if is_wrapped else Snapshot(self.model, self.targets)
 
     def set_schedule(

@@ -55,7 +55,7 @@ class PDPPruner:
     of the same name, whose forwards read it too. So optimizers, state_dict, deepcopy, pickle, DDP
     and torch.compile see an ordinary model.
     A weight that several layers share is pruned once. It is left alone if one of these layers is
-    not pruned, an embedding for example.
+    not pruned, an embedding for example. Tie weights before you make the pruner.
 
     Where the model itself is called in training mode, unstructured masks are computed for about
     25 MB of weights at a time, in one call forward and one backward, from the second training step
@@ -151,7 +151,7 @@ class PDPPruner:
             ValueError: progress is negative or not finite; or LAMP, which is due, meets a weight
                 that is not finite.
             RuntimeError: the pruner is finalized; another pruner has taken over the model; or a
-                weight's shape has changed.
+                weight's shape has changed, or which layers share it.
         """
         self._step(progress)
 

@@ -124,7 +124,7 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
     """Return the weights to prune, each once, in the order of model.named_modules()."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    candidates = _candidates(model)
+    candidates = find_holders(model)
     targets = []
     wanted = [holders for holders in candidates if _is_wanted(holders, config)]
     _check_used(model, config, candidates, wanted)
@@ -146,7 +146,7 @@ def find_targets(model: nn.Module, config: PDPConfig) -> list[Target]:
 
 def default_holders(model: nn.Module) -> list[list[Holder]]:
     """Return the holders of each weight that a pruner prunes by default."""
-    return [holders for holders in _candidates(model) if _is_wanted(holders, PDPConfig(0.5))]
+    return [holders for holders in find_holders(model) if _is_wanted(holders, PDPConfig(0.5))]
 
 
 def layout(
@@ -196,7 +196,7 @@ def _check_not_computed(wanted: list[list[Holder]], config: PDPConfig) -> None:
         )
 
 
-def _candidates(model: nn.Module) -> list[list[Holder]]:
+def find_holders(model: nn.Module) -> list[list[Holder]]:
     """Return the holders of each weight that a configuration may select."""
     attentions = {
         id(base_layer(layer.out_proj)): layer

@@ -159,3 +159,29 @@ def test_tied_weights_may_be_two_parameters_in_one_memory():
     pruner.finalize()
     assert torch.equal(model[0].weight, model[2].weight)
     assert (model[2].weight == 0).any()
+
+
+TIES = {
+    "an embedding": lambda model: setattr(model[2], "weight", model[0].weight),
+    "another layer": lambda model: setattr(model[2], "weight", model[1].weight),
+}
+
+
+@pytest.mark.parametrize("case", TIES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_tying_a_masked_weight_is_an_error_before_anything_is_pruned(case, steps):
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    pruner = PDPPruner(model, CONFIG)
+    for step in range(steps):
+        pruner.step(1.0 + step)
+    TIES[case](model)
+    shared = model[2].weight.detach().clone()
+    for change in (lambda: pruner.step(3.0), pruner.finalize, pruner.pruned_copy):
+        with pytest.raises(RuntimeError, match=r"\.weight, 2\.weight are one weight now"):
+            change()
+    assert torch.equal(model[2].weight, shared)
+    pruner = PDPPruner(model, CONFIG)
+    pruner.step(10.0)
+    pruner.finalize()
+    assert (model[0].weight != 0).all()
+    assert (model[1].weight == 0).any()
