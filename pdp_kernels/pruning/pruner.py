@@ -334,9 +334,11 @@ class PDPPruner:
             The `PruningReport`.
 
         Raises:
-            RuntimeError: a weight was quantized after `finalize`, so that its zeros cannot be
-                counted.
+            RuntimeError: as `step`, before `finalize`; or a weight was quantized after it, so that
+                its zeros cannot be counted.
         """
+        if not self._finalized:
+            self._weights.check()
         targets = self._weights.targets
         macs = None if inputs is None else count_macs(self.model, targets, inputs)
         reshard(self.model)

@@ -60,7 +60,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_an_error_of_the_next_step(change):
+def test_a_change_is_an_error_of_the_next_step_and_report(change):
     make, message = CHANGES[change]
     model = nested_model()
     pruner = stepped(model)
@@ -68,6 +68,8 @@ def test_a_change_is_an_error_of_the_next_step(change):
     for _ in range(2):
         with pytest.raises(RuntimeError, match=message):
             pruner.step(3.0)
+        with pytest.raises(RuntimeError, match=message):
+            pruner.report()
 
 
 def test_a_weight_that_several_layers_share_is_watched_in_each():
