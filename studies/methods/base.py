@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 
 from pdp_kernels import hard_mask, hard_mask_nm
 
-UPDATE_INTERVAL = 0.2  # epochs between mask updates of gradual methods: 94 steps on MNIST
+UPDATE_INTERVAL = 0.2  # at most, epochs between mask updates of gradual methods: 94 steps on MNIST
+RAMP_UPDATES = 30  # updates in a ramp, at least, where it has so many steps
 
 
 class Budget(NamedTuple):
@@ -84,8 +85,13 @@ class Method:
     def step(self, progress: float) -> None:
         """Update the masks. Call after each optimizer step, with the progress in epochs."""
 
-    def due(self, progress: float, interval: float = UPDATE_INTERVAL) -> bool:
-        """Return whether an interval of so many epochs has ended since the last update."""
+    def due(self, progress: float, interval: float | None = None) -> bool:
+        """Return whether an interval of so many epochs has ended since the last update.
+
+        None is that of gradual methods.
+        """
+        if interval is None:
+            interval = min(UPDATE_INTERVAL, self.budget.ramp / RAMP_UPDATES or UPDATE_INTERVAL)
         # Progress is a sum of fractions, and its rounding must not delay an update.
         updates = int(progress / interval + 1e-6)
         is_due, self.updates = updates > self.updates, updates

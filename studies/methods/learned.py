@@ -121,10 +121,11 @@ class STR(Method):
         # Thresholds are less than 1, so margins plus 1 are positive and rank like magnitudes.
         shifted = [margin + 1 for margin in margins]
         masks = global_masks(shifted, self.budget.sparsity)
-        passing = pdp_threshold(flat(shifted), self.budget.sparsity) - 1
+        together = flat(shifted)
+        # Halfway between pruned and kept ones, or where there are no pruned ones the least of all.
+        passing = pdp_threshold(together, self.budget.sparsity).maximum(together.min()) - 1
         for weight, margin, mask in zip(self.plain_weights(), margins, masks, strict=True):
-            size = torch.where(margin > 0, margin, margin - passing) * mask
-            weight.copy_(weight.sign() * size)
+            weight.copy_(weight.sign() * (margin - passing.clamp(max=0)) * mask)
         for transform in self.transforms():
             transform.s.fill_(-math.inf)
         super().finalize()

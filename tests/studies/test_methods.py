@@ -186,6 +186,43 @@ def test_str_brings_weights_back_where_thresholds_pruned_too_many(digits):
     assert zeros_of(model) == math.floor(0.9 * sum(w.numel() for w in weights_of(model)) + 0.5)
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
+def test_str_ends_with_thresholds_lower_by_one_amount(sparsity):
+    model = digits_mlp()
+    method = make_method("str", model, budget_of(sparsity, "unstructured", 4))
+    for number, transform in enumerate(method.transforms()):
+        torch.nn.init.constant_(transform.s, -3.0 + number / 10)
+    own = method.sparsity()
+    margins = [
+        weight.detach().abs() - transform.s.detach().sigmoid()
+        for weight, transform in zip(method.plain_weights(), method.transforms(), strict=True)
+    ]
+    method.finalize()
+    kept = torch.cat([weight[weight != 0].abs() for weight in weights_of(model)])
+    margins = torch.cat([m[w != 0] for m, w in zip(margins, weights_of(model), strict=True)])
+    lowered = kept - margins
+    assert 0.3 < own < 0.9
+    assert lowered.min() >= -1e-6
+    assert lowered.max() - lowered.min() < 1e-6
+    assert (lowered.mean() > 1e-3) == (sparsity < own)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+@pytest.mark.parametrize("name", ["gmp", "gmp-global", "granet", "movement"])
+def test_gradual_methods_prune_often_in_any_ramp(name, epochs):
+    model, steps = digits_mlp(), 100  # in an epoch
+    budget = budget_of(0.9, "unstructured", epochs)
+    method = make_method(name, model, budget)
+    model(torch.rand(4, 64)).sum().backward()
+    reached = []
+    for step in range(1, epochs * steps + 1):
+        method.step(step / steps)
+        reached.append(method.sparsity())
+    updates = len({sparsity for sparsity in reached if 0 < sparsity < reached[-1]})
+    assert reached[-1] == pytest.approx(0.9, abs=1e-3)
+    assert updates >= 24
+
+
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"slimming"}))
 def test_resumed_training_equals_the_uninterrupted_one(digits, name, tmp_path):
     pattern = "2:4" if name == "sr-ste" else "unstructured"
