@@ -42,7 +42,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from studies.jobs import Job, make_jobs, make_pretrainings, pretraining_epochs
+from studies.jobs import Job, make_jobs, make_pretrainings
 from studies.methods import make_method
 from studies.provenance import shown_command
 from studies.settings import STUDIES
@@ -202,7 +202,7 @@ def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> list
         path.write_text(",".join(Row._fields) + "\n")
     pretrainings: list[Job] = []
     if STUDIES[arguments.study].finetunes:
-        pretrainings, jobs = make_pretrainings(jobs, out, pretraining_epochs(arguments))
+        pretrainings, jobs = make_pretrainings(jobs, out)
     context = multiprocessing.get_context("spawn")
     epochs = context.Value("q", 0)
     progress = Progress([*pretrainings, *jobs], arguments.workers, epochs, arguments.time_limit)
@@ -230,9 +230,10 @@ def run_jobs(jobs: list[Job], path: Path, arguments: argparse.Namespace) -> list
                         f"; {row.setting}, {row.column}, seed {row.seed}: {row.score:.4f}"
                     )
             except TimeLimitError:
+                # In this order: a killed worker may hold the lock of the count that is shown.
+                progress.show("; stopped by the time limit: the same command continues")
                 for worker in multiprocessing.active_children():
                     worker.kill()
-                progress.show("; stopped by the time limit: the same command continues")
     return progress.failed
 
 

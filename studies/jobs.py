@@ -27,19 +27,22 @@ class Job(NamedTuple):
     epochs: int
     device: str
     commit: str = "unknown"  # of the code
-    trained: Path | None = None  # where the weights are that the network starts from
+    has_data: bool = True  # or the samples that need no download
+    pretraining_epochs: int = 0  # of the training that the network starts from
+    trained: Path | None = None  # where its weights are
 
     @property
     def key(self) -> tuple[str, ...]:
         """The cells of the CSV file that identify the training."""
-        name = self.setting.name
+        network = self.network if self.has_data else f"{self.network} on samples"
+        before = f"{self.pretraining_epochs}+" if self.pretraining_epochs else ""
         return (
-            self.network,
-            name,
+            network,
+            self.setting.name,
             self.pattern,
             f"{self.sparsity:g}",
             str(self.seed),
-            str(self.epochs),
+            f"{before}{self.epochs}",
             device_name(self.device),
         )
 
@@ -93,8 +96,10 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
             f"settings match none of the study {arguments.study}: {arguments.settings}"
         )
     recipe = WORKLOADS[arguments.network].recipe
+    before = 0
     if study.finetunes:
-        recipe = recipe._replace(epochs=pretraining_epochs(arguments)).finetuning()
+        before = arguments.pretraining_epochs or recipe.epochs
+        recipe = recipe._replace(epochs=before).finetuning()
     epochs = arguments.epochs or recipe.epochs
     if study.prunes == "groups":
         columns = [(pattern, 0.0) for pattern in arguments.patterns]
@@ -109,24 +114,21 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
                 if setting.method == "dense":
                     pattern, sparsity = "unstructured", 0.0
                 run = (setting, pattern, sparsity, seed, epochs, arguments.device, commit)
-                jobs.append(Job(arguments.network, *run))
+                has_data = arguments.data_dir is not None
+                jobs.append(Job(arguments.network, *run, has_data, before))
                 jobs[-1].budget()  # raises before anything runs
     return jobs
 
 
-def pretraining_epochs(arguments: argparse.Namespace) -> int:
-    """Return the length of the trainings that fine-tuning starts from."""
-    return arguments.pretraining_epochs or WORKLOADS[arguments.network].recipe.epochs
-
-
-def make_pretrainings(jobs: list[Job], out: Path, epochs: int) -> tuple[list[Job], list[Job]]:
+def make_pretrainings(jobs: list[Job], out: Path) -> tuple[list[Job], list[Job]]:
     """Return the dense trainings that these jobs start from, and the jobs that start there."""
     dense = {
         job.seed: job._replace(
             setting=Setting("trained", "dense", {}),
             pattern="unstructured",
             sparsity=0.0,
-            epochs=epochs,
+            epochs=job.pretraining_epochs,
+            pretraining_epochs=0,
         )
         for job in jobs
     }

@@ -117,9 +117,10 @@ class GlobalGMP(GMP):
 class GraNet(Masking):
     """GMP that prunes more at each update and regrows it where gradients are largest.
 
-    The regrown fraction of the remaining weights falls from 1/2 to 0 as a cosine. Both selections
-    are global. Shiwei Liu et al., "Sparse Training via Boosting Pruning Plasticity with
-    Neuroregeneration", arXiv 2106.10404.
+    The regrown fraction of the remaining weights falls from 1/2 to 0 as a cosine. Shiwei Liu et
+    al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", arXiv 2106.10404.
+    The authors' code differs: the cosine ends with the training (here with the ramp), weights
+    regrow layer by layer (here by one global selection), and pruned weights lose their momentum.
     """
 
     def transform(self, weight: Tensor) -> nn.Module:
@@ -168,7 +169,8 @@ class ACDC(Masking):
     The phases are those of the paper's 100 epochs on ImageNet, as fractions of the training: dense
     for 10%, phases of 5%, and at the end 10% dense and 15% sparse. Alexandra Peste, Eugenia
     Iofinova, Adrian Vladu, Dan Alistarh, "AC/DC: Alternating Compressed/DeCompressed Training of
-    Deep Neural Networks", arXiv 2106.12379.
+    Deep Neural Networks", arXiv 2106.12379. The authors' code resets the momentum of the optimizer
+    when a phase begins, which this one does not.
     """
 
     def is_sparse(self, progress: float) -> bool:

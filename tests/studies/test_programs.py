@@ -13,9 +13,10 @@ import torch
 
 from studies import data, grid, sap_mnist, settings, train_image, train_text, training
 from studies.command_line import budget_of
-from studies.jobs import Job
+from studies.jobs import Job, make_jobs
 from studies.methods import make_method
 from studies.tables import Row, Score, plot_by_setting, plot_by_sparsity, read_rows, write_table
+from tests.support import TIMEOUT
 from tests.support.studies import digits_mlp, read_csv, short_text, small_residual_network
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +95,7 @@ class InThisProcess:
         return done
 
 
-PRESENT = "mlp,gmp,unstructured,0.9,0,1,cpu,0.125,,0.9,1.0,c0ffee"
+PRESENT = "mlp on samples,gmp,unstructured,0.9,0,1,cpu,0.125,,0.9,1.0,c0ffee"
 
 
 @pytest.fixture
@@ -124,6 +125,22 @@ def test_grid_runs_what_is_missing(call_main, grid_folder):
     assert redrawn == table.replace("pdp gmp --sp", "pdp gmp granet --sp")
 
 
+def test_rows_of_other_data_or_other_trained_networks_are_not_reused(monkeypatch):
+    keys, folders = set(), set()
+    for more in ((), ("--pretraining-epochs", "4"), ("--data-dir", "data")):
+        command = ["grid", "finetune", "--settings", "pdp", "--sparsities", "0.5", "--epochs", "2"]
+        monkeypatch.setattr(sys, "argv", [*command, "--seeds", "1", "--device", "cpu", *more])
+        (job,) = make_jobs(grid.parse_arguments())
+        keys.add(job.key)
+        folders.add(job.folder)
+    assert {(key[0], key[5]) for key in keys} == {
+        ("mlp on samples", "20+2"),
+        ("mlp on samples", "4+2"),
+        ("mlp", "20+2"),
+    }
+    assert len(folders) == 3
+
+
 @pytest.mark.slow
 def test_grid_runs_on_several_workers(grid_folder):
     """In a process of its own, as its workers import the main module."""
@@ -132,7 +149,7 @@ def test_grid_runs_on_several_workers(grid_folder):
     command += ["--settings", "dense", "pdp", "gmp", "--sparsities", "0.5", "0.9"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr
     check_grid(grid_folder, done.stdout, count=2 * (1 + 2 + 2))  # dense once per seed
@@ -155,7 +172,7 @@ def test_finetuning_starts_from_a_trained_network(call_main, tmp_path):
     rows = {row["setting"]: float(row["score"]) for row in read_csv(tmp_path / "finetune.csv")}
     assert min(rows.values()) > 0.9  # one epoch from scratch leaves 0.1 to 0.3
     assert [path.name for path in (tmp_path / "trained").iterdir()] == [
-        "mlp_trained_unstructured_0_0_10_cpu.pt"
+        "mlp-on-samples_trained_unstructured_0_0_10_cpu.pt"
     ]
     assert not list((tmp_path / "running").iterdir())
 
@@ -222,7 +239,7 @@ def test_time_limit_ends_a_grid_with_the_rows_so_far(grid_folder):
     command = [sys.executable, "-m", "studies.grid", "methods", "--epochs", "100000"]
     command += ["--settings", "gmp", "--sparsities", "0.9", "--workers", "2", "--device", "cpu"]
     command += ["--out", str(grid_folder), "--time-limit", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 1
     assert "0 of 3 runs" in done.stderr
     assert "stopped by the time limit" in done.stderr
@@ -280,7 +297,7 @@ def test_a_run_that_fails_costs_the_others_nothing(
 
     monkeypatch.setattr(grid, "make_method", fail_with_gmp)
     settings = ("--settings", "gmp", "gmp-global", "--sparsities", 0.5, "--seeds", 1)
-    with pytest.raises(SystemExit, match=r"failed: mlp_gmp_unstructured_0\.5_0_1_cpu"):
+    with pytest.raises(SystemExit, match=r"failed: mlp-on-samples_gmp_unstructured_0\.5_0_1_cpu"):
         call_main(grid, "methods", *settings, "--epochs", 1, "--device", "cpu", "--out", tmp_path)
     assert "out of luck" in capsys.readouterr().err
     assert [row["setting"] for row in read_csv(tmp_path / "methods.csv")] == ["gmp-global"]
