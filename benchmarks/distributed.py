@@ -3,7 +3,8 @@
 `python -m benchmarks.distributed`. The first lines count what a step sends, from shapes alone. Then
 ranks, which are processes of this machine (gloo, or NCCL with one GPU each), check that the
 thresholds equal those of the global weights, and measure bytes and time. The ranks share the cores
-and the memory of the machine: read the times as ratios.
+and the memory of the machine, where gathering makes each of them select from its own copy of all
+weights: with more ranks than cores the ratio tells more of the machine than of the network.
 """
 
 import argparse
