@@ -5,6 +5,7 @@ names the architectures to build for, from 8.0 on, CUDA_HOME the toolkit. What w
 goes into the package as _build_record.json, which pdp_kernels/ops/build_record.py reads.
 """
 
+import functools
 import json
 import os
 import re
@@ -13,27 +14,69 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
+import torch
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+REQUEST = os.environ.get("PDP_BUILD_CUDA", "")
+if REQUEST not in ("", "0", "1"):
+    sys.exit(f"PDP_BUILD_CUDA must be 0 or 1, got {REQUEST!r}")
+# The variable that names the toolkit, if one does.
+NAMED_BY = next(filter(os.environ.get, ("CUDA_HOME", "CUDA_PATH")), None)
+
+
+@functools.cache
+def ask_nvcc(toolkit: Path, option: str) -> str:
+    """Return what nvcc prints, or why it prints nothing."""
+    try:
+        return subprocess.check_output([str(toolkit / "bin/nvcc"), option], text=True).strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return str(error)
+
+
+def version_of(toolkit: Path) -> tuple[int, int] | None:
+    """Return the release that nvcc names, or None if it names none."""
+    release = re.search(r"release (\d+)\.(\d+)", ask_nvcc(toolkit, "--version"))
+    return release and (int(release[1]), int(release[2]))
+
+
+def dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def has_torchs_major(toolkit: Path) -> bool:
+    version = version_of(toolkit)
+    return version is not None and str(version[0]) == (torch.version.cuda or "").partition(".")[0]
+
+
+def is_toolkit(folder: Path) -> bool:
+    """Return whether nvcc and the headers are there; nvcc on PATH may be a wrapper elsewhere."""
+    return all((folder / file).exists() for file in ("include/cuda_runtime.h", "bin/nvcc"))
+
+
+def numbers_of(folder: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", folder.name)]
+
 
 def find_toolkit() -> Path | None:
-    """Return a folder that holds nvcc and the headers; nvcc on PATH may be a wrapper elsewhere."""
+    """Return the named folder; else the first toolkit of torch's major version, or of any."""
+    if NAMED_BY:
+        return Path(os.environ[NAMED_BY])
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates += [Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"]
-    candidates += sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
-    folders = (Path(folder) for folder in candidates if folder)
-    needed = ("include/cuda_runtime.h", "bin/nvcc")
-    return next((each for each in folders if all((each / file).exists() for file in needed)), None)
+    usual = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    newest_first = sorted(Path("/usr/local").glob("cuda-*"), key=numbers_of, reverse=True)
+    toolkits = list(filter(is_toolkit, [*usual, Path("/usr/local/cuda"), *newest_first]))
+    return next(filter(has_torchs_major, toolkits), toolkits[0] if toolkits else None)
 
 
-TOOLKIT = find_toolkit()
+TOOLKIT = None if REQUEST == "0" else find_toolkit()
+VERSION = TOOLKIT and version_of(TOOLKIT)
 if TOOLKIT is not None:
     os.environ["CUDA_HOME"] = str(TOOLKIT)  # torch reads it when cpp_extension is imported
+if not os.environ.get("CXX", "").strip():
+    os.environ.pop("CXX", None)  # empty is as good as unset, but not for torch
 
-import pybind11  # noqa: E402
-import torch  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 # The oldest torch whose stable ABI is used: one build serves 2.11 and every later release.
@@ -51,15 +94,6 @@ TOO_OLD = re.compile(r"[1-7]\.\d|Kepler|Maxwell|Pascal|Volta|Turing")
 OLDEST_CUDA = (12, 1)  # from this release on kernel arguments may take 32,764 bytes
 
 
-def ask_nvcc(option: str) -> str:
-    return subprocess.check_output([TOOLKIT / "bin" / "nvcc", option], text=True)
-
-
-def toolkit_version() -> tuple[int, int]:
-    major, minor = re.search(r"release (\d+)\.(\d+)", ask_nvcc("--version")).groups()
-    return int(major), int(minor)
-
-
 def requested_architectures() -> list[str]:
     """Return the entries of TORCH_CUDA_ARCH_LIST, which may be names. Empty is as good as unset."""
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
@@ -73,9 +107,9 @@ def architectures() -> list[str]:
     """Return what to build for: of what was requested as much as the kernels can be built for."""
     requested = requested_architectures()
     if not requested:
-        known = ask_nvcc("--list-gpu-arch").split()
+        known = ask_nvcc(TOOLKIT, "--list-gpu-arch").split()
         usual = [arch for arch in ARCHITECTURES if "compute_" + arch.replace(".", "") in known]
-        return [*usual[:-1], usual[-1] + "+PTX"]
+        return [*usual[:-1], *(last + "+PTX" for last in usual[-1:])]
     return [arch for arch in requested if not TOO_OLD.match(arch)]
 
 
@@ -85,35 +119,35 @@ def obstacle_to_compiling() -> str | None:
 
 
 def obstacle_to_cuda() -> str | None:
+    if REQUEST == "0":
+        return "it was left out by PDP_BUILD_CUDA=0"
     if TOOLKIT is None:
         return "no CUDA toolkit was found (set CUDA_HOME)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    major, minor = toolkit_version()
-    if major != int(torch.version.cuda.split(".")[0]):
-        return (
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and {TOOLKIT} is "
-            f"CUDA {major}.{minor}"
-        )
-    if (major, minor) < OLDEST_CUDA:
-        return f"{TOOLKIT} is CUDA {major}.{minor}, and 12.1 or later is needed"
-    if not architectures():
-        requested = os.environ["TORCH_CUDA_ARCH_LIST"]
-        return f"TORCH_CUDA_ARCH_LIST is {requested!r}, and 8.0 or later is needed"
-    return None
+    if not is_toolkit(TOOLKIT):
+        return f"{NAMED_BY} is {TOOLKIT}, which lacks bin/nvcc or include/cuda_runtime.h"
+    if VERSION is None:
+        return f"nvcc does not name its version: {ask_nvcc(TOOLKIT, '--version')}"
+    found = f"{TOOLKIT} is CUDA {dotted(VERSION)}"
+    if not has_torchs_major(TOOLKIT):
+        return f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and {found}"
+    if VERSION < OLDEST_CUDA:
+        return f"{found}, and 12.1 or later is needed"
+    if architectures():
+        return None
+    if not requested_architectures():
+        return f"nvcc does not name its architectures: {ask_nvcc(TOOLKIT, '--list-gpu-arch')}"
+    requested = os.environ["TORCH_CUDA_ARCH_LIST"]
+    return f"TORCH_CUDA_ARCH_LIST is {requested!r}, and 8.0 or later is needed"
 
 
 def reasons_to_leave_out() -> dict[str, str]:
     """Return why a module is not built, for each that is not."""
-    request = os.environ.get("PDP_BUILD_CUDA", "")
-    if request not in ("", "0", "1"):
-        sys.exit(f"PDP_BUILD_CUDA must be 0 or 1, got {request!r}")
     no_compiler = obstacle_to_compiling()
     no_cuda = no_compiler or obstacle_to_cuda()
-    if request == "1" and no_cuda:
+    if REQUEST == "1" and no_cuda:
         sys.exit(f"PDP_BUILD_CUDA=1, but {with_advice(no_cuda)}")
-    if request == "0":
-        no_cuda = no_compiler or "it was left out by PDP_BUILD_CUDA=0"
     reasons = {"_C": no_compiler, "_C_cuda": no_cuda}
     return {module: reason for module, reason in reasons.items() if reason}
 
@@ -138,7 +172,7 @@ class BuildWithRecord(build_py):
         record = {
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
-            "toolkit": None if TOOLKIT is None else ".".join(map(str, toolkit_version())),
+            "toolkit": VERSION and dotted(VERSION),
             "left_out": LEFT_OUT,
         }
         # An editable installation runs from the sources.
