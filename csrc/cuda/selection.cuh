@@ -103,7 +103,9 @@ struct Selection : WeightTable<Key> {
   bool sampled;                 // whether samples bracket v_k before the weights are read
   Count* unfinished;            // how many tensors need a radix select
   SelectionState<Key>* states;
-  Count* histograms;  // zero between passes
+  // A bracket begins with zeros in its own bins alone, and leaves its counts there. Each pass of a
+  // radix select begins and ends with zeros in all bins.
+  Count* histograms;
   Key* candidates;
 
   // For each tensor its candidates, and then its survivors.

@@ -40,8 +40,9 @@ bool has_key(WeightType type) {
 }
 
 // Lays out the selection in those weights of the request whose keys are of type Key, and appends
-// their table to `table`. The workspace takes an eighth of the keys that have tiles, and for each
-// of their tensors 1,024 keys and at most 16 KiB of histogram, but no more of these than blocks.
+// their table to `table`. The workspace takes a histogram of 16 KiB, of 32 KiB for 16-bit keys, for
+// each tensor, but no more than blocks. Wider keys that have tiles take candidates, an eighth of
+// them, and survivors, a 4,096th of them and 1,024 for each of their tensors.
 template <typename Key>
 Selection<Key> lay_out_selection(const ThresholdRequest& request, Workspace& workspace,
                                  std::vector<TableEntry>& table) {
