@@ -77,7 +77,6 @@ constexpr bool kHasAtomics =
 
 inline void __syncthreads() { host_cuda::barrier(false); }
 inline int __syncthreads_or(int predicate) { return host_cuda::barrier(predicate != 0); }
-inline void __syncwarp() { host_cuda::warp_barrier(); }
 inline void __threadfence() { host_cuda::fence(); }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

@@ -116,9 +116,8 @@ struct Thread {
 
 // Sync variables of a block.
 struct Clocks {
-  char barrier[2];   // by the parity of the barrier
-  char warp[32][2];  // of the barriers of every warp, by the parity of its operation
-  char fence[];      // of every thread
+  char barrier[2];  // by the parity of the barrier
+  char fence[];     // of every thread
 };
 
 struct Block {
@@ -390,13 +389,6 @@ uint32_t ballot(bool vote) {
     votes |= static_cast<uint32_t>(warp[lane].shown[parity]) << lane;
   }
   return votes;
-}
-
-void warp_barrier() {
-  char* clock = &block->clocks->warp[threadIdx.x / kWarp][thread->warp_operations % 2];
-  release(clock);
-  exchange(0, 0);
-  acquire(clock);
 }
 
 void fence() {

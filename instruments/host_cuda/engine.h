@@ -65,9 +65,6 @@ uint64_t exchange(uint64_t value, unsigned lane);
 // Shows a vote to the warp. Returns those of all lanes, a bit for each.
 uint32_t ballot(bool vote);
 
-// __syncwarp
-void warp_barrier();
-
 // __threadfence
 void fence();
 
