@@ -12,6 +12,7 @@ from benchmarks import kernels, smoke, sweep, variants
 from benchmarks.batches import make_batch
 from benchmarks.rows import Row, read_rows
 from pdp_kernels import ops
+from tests.support import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ sys.argv[1:] = ["--device", "cpu", "hard_mask", "power_sums"]
 smoke.main()
 """
     command = [sys.executable, "-c", script]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     lines = result.stdout.splitlines()
     assert result.returncode == 1
     assert "ERROR RuntimeError: CUDA error: an illegal memory access" in lines[0]
@@ -92,7 +93,7 @@ from benchmarks.__main__ import parse_arguments
 def run_without_optional_packages(*arguments):
     program = f"{WITHOUT_OPTIONAL_PACKAGES}parse_arguments({list(arguments)})"
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def test_the_benchmark_explains_itself_without_optional_packages():

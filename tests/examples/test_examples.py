@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import TIMEOUT
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the result on a CPU")
@@ -80,7 +82,7 @@ def test_several_devices_prunes_the_global_weights_and_exits_cleanly():
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"^total +33,178 of 36,864 .* 90\.0011%", result.stdout, re.MULTILINE)

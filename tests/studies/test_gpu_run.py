@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from studies import grid
+from tests.support import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def call(tmp_path):
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=TIMEOUT,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return [line.split() for line in calls.read_text().splitlines()], out

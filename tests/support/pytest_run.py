@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import TIMEOUT
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,6 +25,6 @@ def run_pytest(folder: Path, tests: str, *words: str, conftest: str = "") -> str
     command = [sys.executable, "-m", "pytest", "-c", folder / "pytest.ini", *words, folder]
     environment = os.environ | {"FOLDER": str(folder)}
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     return result.stdout + result.stderr
