@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pdp_kernels.ops.build_record import LEFT_OUT_BY_REQUEST
+from tests.support.forks import run_program
+
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
@@ -22,20 +25,10 @@ NOT_DISTRIBUTED = {".gitignore", ".pre-commit-config.yaml"}
 GENERATED = {"PKG-INFO", "setup.cfg", "pdp_kernels.egg-info"}
 
 
-def run(*arguments, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 def build(kind, cwd, out, **environment):
     """Return the file that the build backend makes, and all it printed."""
     program = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
-    result = run("-c", program, cwd=cwd, **environment)
+    result = run_program(program, cwd, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     (made,) = out.iterdir()
     return made, result.stdout
@@ -72,7 +65,13 @@ def unpack_and_run(wheel, folder, program):
     site = folder / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    result = run("-c", f"{program}\nprint(pdp_kernels.__file__)", cwd=folder, PYTHONPATH=str(site))
+    result = subprocess.run(
+        [sys.executable, "-c", f"{program}\nprint(pdp_kernels.__file__)"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(site))
 
@@ -159,28 +158,39 @@ pathlib.Path.exists = lambda path: path.name != "cuda_runtime.h" and exists(path
 sys.argv = ["setup.py", "build_ext"]
 runpy.run_path("setup.py")
 """
-    result = run("-c", program, cwd=unpacked, PDP_BUILD_CUDA="1")
+    result = run_program(program, unpacked, PDP_BUILD_CUDA="1")
     assert result.returncode != 0
     assert "PDP_BUILD_CUDA=1, but" in result.stderr
 
 
-def run_setup(unpacked, tmp_path, *, torch_cuda, toolkit, **environment):
-    """Run setup.py build_py with a torch of one CUDA and a toolkit that pretends to be another."""
-    home = tmp_path / "toolkit"
+def add_toolkit(home, answer):
+    """Make a folder that pretends to be a CUDA toolkit; its nvcc runs a line of a shell."""
     (home / "include").mkdir(parents=True)
     (home / "include/cuda_runtime.h").touch()
     (home / "bin").mkdir()
-    known = "compute_75 compute_80 compute_90"
-    (home / "bin/nvcc").write_text(f"#!/bin/sh\necho release {toolkit}, V{toolkit}.99 {known}\n")
+    (home / "bin/nvcc").write_text(f"#!/bin/sh\n{answer}\n")
     (home / "bin/nvcc").chmod(0o755)
+
+
+def run_setup(unpacked, tmp_path, *, torch_cuda, toolkit=None, **environment):
+    """Run setup.py build_py with a torch of one CUDA and a toolkit that pretends to be another.
+
+    The folder tmp_path takes the place of /usr/local. Without a toolkit no variable names one.
+    """
+    if toolkit is not None:
+        home = tmp_path / "toolkit"
+        known = "compute_75 compute_80 compute_90"
+        add_toolkit(home, f"echo release {toolkit}, V{toolkit}.99 {known}")
+        environment = {"CUDA_HOME": str(home)} | environment
     program = f"""
-import os, runpy, sys, torch
+import os, sys, torch
 torch.version.cuda, torch.__version__ = {torch_cuda!r}, "2.99"
 sys.argv = ["setup.py", "build_py", "--build-lib", {str(tmp_path / "lib")!r}]
-runpy.run_path("setup.py")
+exec(open("setup.py").read().replace("/usr/local", {str(tmp_path)!r}))
 print("built for", os.environ.get("TORCH_CUDA_ARCH_LIST"))
 """
-    result = run("-c", program, cwd=unpacked, CUDA_HOME=str(home), **environment)
+    environment = {"CUDA_HOME": "", "CUDA_PATH": ""} | environment
+    result = run_program(program, unpacked, **environment)
     if result.returncode != 0:
         return result, None
     return result, json.loads((tmp_path / "lib/pdp_kernels/_build_record.json").read_text())
@@ -203,6 +213,67 @@ def test_a_build_records_why_it_leaves_the_cuda_module_out(
     assert (record["torch_cuda"], record["toolkit"]) == (torch_cuda, toolkit)
     assert f"building without _C_cuda: {reason}" in result.stdout
     assert ("--no-build-isolation" in result.stdout) == reason.startswith("torch")
+
+
+BROKEN = "exit 3"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (BROKEN, "nvcc does not name its version: Command '['{}', '--version']' returned non-zero"),
+        ("echo hello", "nvcc does not name its version: hello"),
+        ("case $1 in --version) echo release 13.0;; esac", "nvcc does not name its architectures"),
+    ],
+)
+def test_what_a_broken_nvcc_does_not_say_is_the_reason(answer, reason, unpacked, tmp_path):
+    add_toolkit(tmp_path / "broken", answer)
+    named = {"CUDA_HOME": str(tmp_path / "broken"), "TORCH_CUDA_ARCH_LIST": ""}
+    _, record = run_setup(unpacked, tmp_path, torch_cuda="13.0", **named)
+    assert record["left_out"]["_C_cuda"].startswith(reason.format(tmp_path / "broken/bin/nvcc"))
+    result, record = run_setup(unpacked, tmp_path, torch_cuda="13.0", **named, PDP_BUILD_CUDA="1")
+    assert record is None and "PDP_BUILD_CUDA=1, but nvcc does not name" in result.stderr
+
+
+def test_a_build_without_cuda_does_not_ask_nvcc(unpacked, tmp_path):
+    add_toolkit(tmp_path / "asked", f"touch {tmp_path}/was_asked; {BROKEN}")
+    named = {"CUDA_HOME": str(tmp_path / "asked"), "PDP_BUILD_CUDA": "0"}
+    _, record = run_setup(unpacked, tmp_path, torch_cuda="13.0", **named)
+    assert record["left_out"] == {"_C_cuda": LEFT_OUT_BY_REQUEST} and record["toolkit"] is None
+    assert not (tmp_path / "was_asked").exists()
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_a_named_folder_that_is_no_toolkit_is_the_reason(variable, unpacked, tmp_path):
+    add_toolkit(tmp_path / "cuda", "echo release 13.0")
+    (tmp_path / "empty").mkdir()
+    named = {variable: str(tmp_path / "empty")}
+    _, record = run_setup(unpacked, tmp_path, torch_cuda="13.0", **named)
+    reason = f"{variable} is {tmp_path}/empty, which lacks bin/nvcc or include/cuda_runtime.h"
+    assert record["left_out"] == {"_C_cuda": reason} and record["toolkit"] is None
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "chosen"),
+    [("12.6", "12.10"), ("13.1", "13.0"), ("9.2", "9.2"), ("14.0", "13.0")],
+)
+def test_the_newest_toolkit_of_torchs_major_version_is_found(
+    torch_cuda, chosen, unpacked, tmp_path
+):
+    for version in ("9.2", "12.10", "12.8", "13.0"):
+        add_toolkit(tmp_path / f"cuda-{version}", f"echo release {version} compute_90")
+    add_toolkit(tmp_path / "cuda-13.2", BROKEN)
+    (tmp_path / "cuda").symlink_to("cuda-13.0")
+    # No nvcc is on this PATH, and any program is a compiler while nothing is compiled.
+    elsewhere = {"PATH": str(tmp_path), "CXX": sys.executable}
+    _, record = run_setup(unpacked, tmp_path, torch_cuda=torch_cuda, **elsewhere)
+    assert record["toolkit"] == chosen
+
+
+@pytest.mark.parametrize("compiler", ["", " "])
+def test_an_empty_compiler_is_the_default(compiler, unpacked, tmp_path):
+    result, record = run_setup(unpacked, tmp_path, **CUDA_13, CXX=compiler)
+    assert record["left_out"] == {} and "built for" in result.stdout
 
 
 def test_asking_for_cuda_with_another_torch_than_the_toolkits_names_the_mend(unpacked, tmp_path):
@@ -261,6 +332,7 @@ def test_asking_for_cuda_without_such_an_architecture_is_an_error(unpacked, tmp_
 
 
 def test_another_request_for_cuda_is_an_error(unpacked):
-    result = run("setup.py", "build_ext", cwd=unpacked, PDP_BUILD_CUDA="yes")
+    program = "import runpy; runpy.run_path('setup.py')"
+    result = run_program(program, unpacked, PDP_BUILD_CUDA="yes")
     assert result.returncode != 0
     assert "PDP_BUILD_CUDA must be 0 or 1, got 'yes'" in result.stderr

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import multiprocessing
 import os
 import tempfile
 from datetime import timedelta
@@ -13,17 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support import TIMEOUT
+from tests.support.forks import FORKS
+
 DIED = ChildProcessError("ended without a result")
-
-# How long a collective waits for the others, and a caller for all ranks, in seconds: other work on
-# the machine must not make a test fail.
-TIMEOUT = 300
-
-# A server that has imported these once starts every process.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["pdp_kernels", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
-)
 
 BACKENDS = ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]
 
@@ -35,10 +27,10 @@ class Group:
         if backend == "nccl" and torch.cuda.device_count() < ranks:
             pytest.skip(f"needs {ranks} GPUs")
         self.folder = tempfile.TemporaryDirectory()
-        pipes = [_context.Pipe() for _ in range(ranks)]
+        pipes = [FORKS.Pipe() for _ in range(ranks)]
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
-            _context.Process(
+            FORKS.Process(
                 target=_serve, args=(theirs, rank, ranks, backend, self.folder.name), daemon=True
             )
             for rank, (_, theirs) in enumerate(pipes)
