@@ -3,6 +3,7 @@
 The interpreter fuses no product with a sum, so it cannot show what a compiler makes of them.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -12,30 +13,38 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ARCHITECTURES = ("80", "90", "100")
 PRODUCTS = 2
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_only_what_a_product_loses_is_a_fused_multiply_add(architecture):
-    """A thread has one element of each tile. Its products are rounded: PTX fuses no mul.rn."""
+@pytest.fixture(scope="module")
+def ptx():
+    """The PTX for each architecture, from another process: in this one, kernels are interpreted."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", __name__, str(architecture)],
+        [sys.executable, "-m", __name__],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    operations = re.findall(r"^\s*((?:add|sub|mul|fma)\S*f32\S*)\s", result.stdout, re.MULTILINE)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_only_what_a_product_loses_is_a_fused_multiply_add(ptx, architecture):
+    """A thread has one element of each tile. Its products are rounded: PTX fuses no mul.rn."""
+    text = ptx[architecture]
+    operations = re.findall(r"^\s*((?:add|sub|mul|fma)\S*f32\S*)\s", text, re.MULTILINE)
     assert operations.count("mul.rn.f32") == PRODUCTS
     assert sum(name.startswith("fma") for name in operations) == PRODUCTS
     assert sum(name.startswith(("add", "sub")) for name in operations) >= 6 * PRODUCTS
 
 
-def main(architecture: str) -> None:
-    """Print the PTX of a kernel that adds up products of float32."""
+def main() -> None:
+    """Print the PTX of a kernel that adds up products of float32, by architecture, as JSON."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -47,9 +56,13 @@ def main(architecture: str) -> None:
         signature=dict.fromkeys(pointers, "*fp32") | {"scale": "fp32", "tile": "constexpr"},
         constexprs={"tile": 128},
     )
-    target = GPUTarget("cuda", int(architecture), 32)
-    print(triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"])
+    ptx = {}
+    for architecture in ARCHITECTURES:
+        target = GPUTarget("cuda", int(architecture), 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": 4})
+        ptx[architecture] = compiled.asm["ptx"]
+    print(json.dumps(ptx))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
