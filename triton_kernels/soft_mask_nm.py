@@ -88,7 +88,8 @@ def _lifted_threshold(low, high, tau, RELATIVE: tl.constexpr, TINY: tl.constexpr
         lift = power_of_two(high)
         t = 0.5 * (low * lift + high * lift)
         curvature = 2.0 / tau * reciprocal(tl.minimum(t * t, 16.0))
-        return lift, t, tl.minimum(curvature, 2.0 / TINY)
+        # Not a minimum: the interpreter's keeps NaN, though t is inf where all are pruned.
+        return lift, t, tl.where(curvature < 2.0 / TINY, curvature, 2.0 / TINY)
     else:
         t = _midpoint(low, high)
         lift, curvature = lift_and_curvature(t, tau, RELATIVE, TINY)

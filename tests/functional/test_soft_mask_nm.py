@@ -141,6 +141,17 @@ def test_nan_and_inf_stay_in_their_own_groups(masking):
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_where_all_are_pruned_nan_spreads_to_no_other_member(masking, relative):
+    weight = torch.tensor([[1.0, 2.0, math.nan, 3.0]])
+    given = on_device(masking, weight, scalar(weight, 1.0), 4, torch.tensor(4), 1, relative)
+    w_hat, mask = masking.soft_mask_nm(*given, None, True)
+    back = masking.soft_mask_nm_backward(*on_device(masking, weight, weight), *given)
+    for found in (w_hat, mask, back):
+        assert torch.equal(found.cpu().isnan(), weight.isnan())
+        assert not found.nan_to_num().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts_give_the_same_numbers_and_dense_ones_keep_their_strides(masking, dtype):
     base = torch.randn(4, 8, 3, 5).to(dtype)
