@@ -181,10 +181,10 @@ def _exact_product(left, right):
             is_pure=True,
             pack=1,
         )
-    else:  # the interpreter's fma rounds twice
-        product = left * right
-        lost = left.to(tl.float64) * right.to(tl.float64) - product
-        return product, lost.to(tl.float32)
+    else:  # the interpreter's fma rounds twice; no compiler fuses a conversion with a sum
+        exact = left.to(tl.float64) * right.to(tl.float64)
+        product = exact.to(tl.float32)
+        return product, (exact - product).to(tl.float32)
 
 
 @triton.jit
