@@ -191,6 +191,15 @@ def check_one_of(name: str, value: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, accepted))}, got {value!r}")
 
 
+def cut_groups(weight: Tensor, m: int, dim: int) -> str | None:
+    """Return how the weight is sharded if that cuts groups of m along dim, else None."""
+    if not is_distributed(weight):
+        return None
+    if all(start % m == 0 for start in shard_starts(weight, dim % weight.dim())):
+        return None
+    return f"placements {weight.placements} on a mesh of shape {tuple(weight.device_mesh.shape)}"
+
+
 def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
     check_dim(name, weight, dim)
     if weight.shape[dim] % m != 0:
@@ -198,11 +207,10 @@ def check_divisible(name: str, weight: Tensor, m: int, dim: int) -> None:
             f"{name} must have a size along dim that is divisible by m, got shape "
             f"{tuple(weight.shape)}, dim = {dim}, m = {m}"
         )
-    if is_distributed(weight) and any(b % m for b in shard_starts(weight, dim % weight.dim())):
+    if placements := cut_groups(weight, m, dim):
         raise ValueError(
             f"{name} must not be sharded through groups of {m} along dim {dim}, got shape "
-            f"{tuple(weight.shape)} with placements {weight.placements} on a mesh of shape "
-            f"{tuple(weight.device_mesh.shape)}"
+            f"{tuple(weight.shape)} with {placements}"
         )
 
 

@@ -42,6 +42,14 @@ class Snapshot:
         self._tied = [target for target in targets if len(target.holders) > 1]
         weights = self._weights()
         self._ids = list(map(id, weights))
+        own = {(id(holder.layer), holder.slot.name) for holder in holders}
+        self._others = [
+            holder
+            for others in find_holders(model)
+            for holder in others
+            if (id(holder.layer), holder.slot.name) not in own
+        ]
+        self._other_ids = self._ids_of_others()
         self._types: list[type] = list(map(type, weights))
         self._shapes: list[torch.Size] = list(map(_shape, weights))
         self._layers = [holder.layer for holder in holders]
@@ -61,6 +69,7 @@ class Snapshot:
         weights = self._weights()
         return (
             list(map(id, weights)) == self._ids
+            and self._ids_of_others() == self._other_ids
             and list(map(type, weights)) == self._types
             and list(map(_shape, weights)) == self._shapes
             and self._layer_masks() == self._masks
@@ -70,6 +79,9 @@ class Snapshot:
 
     def _weights(self) -> list[Any]:
         return [layer._parameters.get(name) for layer, name in self._slots]
+
+    def _ids_of_others(self) -> list[int]:
+        return [id(holder.parameter) for holder in self._others]
 
     def _layer_masks(self) -> list[Any]:
         return [vars(layer).get("pdp_masks") for layer in self._layers]
@@ -219,8 +231,8 @@ def check_state_values(state: Mapping[str, Any], targets: Sequence[Target], miss
         name = f"state_dict['thresholds'][{of_weight!r}]"
         if not isinstance(threshold, Tensor) or not threshold.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {_described(threshold)}")
-        if threshold.shape != () or threshold.isnan():
-            raise ValueError(f"{name} must be a 0-d tensor that is not NaN, got {threshold}")
+        if threshold.shape != ():  # NaN among weights that are NaN
+            raise ValueError(f"{name} must be a 0-d tensor, got {threshold}")
 
 
 def _described(value: object) -> str:

@@ -115,9 +115,10 @@ class PDPConfig:
             depends on the scale of the layers. "lamp" needs weights that are not sharded, unless it
             allocates channels.
         least_density: the least density of a layer under a global budget, as a fraction of the
-            average density 1 - sparsity, in [0, 1). The other layers prune the rest, so that the
-            total stays. Default a tenth; 0 lets a budget empty a layer, as the paper does. Layers
-            too small for it have no limit.
+            average density 1 - sparsity, in [0, 1), and at least one weight (channel). The other
+            layers prune the rest, so that the total stays. Default a tenth; 0 lets a budget empty a
+            layer, as the paper does. Where layers are so small that the total could not be met, no
+            layer has a limit.
         max_layer_sparsity: the largest fraction of a layer that a global budget may prune, in
             place of least_density.
         channel_dim: which channels the pattern "channel" prunes, "output" or "input". Batch norm
@@ -131,7 +132,9 @@ class PDPConfig:
         exclude: what to leave alone; entries as in include. Only a type may match nothing.
         overrides: for an entry (a string), a mapping with another "sparsity", "pattern", "tau",
             "relative_tau" or "gradient_tau", or None to leave the layer alone. The first that
-            matches counts. A layer with its own sparsity is not part of the global budget.
+            matches counts. What it leaves out, or gives as None, is that of the other layers; a
+            gradient_tau only beside a temperature of the same units. A layer with its own sparsity
+            is not part of the global budget.
 
     Raises:
         TypeError: a field of another type; the error names the field, its value and what it
@@ -442,10 +445,13 @@ class PDPConfig:
             sparsity = changes.get("sparsity")
         if sparsity is None and self.scope == "layer":
             sparsity = fraction if isinstance(self.sparsity, Mapping) else self.sparsity
-        tau, relative_tau = self.tau, self.relative_tau
+        tau, relative_tau, least = self.tau, self.relative_tau, self.gradient_tau
         if changes.get("tau") is not None or changes.get("relative_tau") is not None:
+            if (tau is None) != (changes.get("tau") is None):
+                least = None  # in the units of the other temperature
             tau, relative_tau = changes.get("tau"), changes.get("relative_tau")
-        least = changes.get("gradient_tau", self.gradient_tau)
+        if changes.get("gradient_tau") is not None:
+            least = changes["gradient_tau"]
         if tau is not None:
             return LayerPlan(pattern, sparsity, False, _start_and_end(tau), least or 0.0)
         if relative_tau is None:

@@ -69,9 +69,13 @@ class MaskedWeights:
         _put_on(model, targets, follower.masks)
         self._followers.append(follower)
 
-    def check(self) -> None:
-        """Raise a RuntimeError if the model no longer has these masks on these weights."""
-        if self._snapshot is not None and self._snapshot.matches():
+    def check(self, thoroughly: bool = False) -> None:
+        """Raise a RuntimeError if the model no longer has these masks on these weights.
+
+        Args:
+            thoroughly: look at the whole model, even if what a `Snapshot` has of it is unchanged.
+        """
+        if not thoroughly and self._snapshot is not None and self._snapshot.matches():
             return
         is_wrapped = check_layers(self.model, self.targets)
         check_masks(self.targets, self.masks, self._shapes)
@@ -114,10 +118,13 @@ class MaskedWeights:
             if isinstance(mask, SelectedMask)
         }
 
-    def reshard(self) -> None:
-        """Let FSDP put its sharded parameters back, in the model and the copies that follow."""
-        for model in (self.model, *(follower.model for follower in self._followers)):
+    def check_followers(self) -> None:
+        """Raise a RuntimeError if a copy that follows no longer has these masks on its weights."""
+        for model, targets, masks in self._followers:
             reshard(model)
+            check_layers(model, targets)
+            check_masks(targets, masks, self._shapes)
+            check_ties(model, targets)
 
     def prune(self) -> None:
         """Set what the masks prune to zero and take the masks off, the copies' ones too."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from pdp_kernels.functional.validation import cut_groups
 from pdp_kernels.ops.arguments import MAX_GROUP
 from pdp_kernels.pruning.layers import WeightSlot, weight_slots
 from pdp_kernels.pruning.masks import ChannelMask, GroupMask, UnstructuredMask, WeightMask
@@ -100,12 +101,17 @@ class GroupPattern(Pattern):
     def misfit(self, weight: Tensor, slot: WeightSlot, layers: Sequence[nn.Module]) -> str | None:
         if unknown := _unknown_dimensions(weight, layers):
             return unknown
-        if weight.shape[slot.inputs] % self.m == 0:
-            return None
-        return (
-            f"must have a number of inputs that is divisible by M = {self.m}, got shape "
-            f"{tuple(weight.shape)}"
-        )
+        if weight.shape[slot.inputs] % self.m:
+            return (
+                f"must have a number of inputs that is divisible by M = {self.m}, got shape "
+                f"{tuple(weight.shape)}"
+            )
+        if placements := cut_groups(weight, self.m, slot.inputs):
+            return (
+                f"must not be sharded through groups of {self.m} inputs, got shape "
+                f"{tuple(weight.shape)} with {placements}"
+            )
+        return None
 
     def new_mask(self, slot: WeightSlot, relative: bool) -> WeightMask:
         return GroupMask(relative, self.n, self.m, slot.inputs)

@@ -16,6 +16,7 @@ from pdp_kernels.pruning.budgets import check_budgets, final_counts, warn_of_emp
 from pdp_kernels.pruning.checks import (
     check_detached,
     check_end,
+    check_layers,
     check_length,
     check_optimizer,
     check_state,
@@ -90,7 +91,7 @@ class PDPPruner:
         config: as given.
         progress: the progress of the last step, in epochs.
         prune_counts: for each weight name, the number of weights (channels) to prune in the end.
-            None until the end of the warm-up, when the pruner allocates global budgets.
+            None until the pruner allocates global budgets, in the first step after the warm-up.
 
     Raises:
         TypeError: model or config of another type; a weight of another dtype or layout.
@@ -124,11 +125,11 @@ class PDPPruner:
         self.prune_counts: dict[str, int] | None = None
         self._weights = MaskedWeights(model, targets)
         reshard(model)
-        if self._allocates_at(0.0):  # which may raise, while the model is as it was
-            with torch.no_grad():
-                self.prune_counts = self._allocate()
-        self._weights.put_on()
-        self.step(0.0)
+        with torch.no_grad():
+            if config.ramp_at(0.0) > 0:  # else weights may be loaded before anything is pruned
+                self._allocate_if_due(0.0)  # which may raise, while the model is as it was
+            self._weights.put_on()
+            self._advance(0.0)
 
     def step(self, progress: float) -> None:
         """Advance the schedule, and find the thresholds of all layers in the weights as they are.
@@ -163,9 +164,11 @@ class PDPPruner:
     def _step(self, progress: float) -> None:
         check_non_negative("progress", progress)
         self._check_owns_model()
-        reshard(self.model)
-        if self._allocates_at(progress):
-            self.prune_counts = self._allocate()
+        self._allocate_if_due(progress)
+        self._advance(progress)
+
+    def _advance(self, progress: float) -> None:
+        """Set the schedule to this progress, with the budgets as they are allocated."""
         weights = (target.weight for target in self._weights.targets)
         self._step_counter.note(self.config, progress, weights)
         self.progress = float(progress)
@@ -177,7 +180,8 @@ class PDPPruner:
         """Call `step` after each step of the optimizer, until handle.remove().
 
         The progress grows by 1 / steps_per_epoch each time, from where it is. Steps that a
-        GradScaler skips do not count. With several optimizers attach to the one that steps last.
+        GradScaler skips do not count, unless the optimizer is fused and skips them on the device.
+        With several optimizers attach to the one that steps last.
         `finalize` removes the hook. A pickled pruner, or a deepcopy of one, is not attached.
 
         Args:
@@ -233,7 +237,9 @@ class PDPPruner:
         Raises:
             TypeError: copy is no torch.nn.Module.
             ValueError: its weights have other names, shapes, dtypes or devices.
+            RuntimeError: as `step`.
         """
+        self._check_owns_model()
         self._weights.follow(copy, find_targets(copy, self.config))
 
     @torch.no_grad()
@@ -250,10 +256,10 @@ class PDPPruner:
 
         Raises:
             ValueError: as `step`, if nothing was allocated before.
-            RuntimeError: as `step`.
+            RuntimeError: as `step`, for the followers too. Nothing is pruned.
         """
-        self._check_owns_model()
-        self._weights.reshard()
+        self._check_owns_model(thoroughly=True)
+        self._weights.check_followers()
         check_end(self.config, self.progress, self._weights.masks)
         if self.prune_counts is None:
             self.prune_counts = self._allocate()
@@ -282,7 +288,7 @@ class PDPPruner:
             RuntimeError: as `step`; or `fully_shard` has sharded the model, which then cannot be
                 copied.
         """
-        self._check_owns_model()
+        self._check_owns_model(thoroughly=True)
         return self._weights.pruned_copy()
 
     def freeze(self, optimizer: Optimizer) -> FrozenZeros:
@@ -334,12 +340,14 @@ class PDPPruner:
             The `PruningReport`.
 
         Raises:
-            RuntimeError: as `step`, before `finalize`; or a weight was quantized after it, so that
-                its zeros cannot be counted.
+            RuntimeError: as `step`, before `finalize`. After it: a layer was replaced, or a weight
+                quantized, so that its zeros cannot be counted.
         """
-        if not self._finalized:
-            self._weights.check()
         targets = self._weights.targets
+        if self._finalized:
+            check_layers(self.model, targets)
+        else:
+            self._check_owns_model()
         macs = None if inputs is None else count_macs(self.model, targets, inputs)
         reshard(self.model)
         masks = None if self._finalized else self._weights.masks
@@ -417,17 +425,24 @@ class PDPPruner:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hook": None}
 
-    def _check_owns_model(self) -> None:
-        """Raise a RuntimeError if the model no longer has these masks on these weights."""
+    def _check_owns_model(self, thoroughly: bool = False) -> None:
+        """Raise a RuntimeError if the model no longer has these masks on these weights.
+
+        Lets FSDP put its sharded parameters back first. Only a thorough check looks for layers that
+        came to the model and share a masked weight.
+        """
         if self._finalized:
             raise RuntimeError("the pruner is finalized: make a new one to prune on")
-        self._weights.check()
+        reshard(self.model)
+        self._weights.check(thoroughly)
 
-    def _allocates_at(self, progress: float) -> bool:
+    def _allocate_if_due(self, progress: float) -> None:
+        """Allocate the budgets at this progress, if the configuration does."""
         if progress < self.config.warmup:
-            return False
+            return
         is_due = self.prune_counts is None or self.config.reallocates(self.progress, progress)
-        return is_due and not any(target.weight.is_meta for target in self._weights.targets)
+        if is_due and not any(target.weight.is_meta for target in self._weights.targets):
+            self.prune_counts = self._allocate()
 
     def _allocate(self) -> dict[str, int]:
         targets = self._weights.targets

@@ -256,8 +256,10 @@ class ReportHistory:
         else:
             decisions = [mask.kept(weight) for mask, weight in zip(masks, weights, strict=True)]
             values = [mask.values(weight) for mask, weight in zip(masks, weights, strict=True)]
-        is_first = not self._decisions
-        pairs = zip(self._decisions or decisions, decisions, strict=True)
+        # Channels may have been removed since the last report.
+        shapes = [then.shape for then in self._decisions]
+        is_first = shapes != [now.shape for now in decisions]
+        pairs = zip(decisions if is_first else self._decisions, decisions, strict=True)
         before = [then.to(now.device) for then, now in pairs]  # the model may have moved
         counts = _count(weights, decisions, before, values)
         self._decisions = decisions

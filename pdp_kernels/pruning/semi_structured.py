@@ -21,6 +21,7 @@ from pdp_kernels.functional.validation import (
     check_plain_weight,
 )
 from pdp_kernels.pruning.layers import layer_weights, read_weight
+from pdp_kernels.pruning.masked_layer import check_unmasked
 from pdp_kernels.pruning.targets import default_holders
 
 
@@ -162,7 +163,8 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
 
     Raises:
         TypeError: model is no module.
-        ValueError: strict, and some candidate cannot be converted. The message lists all reasons.
+        ValueError: the model has the masks of a pruner; or strict, and some candidate cannot be
+            converted. The message lists all reasons.
 
     Examples:
         >>> to_semi_structured(torch.nn.Linear(64, 32).half(), strict=False).skipped
@@ -170,6 +172,7 @@ def to_semi_structured(model: nn.Module, *, strict: bool = True) -> SemiStructur
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_unmasked(model, "finalize its pruner first, or give pruner.pruned_copy()")
     backend = _backend()
     report = SemiStructuredReport([], {})
     convertible = []

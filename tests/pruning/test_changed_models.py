@@ -164,8 +164,9 @@ def test_tied_weights_may_be_two_parameters_in_one_memory():
 
 
 TIES = {
-    "an embedding": lambda model: setattr(model[2], "weight", model[0].weight),
-    "another layer": lambda model: setattr(model[2], "weight", model[1].weight),
+    "to an embedding": lambda model: setattr(model[2], "weight", model[0].weight),
+    "to another layer": lambda model: setattr(model[2], "weight", model[1].weight),
+    "by an embedding": lambda model: setattr(model[0], "weight", model[2].weight),
 }
 
 
@@ -187,3 +188,14 @@ def test_tying_a_masked_weight_is_an_error_before_anything_is_pruned(case, steps
     pruner.finalize()
     assert (model[0].weight != 0).all()
     assert (model[1].weight == 0).any()
+
+
+def test_a_new_layer_that_shares_a_masked_weight_is_found_before_anything_is_pruned():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    pruner = stepped(model)
+    model.append(nn.Embedding(8, 8))
+    model[2].weight = model[1].weight
+    for end in (pruner.finalize, pruner.pruned_copy):
+        with pytest.raises(RuntimeError, match=r"1\.weight, 2\.weight are one weight now"):
+            end()
+    assert (model[2].weight != 0).all()

@@ -326,3 +326,15 @@ def test_numbers_of_numpy_are_those_of_their_double():
     plan = config.plan(config.overrides["b"])
     assert type(plan.sparsity) is float and plan.temperatures == (double, 0.1)
     assert PDPConfig.for_epochs(0.5, half) == PDPConfig.for_epochs(0.5, double)
+
+
+def test_a_temperature_of_the_gradient_is_inherited_in_its_own_units_alone():
+    config = PDPConfig.for_epochs(None, 20, pattern="1:4", overrides={"head": {"tau": 1e-4}})
+    assert config.gradient_tau == 0.3
+    assert config.plan({"tau": 1e-4}).gradient_tau == 0
+    assert config.plan({"tau": 1e-4, "gradient_tau": 1e-3}).gradient_tau == 1e-3
+    assert config.plan({"relative_tau": 0.1}).gradient_tau == 0.3
+    assert config.plan({"relative_tau": 0.1, "gradient_tau": None}).gradient_tau == 0.3
+    absolute = PDPConfig(None, pattern="2:4", tau=1e-4, gradient_tau=1e-2)
+    assert absolute.plan({"tau": 1e-3}).gradient_tau == 1e-2
+    assert absolute.plan({"relative_tau": 0.1}).gradient_tau == 1.0  # the pattern's

@@ -93,3 +93,37 @@ def test_loading_into_a_follower_says_nothing_of_the_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pruner.finalize()
+
+
+FOLLOWER_CHANGES = {
+    "another layer": (lambda copy: copy.__setitem__(0, nn.Linear(24, 32)), "no longer has the lay"),
+    "another pruner": (lambda copy: PDPPruner(copy, PDPConfig(0.1)), "no longer has the masks"),
+    "a tie": (lambda copy: copy.append(nn.Linear(24, 32)), None),
+}
+
+
+@pytest.mark.parametrize("change", FOLLOWER_CHANGES)
+def test_a_changed_follower_is_an_error_before_anything_is_pruned(change):
+    make, message = FOLLOWER_CHANGES[change]
+    model = two_layers()
+    pruner = PDPPruner(model, PDPConfig(0.7, warmup=0, ramp=1))
+    follower = copy.deepcopy(model)
+    pruner.follow(follower)
+    pruner.step(1.0)
+    make(follower)
+    if message is None:
+        follower[3].weight = follower[0].weight
+        message = "are one weight now"
+    with pytest.raises(RuntimeError, match=message):
+        pruner.finalize()
+    assert not pruner.finalized
+    assert (model[0].weight != 0).all()
+
+
+def test_nothing_follows_a_finalized_model():
+    model, pruner = two_pruned_layers()
+    other = copy.deepcopy(model)
+    pruner.step(1.0)
+    pruner.finalize()
+    with pytest.raises(RuntimeError, match="the pruner is finalized"):
+        pruner.follow(other)

@@ -395,10 +395,27 @@ def test_a_pruner_that_cannot_be_made_leaves_the_model_as_it_was(has_masks):
     with torch.no_grad():
         model[0].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="finite"):
-        PDPPruner(model, PDPConfig(0.5, warmup=0, allocation="lamp"))
+        PDPPruner(model, PDPConfig(0.5, warmup=0, ramp=0, allocation="lamp"))
     assert [type(each) for each in model.modules()] == types
     with torch.no_grad():
         model[0].weight.copy_(weight)
     if earlier is not None:
         earlier.step(1.0)
         earlier.finalize()
+
+
+def test_weights_that_are_loaded_before_the_first_step_have_the_budget_of_such_weights():
+    trained = mlp()
+    with torch.no_grad():
+        trained[0].weight.mul_(10)
+    counts = []
+    for is_late in (False, True):
+        model = mlp()
+        if not is_late:
+            model.load_state_dict(trained.state_dict())
+        pruner = PDPPruner(model, PDPConfig(0.5, warmup=0, ramp=1))
+        assert pruner.prune_counts is None
+        model.load_state_dict(trained.state_dict())
+        pruner.step(0.5)
+        counts.append(pruner.prune_counts)
+    assert counts[0] == counts[1]

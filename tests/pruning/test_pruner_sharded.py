@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pdp_kernels import PDPConfig, PDPPruner
+from pdp_kernels import PDPConfig, PDPPruner, prune_one_shot
 from tests.support.ranks import BACKENDS, device_of, results_on_ranks
 from tests.support.sharded import assert_same_bits, with_collectives
 from tests.support.sharded_training import (
@@ -270,17 +270,19 @@ def follow_after_a_forward(rank):
     model, average = (
         fully_shard(network(device), mesh=mesh_of(rank, (2,)), mp_policy=policy) for _ in range(2)
     )
-    pruner = PDPPruner(model, config())
+    pruner, optimizer = PDPPruner(model, config()), sgd(model)
     inputs = batches(device)[0][0]
     for each in (model, average):
         each(inputs)  # a root that has weights of its own keeps them gathered, in bfloat16
+    pruner.attach(optimizer, steps_per_epoch=10).remove()
+    model(inputs)
     pruner.follow(average)
     pruner.step(2.0)
     pruner.finalize()
     return [sum(int((w == 0).sum()) for w in global_weights(each)) for each in (model, average)]
 
 
-def test_a_follower_may_have_gathered_weights_when_it_begins(backend):
+def test_weights_may_be_gathered_when_a_follower_or_an_attached_optimizer_begins(backend):
     for zeros in results_on_ranks(follow_after_a_forward, 2, backend=backend):
         assert zeros[0] == zeros[1] > 0
 
@@ -302,6 +304,21 @@ def evaluate_in_inference_mode(rank):
 def test_evaluation_works_in_inference_mode(backend):
     expected = dict.fromkeys(PATTERNS, (True, True))
     assert results_on_ranks(evaluate_in_inference_mode, 2, backend=backend) == [expected] * 2
+
+
+def prune_cut_groups(rank):
+    layers = nn.Sequential(nn.Linear(20, 36), nn.Tanh(), nn.Linear(36, 24))  # 18 inputs a rank
+    tensor_parallel(layers, mesh_of(rank, (2,)))
+    model = nn.Sequential(nn.Linear(20, 20), *layers)
+    refused = r"3\.weight must not be sharded through groups of 4 inputs"
+    for prune in (PDPPruner, prune_one_shot):
+        with pytest.raises(ValueError, match=refused):
+            prune(model, PDPConfig(pattern="2:4"))
+    return (model[0].weight != 0).all().item()
+
+
+def test_shards_that_cut_groups_are_refused_before_anything_is_pruned():
+    assert results_on_ranks(prune_cut_groups, 2) == [True, True]
 
 
 def count_collectives(rank):

@@ -119,7 +119,6 @@ WRONG_VALUES = {
         None,
         dict.fromkeys(["0.weight", "2.weight", "4.weight"], 0.1),
         dict.fromkeys(["0.weight", "2.weight", "4.weight"], torch.ones(1)),
-        dict.fromkeys(["0.weight", "2.weight", "4.weight"], torch.tensor(torch.nan)),
     ],
 }
 
@@ -169,3 +168,16 @@ def test_finalize_leaves_the_progress():
     pruner.step(20.0)
     pruner.finalize()
     assert pruner.progress == pruner.report().progress == 20.0
+
+
+def test_a_state_of_weights_that_are_not_numbers_is_taken_up():
+    model = mlp()
+    pruner = PDPPruner(model, CONFIGS["global"])
+    with torch.no_grad():
+        model[0].weight.fill_(torch.nan)
+    pruner.step(3.0)
+    state = copy.deepcopy(pruner.state_dict())
+    assert state["thresholds"]["0.weight"].isnan()
+    again = PDPPruner(model, CONFIGS["global"])
+    again.load_state_dict(state)
+    assert again.prune_counts == pruner.prune_counts

@@ -385,3 +385,17 @@ def test_a_compiled_model_is_counted_without_a_warning(recwarn):
     pruner = pruned(torch.compile(model, backend="eager"), sparsity=0.75)
     assert pruner.report(torch.randn(3, 24)).macs == 3 * (24 * 32 + 32 * 8)
     assert not recwarn.list
+
+
+def test_a_report_after_finalize_takes_smaller_layers_and_no_others():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    pruner = pruned(model, sparsity=0.5, pattern="channel", exclude=["2"])
+    pruner.report()
+    pruner.finalize()
+    model[0].weight = nn.Parameter(model[0].weight[model[0].weight.any(1)])  # no dead channels
+    report = pruner.report()
+    assert report.layers[0].shape == (8, 8)
+    assert report.layers[0].flipped is None
+    model[0] = nn.Linear(8, 8)
+    with pytest.raises(RuntimeError, match="no longer has the layer"):
+        pruner.report()

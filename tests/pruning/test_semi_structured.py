@@ -311,3 +311,11 @@ def test_linear_gives_what_the_dense_one_gave(monkeypatch, cutlass, dtype, outpu
     assert isinstance(linear.weight, backend)
     budget = 2 * (dense - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
     assert (sparse - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_masked_model_is_refused(strict):
+    model = nn.Sequential(nn.Linear(64, 32))
+    PDPPruner(model, PDPConfig(pattern="2:4"))
+    with pytest.raises(ValueError, match=r"masks of a pruner, got them on 0: finalize its pruner"):
+        to_semi_structured(model, strict=strict)

@@ -12,7 +12,7 @@ from tests.support.models import small_model
 def emptied_at_once():
     model = small_model()
     torch.nn.init.normal_(model[2].weight, std=1e-4)
-    PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=1, max_layer_sparsity=1.0))
+    PDPPruner(model, PDPConfig(0.8, warmup=0, ramp=0, max_layer_sparsity=1.0))
 
 
 def emptied_in_a_hook():
