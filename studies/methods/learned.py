@@ -111,8 +111,10 @@ class STR(Method):
     def finalize(self) -> None:
         """Prune to the exact sparsity by |w| - sigmoid(s) over all layers.
 
-        Where STR pruned too many weights, some return: all thresholds fall by the amount that lets
-        enough of them pass.
+        Where STR pruned too many weights, those nearest to their thresholds return, as if all
+        thresholds were lower by the amount that lets enough of them pass. The others stay as they
+        were trained: lower thresholds would change them all, which costs 0.8 points of accuracy at
+        99% on MNIST.
         """
         margins = [
             (weight.abs() - torch.sigmoid(transform.s)).double()
@@ -125,7 +127,8 @@ class STR(Method):
         # Halfway between pruned and kept ones, or where there are no pruned ones the least of all.
         passing = pdp_threshold(together, self.budget.sparsity).maximum(together.min()) - 1
         for weight, margin, mask in zip(self.plain_weights(), margins, masks, strict=True):
-            weight.copy_(weight.sign() * (margin - passing.clamp(max=0)) * mask)
+            size = torch.where(margin > 0, margin, margin - passing)
+            weight.copy_(weight.sign() * size * mask)
         for transform in self.transforms():
             transform.s.fill_(-math.inf)
         super().finalize()

@@ -187,7 +187,7 @@ def test_str_brings_weights_back_where_thresholds_pruned_too_many(digits):
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
-def test_str_ends_with_thresholds_lower_by_one_amount(sparsity):
+def test_str_leaves_what_it_kept_and_brings_the_nearest_back(sparsity):
     model = digits_mlp()
     method = make_method("str", model, budget_of(sparsity, "unstructured", 4))
     for number, transform in enumerate(method.transforms()):
@@ -198,13 +198,17 @@ def test_str_ends_with_thresholds_lower_by_one_amount(sparsity):
         for weight, transform in zip(method.plain_weights(), method.transforms(), strict=True)
     ]
     method.finalize()
-    kept = torch.cat([weight[weight != 0].abs() for weight in weights_of(model)])
-    margins = torch.cat([m[w != 0] for m, w in zip(margins, weights_of(model), strict=True)])
-    lowered = kept - margins
+    ends = torch.cat([weight.abs().flatten() for weight in weights_of(model)])
+    margins = torch.cat([margin.flatten() for margin in margins])
     assert 0.3 < own < 0.9
-    assert lowered.min() >= -1e-6
-    assert lowered.max() - lowered.min() < 1e-6
-    assert (lowered.mean() > 1e-3) == (sparsity < own)
+    stayed, returned = (ends > 0) & (margins > 0), (ends > 0) & (margins <= 0)
+    assert torch.equal(ends[stayed], margins[stayed])
+    assert margins[ends > 0].min() >= torch.cat([margins[ends == 0], margins.min()[None]]).max()
+    assert returned.any() == (sparsity < own)
+    if returned.any():
+        lowered = ends[returned] - margins[returned]
+        assert lowered.max() - lowered.min() < 1e-6
+        assert 0 <= ends[returned].min() < 1e-3
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
