@@ -30,6 +30,16 @@ from pdp_kernels.triton_kernels.soft_mask import (
 
 
 @triton.jit
+def _lift_of(norm):
+    """Return the power of two by which a channel is multiplied before its factor in dW.
+
+    The factor, which is divided by it, may be out of float32's range where its product is not. In
+    float64 the norm goes out of range first.
+    """
+    return 1.0 if norm.dtype == tl.float64 else power_of_two(norm)
+
+
+@triton.jit
 def _scale_of_products(norm, WIDE: tl.constexpr):
     """Return the power of two by which products in float32 are multiplied."""
     return 1.0 if WIDE else power_of_two(norm)
@@ -137,10 +147,11 @@ def channel_norms_kernel(
 
 @triton.jit
 def _mask_and_pull(norm, t, tau, products, divisor, RELATIVE: tl.constexpr, TINY: tl.constexpr):
-    """Return m and the factor of W in dW, 2/tau m (1 - m) (<g, W> + g_m) / divisor.
+    """Return m, the lift, and the factor of the lifted W in dW.
 
-    The factor is computed in float64: in a layer of small weights, 2/tau of a relative temperature
-    overflows float32. A channel of zeros gets no gradient through its norm.
+    The factor, 2/tau m (1 - m) (<g, W> + g_m) / divisor / lift, is computed in float64: in a layer
+    of small weights, 2/tau of a relative temperature overflows float32. A channel of zeros gets no
+    gradient through its norm.
     """
     scale, tau = scale_and_temperature(t, tau, RELATIVE, TINY)
     m, slope = mask_and_slope(mask_exponent(norm, t, scale, tau, RELATIVE))
@@ -152,7 +163,9 @@ def _mask_and_pull(norm, t, tau, products, divisor, RELATIVE: tl.constexpr, TINY
         else:  # float64 holds the square of a float32
             scale = scale.to(tl.float64)
             divisor *= scale * scale
-    return m, tl.where(norm == 0, 0.0, pull / divisor).to(t.dtype)
+    lift = _lift_of(norm)
+    divisor *= lift
+    return m, lift, tl.where(norm == 0, 0.0, pull / divisor).to(t.dtype)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -163,6 +176,7 @@ def channel_pulls_kernel(
     threshold_ptr,
     tau_ptr,
     masks_ptr,
+    lifts_ptr,
     pulls_ptr,
     channels: tl.int64,
     inner: tl.int64,
@@ -176,7 +190,7 @@ def channel_pulls_kernel(
     CHANNELS: tl.constexpr,
     TERMS: tl.constexpr,
 ):
-    """Write m and the factor of W in dW of each channel."""
+    """Write m, the lift, and the factor of the lifted W in dW of each channel."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < channels
     norm = tl.load(norms_ptr + channel, mask=exists, other=0)
@@ -187,8 +201,9 @@ def channel_pulls_kernel(
     if FROM_MASK:
         products += tl.load(grad_mask_ptr + channel, mask=exists, other=0).to(tl.float64)
     t, tau = tl.load(threshold_ptr), tl.load(tau_ptr)
-    m, pull = _mask_and_pull(norm, t, tau, products, divisor, RELATIVE, TINY)
+    m, lift, pull = _mask_and_pull(norm, t, tau, products, divisor, RELATIVE, TINY)
     tl.store(masks_ptr + channel, m, mask=exists)
+    tl.store(lifts_ptr + channel, lift, mask=exists)
     tl.store(pulls_ptr + channel, pull, mask=exists)
 
 
@@ -242,12 +257,12 @@ def soft_mask_channel_fwd_kernel(
 
 
 @triton.jit
-def _write_grad(ptr, pair, m, pull, offsets, inside, FROM_W_HAT: tl.constexpr):
-    """Write dW = m g + pull W of a pair (g, W) at the offsets that are inside.
+def _write_grad(ptr, pair, m, pull, lift, offsets, inside, FROM_W_HAT: tl.constexpr):
+    """Write dW = m g + pull (lift W) of a pair (g, W) at the offsets that are inside.
 
     Which product is fused with the sum is said here, so that edges get the same bits as tiles.
     """
-    grad = pull * pair[1].to(pull.dtype)
+    grad = pull * (pair[1].to(pull.dtype) * lift)
     if FROM_W_HAT:
         grad = tl.fma(m, pair[0].to(m.dtype), grad)
     store(ptr + offsets, grad, inside)
@@ -258,6 +273,7 @@ def soft_mask_channel_bwd_kernel(
     grad_w_hat_ptr,
     weight_ptr,
     masks_ptr,
+    lifts_ptr,
     pulls_ptr,
     grad_ptr,
     channels: tl.int64,
@@ -270,10 +286,11 @@ def soft_mask_channel_bwd_kernel(
     TILE: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Write dW from the masks and factors of the channels."""
+    """Write dW from the masks, lifts and factors of the channels."""
     begin, end = range_of_program(channels, inner, numel, BY_ROW)
     channel = channel_of_lanes(channels, inner, BY_ROW, TILE)
     m, pull = tl.load(masks_ptr + channel), tl.load(pulls_ptr + channel)
+    lift = tl.load(lifts_ptr + channel)
     walk = walk_of_program(begin, end, stride, BY_ROW, TILE, 1)
     place = tl.program_id(1) * steps * UNROLL
     last = place + steps * UNROLL
@@ -283,17 +300,18 @@ def soft_mask_channel_bwd_kernel(
         )
         for i in tl.static_range(UNROLL):
             offsets, inside = tile_at(walk, place + i, BY_ROW, TILE)
-            _write_grad(grad_ptr, tiles[i], m, pull, offsets, inside, FROM_W_HAT)
+            _write_grad(grad_ptr, tiles[i], m, pull, lift, offsets, inside, FROM_W_HAT)
         place += UNROLL
     if (begin % VECTOR != 0 or end % VECTOR != 0) and tl.program_id(1) == 0:
         offsets, inside = edges_of(begin, end)
         pair = read_pair(grad_w_hat_ptr, weight_ptr, offsets, inside, FROM_W_HAT)
         if BY_ROW:
-            _write_grad(grad_ptr, pair, m, pull, offsets, inside, FROM_W_HAT)
+            _write_grad(grad_ptr, pair, m, pull, lift, offsets, inside, FROM_W_HAT)
         elif tl.program_id(0) == 0:
             own = offsets // inner % channels
             m_own, pull_own = tl.load(masks_ptr + own, inside), tl.load(pulls_ptr + own, inside)
-            _write_grad(grad_ptr, pair, m_own, pull_own, offsets, inside, FROM_W_HAT)
+            lift_own = tl.load(lifts_ptr + own, inside)
+            _write_grad(grad_ptr, pair, m_own, pull_own, lift_own, offsets, inside, FROM_W_HAT)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -338,14 +356,14 @@ def soft_mask_channel_bwd_whole_kernel(
         products += tl.load(grad_mask_ptr + tl.program_id(0)).to(tl.float64)
 
     t, tau = tl.load(threshold_ptr), tl.load(tau_ptr)
-    m, pull = _mask_and_pull(norm, t, tau, products, divisor, RELATIVE, TINY)
+    m, lift, pull = _mask_and_pull(norm, t, tau, products, divisor, RELATIVE, TINY)
     for i in tl.static_range(HELD):
         held_offsets, inside = tile_at(walk, i, True, TILE)
-        _write_grad(grad_ptr, held[i], m, pull, held_offsets, inside, True)
+        _write_grad(grad_ptr, held[i], m, pull, lift, held_offsets, inside, True)
     place = HELD
     while place < steps:
         tiles = read_tiles(grad_w_hat_ptr, weight_ptr, walk, place, True, TILE, 1, 1, True)
         own_offsets, inside = tile_at(walk, place, True, TILE)
-        _write_grad(grad_ptr, tiles[0], m, pull, own_offsets, inside, True)
+        _write_grad(grad_ptr, tiles[0], m, pull, lift, own_offsets, inside, True)
         place += 1
-    _write_grad(grad_ptr, edge, m, pull, offsets, at_edge, True)
+    _write_grad(grad_ptr, edge, m, pull, lift, offsets, at_edge, True)

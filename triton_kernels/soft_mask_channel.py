@@ -265,7 +265,7 @@ def soft_mask_channel_backward(
                 **options,
             )
             return grad
-        masks, pulls = torch.empty_like(norms), torch.empty_like(norms)
+        masks, lifts, pulls = (torch.empty_like(norms) for _ in range(3))
         sums, of_sums = pulls, layout
         if grad_w_hat is not None:
             sums, of_sums = _partial_sums(g, weight, norms, layout, squares=False)
@@ -276,6 +276,7 @@ def soft_mask_channel_backward(
             threshold,
             tau,
             masks,
+            lifts,
             pulls,
             FROM_W_HAT=grad_w_hat is not None,
             **options,
@@ -286,6 +287,7 @@ def soft_mask_channel_backward(
             g,
             weight,
             masks,
+            lifts,
             pulls,
             grad,
             FROM_W_HAT=grad_w_hat is not None,

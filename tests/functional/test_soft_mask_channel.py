@@ -128,9 +128,11 @@ EXTREMES = [(1e-20, 1.0, 1.0, 1.0), (1e-38, 0.002, 1.0, 1e-9), (1e30, 1.0, 1e-9,
 
 
 @pytest.mark.parametrize("scale, tau, g, g_mask", EXTREMES)
-@pytest.mark.parametrize("shape, dim", [((3, 2), 0), ((2, 3), 1), ((2, 3, 2), 1), ((70, 2), 0)])
-def test_factors_of_gradients_may_leave_the_range_of_float32_on_a_cpu(
-    shape, dim, scale, tau, g, g_mask
+@pytest.mark.parametrize(
+    "shape, dim", [((3, 2), 0), ((2, 3), 1), ((2, 3, 2), 1), ((70, 2), 0), ((3, 70), 0)]
+)
+def test_factors_of_gradients_may_leave_the_range_of_float32(
+    masking, shape, dim, scale, tau, g, g_mask
 ):
     weight = (torch.rand(shape) + 1) * scale
     weight.view(-1)[0] = 0  # 0 times an infinite factor would be NaN
@@ -138,10 +140,11 @@ def test_factors_of_gradients_may_leave_the_range_of_float32_on_a_cpu(
     rest = (weight, norms, norms[1], torch.tensor(tau), dim, True)
     for chosen in each_choice(torch.full(shape, g), torch.full((shape[dim],), g_mask)):
         exact = reference.soft_mask_channel_backward(*doubled(*chosen, *rest), False)
-        for operators in (torch.ops.pdp, reference):
-            found = operators.soft_mask_channel_backward(*chosen, *rest, False)
-            error = (found.double() - exact).abs().max()
-            assert error <= 1e-6 * exact.abs().max()
+        for operators in (masking, reference):
+            given = on_device(masking, *chosen, *rest, False)
+            found = operators.soft_mask_channel_backward(*given)
+            error = (found.cpu().double() - exact).abs().max()
+            assert error <= 5e-6 * exact.abs().max()  # divisions of a GPU are off by 2 ulp
 
 
 def test_a_subnormal_mask_is_flushed():
