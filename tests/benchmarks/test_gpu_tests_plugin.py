@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.pytest_run import run_pytest
 
+pytestmark = pytest.mark.slow  # six processes import torch
+
 # A device that a test "loses", for the process it runs in.
 CONFTEST = """
 import os, torch
@@ -18,6 +20,15 @@ TESTS = """
 import os, time
 import pytest
 
+# First, when both workers run.
+@pytest.mark.large
+@pytest.mark.parametrize("number", range(4))
+def test_large(number):
+    with open(os.environ["FOLDER"] + "/times", "a") as file:
+        print("begin", file=file, flush=True)
+        time.sleep(0.2)
+        print("end", file=file)
+
 @pytest.mark.parametrize("number", range(10))
 def test_before(number):
     pass
@@ -30,14 +41,6 @@ def test_hang():
 
 def test_wrong():
     assert 1 + 1 == 3
-
-@pytest.mark.large
-@pytest.mark.parametrize("number", range(4))
-def test_large(number):
-    with open(os.environ["FOLDER"] + "/times", "a") as file:
-        print("begin", file=file, flush=True)
-        time.sleep(0.2)
-        print("end", file=file)
 
 @pytest.mark.parametrize("number", range(10))
 def test_after(number):
