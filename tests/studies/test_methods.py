@@ -1,9 +1,11 @@
 """Every method trains, resumes and ends with the exact sparsity, on scikit-learn's digits."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from studies import train_image, train_text
 from studies.command_line import budget_of
@@ -34,6 +36,12 @@ def train_digits(task, name, sparsity=0.9, pattern="unstructured", options=None,
     return model, outcome
 
 
+@pytest.fixture(scope="module")
+def trained(digits):
+    """Train a method with a pattern once for all tests, which leave the model as it is."""
+    return cache(lambda name, pattern: train_digits(digits, name, pattern=pattern))
+
+
 def weights_of(model):
     return [weight.detach() for weight in model.parameters() if weight.dim() > 1]
 
@@ -43,8 +51,8 @@ def zeros_of(model):
 
 
 @pytest.mark.parametrize("name", sorted(set(UNSTRUCTURED_METHODS) - {"dense"}))
-def test_method_meets_the_sparsity_exactly_in_plain_weights(digits, name):
-    model, outcome = train_digits(digits, name)
+def test_method_meets_the_sparsity_exactly_in_plain_weights(trained, name):
+    model, outcome = trained(name, "unstructured")
     total = sum(weight.numel() for weight in weights_of(model))
     assert zeros_of(model) == math.floor(0.9 * total + 0.5)
     assert model.state_dict().keys() == digits_mlp().state_dict().keys()
@@ -64,16 +72,16 @@ def test_finalize_prunes_what_the_method_left(name):
     assert zeros_of(model) == math.floor(0.9 * total + 0.5)
 
 
-def test_dense_prunes_nothing(digits):
-    model, outcome = train_digits(digits, "dense")
+def test_dense_prunes_nothing(trained):
+    model, outcome = trained("dense", "unstructured")
     assert zeros_of(model) == 0
     assert outcome.sparsity == 0
     assert outcome.score > 0.9
 
 
 @pytest.mark.parametrize("name", sorted(set(NM_METHODS) - {"dense"}))
-def test_method_keeps_n_of_m(digits, name):
-    model, outcome = train_digits(digits, name, pattern="2:4")
+def test_method_keeps_n_of_m(trained, name):
+    model, outcome = trained(name, "2:4")
     assert outcome.sparsity == 0.5
     for weight in weights_of(model):
         assert ((weight.view(len(weight), -1, 4) != 0).sum(2) == 2).all()
@@ -228,9 +236,12 @@ def test_gradual_methods_prune_often_in_any_ramp(name, epochs):
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"slimming"}))
-def test_resumed_training_equals_the_uninterrupted_one(digits, name, tmp_path):
+def test_resumed_training_equals_the_uninterrupted_one(
+    digits, trained, name, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # log.png after every epoch
     pattern = "2:4" if name == "sr-ste" else "unstructured"
-    expected, outcome = train_digits(digits, name, pattern=pattern)
+    expected, outcome = trained(name, pattern)
     _, nothing = train_digits(digits, name, pattern=pattern, folder=tmp_path, stop_after=2)
     assert nothing is None
     resumed, again = train_digits(digits, name, pattern=pattern, folder=tmp_path, resume=True)

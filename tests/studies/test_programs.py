@@ -165,7 +165,7 @@ def test_settings_of_studies_are_valid(name, tmp_path):
         make_method(setting.method, model, budget, **setting.options)
 
 
-def test_finetuning_starts_from_a_trained_network(call_main, tmp_path):
+def test_finetuning_starts_from_a_trained_network(call_main, one_process, tmp_path):
     arguments = ("finetune", "--seeds", 1, "--device", "cpu", "--out", tmp_path)
     arguments += ("--pretraining-epochs", 10, "--settings", "dense", "gmp-global")
     call_main(grid, *arguments, "--epochs", 1, "--sparsities", 0.5)
