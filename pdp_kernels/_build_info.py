@@ -28,7 +28,7 @@ def build_info() -> dict[str, Any]:
             cuda       {"torch", "cuda", "architectures", "compiler"} of the CUDA module, or None
             backends   {"reference", "native", "cuda", "triton"}: True if calls can reach it.
                        CPU tensors go to native, else to reference. CUDA tensors go to cuda
-                       (selection) and triton (masks), else to reference
+                       (selection, masks of lists) and triton (masks), else to reference
             reasons    why, for each backend that calls cannot reach
 
     Examples:
