@@ -57,7 +57,7 @@ def archived(out: Path, name: str) -> str:
 
 
 def test_a_part_ends_at_its_limit_and_the_next_one_runs(tmp_path):
-    script = f"part slow 1 bash -c 'echo begun; sleep {NEVER}'; part next {NEVER} echo done"
+    script = f"part slow 5 bash -c 'echo begun; sleep {NEVER}'; part next {NEVER} echo done"
     assert run(parts(tmp_path, script)).returncode == 1
     assert summary(tmp_path) == {"slow": "timed out", "next": "ok"}
     assert archived(tmp_path, "slow.log") == "begun\n"
@@ -65,7 +65,7 @@ def test_a_part_ends_at_its_limit_and_the_next_one_runs(tmp_path):
 
 def test_no_part_runs_past_the_deadline(tmp_path):
     script = f"part long {NEVER} sleep {NEVER}; part next {NEVER} true"
-    assert run(parts(tmp_path, script, deadline=2)).returncode == 1
+    assert run(parts(tmp_path, script, deadline=5)).returncode == 1
     assert summary(tmp_path) == {"long": "timed out", "next": "left out"}
 
 
