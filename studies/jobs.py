@@ -108,13 +108,13 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
         columns = [(pattern, sparsity) for sparsity in arguments.sparsities]
     jobs = []
     commit = checkout_commit()
+    has_data = arguments.data_dir is not None
     for seed in range(arguments.seeds):
         for setting in settings:
             for pattern, sparsity in columns[:1] if setting.method == "dense" else columns:
                 if setting.method == "dense":
                     pattern, sparsity = "unstructured", 0.0
                 run = (setting, pattern, sparsity, seed, epochs, arguments.device, commit)
-                has_data = arguments.data_dir is not None
                 jobs.append(Job(arguments.network, *run, has_data, before))
                 jobs[-1].budget()  # raises before anything runs
     return jobs

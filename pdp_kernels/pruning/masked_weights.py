@@ -77,9 +77,7 @@ class MaskedWeights:
         """
         if not thoroughly and self._snapshot is not None and self._snapshot.matches():
             return
-        is_wrapped = check_layers(self.model, self.targets)
-        check_masks(self.targets, self.masks, self._shapes)
-        check_ties(self.model, self.targets)
+        is_wrapped = self._check(self.model, self.targets, self.masks)
         self._snapshot = None if is_wrapped else Snapshot(self.model, self.targets)
 
     def set_schedule(
@@ -122,9 +120,7 @@ class MaskedWeights:
         """Raise a RuntimeError if a copy that follows no longer has these masks on its weights."""
         for model, targets, masks in self._followers:
             reshard(model)
-            check_layers(model, targets)
-            check_masks(targets, masks, self._shapes)
-            check_ties(model, targets)
+            self._check(model, targets, masks)
 
     def prune(self) -> None:
         """Set what the masks prune to zero and take the masks off, the copies' ones too."""
@@ -154,6 +150,13 @@ class MaskedWeights:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_snapshot": None}
+
+    def _check(self, model: nn.Module, targets: list[Target], masks: list[WeightMask]) -> bool:
+        """Check the model or a follower, and return whether one of its layers has a wrapper."""
+        is_wrapped = check_layers(model, targets)
+        check_masks(targets, masks, self._shapes)
+        check_ties(model, targets)
+        return is_wrapped
 
     def _update_followers(self) -> None:
         """Give the followers' masks the constants of the model's, which may be other tensors now.
